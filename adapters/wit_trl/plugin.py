@@ -1,0 +1,116 @@
+"""What TRL's `SFTTrainer` needs beyond `transformers.Trainer`. Registered as the plugin `trl`; imports TRL late.
+
+`SFTTrainer.compute_loss` stays as it is. Up to TRL 1.14 it takes the loss from the model's output, and the metrics
+from its own fields on that output (`loss_type="chunked_nll"`), from the logits (`"nll"`) or from Liger's. Since 1.15 it
+calls the model with `fused_lm_head=True` and builds loss and metrics from per-token sums on the output. Either way the
+output is given what the trainer reads.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from packaging.version import Version
+
+from wit_plugins import WITConfigError, hookimpl
+from wit_plugins.adapter import TrainerAdapter
+
+OLDEST, NEWEST = Version("1.9.0"), Version("1.16")
+_FUSED_HEAD_SINCE = Version("1.15.0")
+
+
+@hookimpl
+def adapt_trainer(trainer: Any) -> TrainerAdapter | None:
+    """The adapter, for a `trl.SFTTrainer`; other TRL trainers are refused."""
+    if "trl" not in sys.modules:
+        return None
+    import trl
+    from trl.trainer.base_trainer import _BaseTrainer
+
+    if isinstance(trainer, trl.SFTTrainer):
+        return TRLAdapter(trainer, Version(trl.__version__))
+    if isinstance(trainer, _BaseTrainer):
+        raise WITConfigError(
+            f"{type(trainer).__name__} does not train on prompt and response tokens; weights are for SFTTrainer"
+        )
+    return None
+
+
+class TRLAdapter(TrainerAdapter):
+    """`trl.SFTTrainer`, from 1.9 to 1.16.
+
+    Args:
+        trainer (`trl.SFTTrainer`): the trainer, for its options.
+        version (`Version`): TRL's.
+    """
+
+    framework = "TRL"
+    head_kwargs = frozenset({"fused_lm_head", "skip_logits", "return_token_accuracy", "use_token_scaling"})
+    response_metrics = True
+    masking_hint = (
+        "use prompt-completion examples (with completion_only_loss left at its default), or conversations with "
+        "assistant_only_loss=True, or a labels column that is -100 on the prompt"
+    )
+
+    def __init__(self, trainer: Any, version: Version) -> None:
+        self.version = version
+        self.framework = f"TRL {version}"
+        self.fused_head = version >= _FUSED_HEAD_SINCE
+        self.loss_type = trainer.args.loss_type
+        self.use_liger_kernel = trainer.args.use_liger_kernel
+
+    def check(self, trainer: Any) -> None:
+        """Refuse versions out of range and options that replace the loss."""
+        if not OLDEST <= self.version < Version(f"{NEWEST.major}.{NEWEST.minor + 1}"):
+            raise WITConfigError(
+                f"TRL {self.version} is not supported (supported: {OLDEST} to {NEWEST}.x); "
+                f"pip install 'trl>={OLDEST},<{NEWEST.major}.{NEWEST.minor + 1}'"
+            )
+        if self.loss_type == "dft":
+            raise WITConfigError(
+                "loss_type = 'dft': it would replace the weighted loss; leave loss_type out and give the weights the "
+                "strategy instead: strategies={'dft': {}}"
+            )
+        if trainer._is_vlm:
+            raise WITConfigError(
+                "vision-language models are not supported yet; pass the tokenizer alone as processing_class"
+            )
+
+    def prepare(self, trainer: Any, changes: Any) -> None:
+        """Keep Liger's layers, but not its head: it would replace the model's forward when training starts."""
+        if not self.use_liger_kernel:
+            return
+        options = trainer.args.liger_kernel_config or {}
+        changes.set(trainer.args, "liger_kernel_config", {**options, "fused_linear_cross_entropy": False})
+
+    def output(self, output: Any, result: Any, kwargs: dict[str, Any], step: Any) -> Any:
+        """The output with the fields that this version of `SFTTrainer.compute_loss` reads."""
+        if self.fused_head:
+            return self._fused_output(output, result, step)
+        output = super().output(output, result, kwargs, step)
+        if self.use_liger_kernel:
+            output["token_accuracy"] = result.correct / result.labels_count.clamp(min=1)
+        elif self.loss_type == "chunked_nll":
+            output["logits"] = None  # as TRL's own chunked head
+            output["num_correct_tokens"] = result.correct.float()
+            output["entropy_sum"] = result.entropy
+            output["num_valid_tokens"] = result.labels_count
+        return output
+
+    def _fused_output(self, output: Any, result: Any, step: Any) -> Any:
+        from trl.trainer.utils import FusedCausalLMOutput
+
+        # The trainer sums every field over its tokens, and divides `-log_probs` by the step's denominator or, where it
+        # has none (evaluation), by the number of labels. Sums do as well as tokens, and the latter division is undone.
+        log_probs = -result.weighted_sum
+        if step.num_items is None:
+            log_probs = -result.loss * result.labels_count.clamp(min=1)
+        return FusedCausalLMOutput(
+            loss=result.loss,
+            log_probs=log_probs,
+            entropy=result.entropy,
+            is_top1=result.correct,
+            label_mask=result.labels_count,
+            aux_loss=output.get("aux_loss"),
+        )

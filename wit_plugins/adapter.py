@@ -1,0 +1,52 @@
+"""What a framework adapter tells the core about its trainer. The base class is `transformers.Trainer` itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+    from transformers.utils import ModelOutput
+
+    from wit_plugins.attach import Changes
+    from wit_plugins.loss import WeightedLoss
+
+
+class TrainerAdapter:
+    """What differs between a framework's trainer and `transformers.Trainer`.
+
+    Adapters subclass it and offer themselves through the hook `adapt_trainer`.
+
+    Attributes:
+        framework (`str`): the framework's name, for messages.
+        head_kwargs (`frozenset[str]`): arguments of the model's forward that are meant for a head that this one
+            replaces; they are not passed on.
+        response_metrics (`bool`): whether the trainer reads token accuracy and entropy off the model's output.
+        masking_hint (`str`): how a user of this framework masks the prompt.
+    """
+
+    framework = "transformers"
+    head_kwargs: frozenset[str] = frozenset()
+    response_metrics = False
+    masking_hint = "give the examples a labels column that is -100 on the prompt"
+
+    def check(self, trainer: Trainer) -> None:
+        """Raise [`WITConfigError`] if this trainer's options cannot be combined with weights."""
+
+    def prepare(self, trainer: Trainer, changes: Changes) -> None:
+        """Change what must change on the trainer, through `changes`, so that `detach` can undo it."""
+
+    def output(self, output: ModelOutput, result: WeightedLoss, kwargs: dict[str, Any], step: Any) -> ModelOutput:
+        """The model's output as this trainer expects it, with the loss set.
+
+        Args:
+            output: what the model returned without labels: logits, and `aux_loss` for a mixture of experts.
+            result ([`WeightedLoss`]): what the head computed.
+            kwargs (`dict`): the arguments in `head_kwargs` that the call had.
+            step ([`Step`]): the call of `compute_loss` that this belongs to.
+        """
+        loss = result.loss
+        if output.get("aux_loss") is not None:
+            loss = loss + step.aux_loss_coefficient * output["aux_loss"].to(loss.device)
+        # The loss comes first, where code that takes outputs[0] looks for it.
+        return type(output)(**{"loss": loss, **{k: v for k, v in output.items() if k != "loss"}})

@@ -1,0 +1,120 @@
+"""The collator wrapper: codes in, the framework's own collator, codes out.
+
+Runs in data-loader workers. The framework's collator stays in charge of padding, packing and flattening; the wrapper
+only exchanges `labels` before it and after it, and checks that every code came through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from wit_plugins.errors import WeightsNotAppliedError
+from wit_plugins.plugins import ActiveStrategies
+from wit_plugins.roles import IGNORE_INDEX, example_roles
+from wit_plugins.transport import encode, framework_labels, restore_codes
+
+CODES_KEY = "weighted_labels"
+
+
+class WeightedCollator:
+    """Wraps a collator so that its batches carry every token's weight, target and role.
+
+    The batch keeps what the wrapped collator made of it, with `labels` as the framework would have had them (int64,
+    -100 on everything but the response) and one more tensor of the same shape, `weighted_labels`: int64 codes (see
+    `wit_plugins.transport`).
+
+    Args:
+        collator (`Callable`): the framework's collator. It gets the examples as they are, labels exchanged: a list of
+            examples, or (sample packing by a batch sampler) a list of lists of examples.
+        strategies ([`ActiveStrategies`]): who gives the weights.
+    """
+
+    def __init__(self, collator: Callable[..., Any], strategies: ActiveStrategies):
+        self.collator = collator
+        self.strategies = strategies
+
+    def __call__(self, features: list[Any], *args: Any, **kwargs: Any) -> Any:
+        """Collate examples into a batch.
+
+        Raises:
+            WeightsNotAppliedError: if the wrapped collator changed, dropped or added a label.
+            ValueError: if an example's columns do not fit each other (lengths, ids out of range).
+        """
+        if not all("labels" in example for example in _flat(features)):
+            return self.collator(features, *args, **kwargs)  # e.g. prediction; a training step without codes stops
+        checksum = _Checksum()
+        batch = self.collator([self._exchange(item, checksum) for item in features], *args, **kwargs)
+        if "shift_labels" in batch:
+            raise WeightsNotAppliedError(
+                f"{type(self.collator).__name__} returns shift_labels; pre-shifted labels are not supported"
+            )
+        codes = restore_codes(batch["labels"])
+        if checksum != _Checksum.of(codes.numpy()):
+            raise WeightsNotAppliedError(
+                f"{type(self.collator).__name__} does not carry the examples' labels through (it builds, drops or "
+                "changes them), so the weights would be wrong; use a collator that keeps the labels column, such as "
+                "DataCollatorForSeq2Seq"
+            )
+        batch["labels"] = framework_labels(codes)
+        batch[CODES_KEY] = codes
+        return batch
+
+    def _exchange(self, item: Any, checksum: _Checksum) -> Any:
+        if isinstance(item, Mapping):
+            codes = self.codes(item)
+            checksum.add(codes)
+            return {**item, "labels": _like(item["labels"], codes)}
+        return [self._exchange(example, checksum) for example in item]
+
+    def codes(self, example: Mapping[str, Any]) -> np.ndarray:
+        """The codes of one example, int64 `[T]`, from its `input_ids`, `labels` and document boundaries."""
+        targets, roles, starts = example_roles(example)
+        weights = np.zeros(len(roles), dtype=np.float32)
+        # Document by document, so that a packed row gives the same weights as its documents on their own.
+        for start, end in zip(starts, [*starts[1:], len(roles)], strict=True):
+            piece = slice(start, end)
+            weights[piece] = self.strategies.static_weights(targets[piece], roles[piece], example)
+        return encode(targets, roles, weights)
+
+    def __getattr__(self, name: str) -> Any:
+        # Frameworks read options off their collator (`padding_free`, `pad_to_multiple_of`, …).
+        if name.startswith("__") or name in ("collator", "strategies"):
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
+
+class _Checksum:
+    """Count and sum (modulo 2^64) of the codes that are not -100: equal before and after an honest collator."""
+
+    def __init__(self, count: int = 0, total: int = 0):
+        self.count, self.total = count, total
+
+    def add(self, codes: np.ndarray) -> None:
+        kept = codes[codes != IGNORE_INDEX]
+        self.count += kept.size
+        self.total = (self.total + int(kept.sum(dtype=np.int64))) % (1 << 64)
+
+    @classmethod
+    def of(cls, codes: np.ndarray) -> _Checksum:
+        checksum = cls()
+        checksum.add(codes)
+        return checksum
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Checksum) and (self.count, self.total) == (other.count, other.total)
+
+
+def _flat(features: list[Any]) -> list[Mapping[str, Any]]:
+    return [e for item in features for e in ([item] if isinstance(item, Mapping) else _flat(item))]
+
+
+def _like(labels: Any, codes: np.ndarray) -> Any:
+    if isinstance(labels, torch.Tensor):
+        return torch.from_numpy(codes).reshape(labels.shape)
+    if isinstance(labels, np.ndarray):
+        return codes.reshape(labels.shape)
+    return codes.tolist()

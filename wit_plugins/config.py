@@ -1,0 +1,156 @@
+"""The settings of a weighted run: one pydantic model, the same in every framework."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from wit_plugins.errors import WITConfigError
+
+
+class WITConfig(BaseModel):
+    """Settings of a weighted run (the `wit:` block of a YAML file, the arguments of `WITCallback`).
+
+    Raises:
+        pydantic.ValidationError: (a `ValueError`) on an unknown key, a wrong type or a wrong value. Adapters call
+            [`WITConfig.parse`], which raises [`WITConfigError`] with the same facts in one readable message.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    prompt_weight: float = Field(
+        strict=True,
+        ge=0,
+        allow_inf_nan=False,
+        description="λp, the weight of every predicted prompt token: a finite number ≥ 0. The paper's best models "
+        "are mostly at 0 to 0.5. 0 is conventional instruction tuning.",
+    )
+    response_weight: float = Field(
+        default=1.0,
+        strict=True,
+        ge=0,
+        allow_inf_nan=False,
+        description="λr, the weight of every predicted response token: a finite number ≥ 0. The paper's best models "
+        "are mostly at 0.5 to 1. It and `prompt_weight` cannot both be 0.",
+    )
+    normalization: Literal["nonzero_tokens", "weight_sum"] = Field(
+        default="nonzero_tokens",
+        description="What the weighted sum is divided by, over the whole optimizer step. `nonzero_tokens` (the "
+        "paper's): the number of predicted tokens whose weight is not 0. `weight_sum`: the sum of the weights, so "
+        "that scaling all weights changes nothing.",
+    )
+    loss_impl: Literal["auto", "fused", "logits"] = Field(
+        default="auto",
+        description="How the loss is computed. `logits`: from the model's own logits. `fused`: without holding the "
+        "logits of all tokens (not available yet: naming it is an error). `auto`: the best that is available, which "
+        "is `logits` for now.",
+    )
+    strategies: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Further strategies by their registered name, each with its own options, e.g. `{dft: {}}`. A "
+        "list of names is short for no options. All weights are multiplied.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            for key in values:
+                if key not in cls.model_fields:
+                    raise ValueError(f"unknown key {key!r}{did_you_mean(str(key), cls.model_fields)}")
+        return values
+
+    @field_validator("prompt_weight", "response_weight")
+    @classmethod
+    def _survives_float32(cls, value: float) -> float:
+        # Weights travel and multiply as float32, so a value that turns into 0 or inf there would not be applied.
+        with np.errstate(over="ignore", under="ignore"):
+            as_float32 = float(np.float32(value))
+        if math.isinf(as_float32) or (value != 0 and as_float32 == 0):
+            raise ValueError("out of the range of float32; use a value such as 0.2")
+        return value
+
+    @field_validator("strategies", mode="before")
+    @classmethod
+    def _names_to_options(cls, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            if not all(isinstance(name, str) for name in value):
+                raise ValueError(
+                    "a list holds names only, such as [dft]; to give options, write a mapping such as {dft: {}}"
+                )
+            if len(set(value)) < len(value):
+                raise ValueError(f"a strategy is named twice in {list(value)}")
+            return {name: {} for name in value}
+        if isinstance(value, Mapping):
+            return {name: {} if options is None else options for name, options in value.items()}
+        return value
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> WITConfig:
+        if self.prompt_weight == 0 and self.response_weight == 0:
+            raise ValueError(
+                "prompt_weight and response_weight are both 0, so nothing would be trained; "
+                "set response_weight: 1.0 for conventional instruction tuning"
+            )
+        if "wit" in self.strategies:
+            raise ValueError("strategies: 'wit' is always on; set prompt_weight and response_weight instead")
+        return self
+
+    @classmethod
+    def parse(cls, values: Any, source: str = "wit") -> WITConfig:
+        """Build the settings from a mapping, as read from a configuration file.
+
+        Args:
+            values (`Mapping`): the settings by name.
+            source (`str`): what to call them in an error message, e.g. the name of the YAML block.
+
+        Raises:
+            WITConfigError: naming every wrong key, its value and the way out.
+        """
+        if not isinstance(values, Mapping):
+            raise WITConfigError(
+                f"{source}: expected a mapping such as {{prompt_weight: 0.2, response_weight: 0.8}}, got {values!r}"
+            )
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise WITConfigError(f"{source}: {_readable(error)}") from None
+
+    def active_strategies(self) -> dict[str, dict[str, Any]]:
+        """The strategies of this run by name, with their options: WIT first, then those named in `strategies`."""
+        wit = {"prompt_weight": self.prompt_weight, "response_weight": self.response_weight}
+        return {"wit": wit, **self.strategies}
+
+    def summary(self) -> str:
+        """The settings in one line, for logs and messages."""
+        parts = [f"{name}={value!r}" for name, value in self.model_dump(exclude={"strategies"}).items()]
+        if self.strategies:
+            parts.append(f"strategies={self.strategies!r}")
+        return ", ".join(parts)
+
+
+def did_you_mean(name: str, known: Any) -> str:
+    """`"; did you mean 'x'?"` when a known name is close to `name`, else the list of known names."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(known)}" if known else ""
+
+
+def _readable(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "missing":
+            message = f"is required; add {key}: 0.2" if key == "prompt_weight" else "is required"
+        elif key:
+            message = f"= {item['input']!r}: {message}"
+        lines.append(f"{key} {message}".strip())
+    return "; ".join(lines)

@@ -1,0 +1,55 @@
+"""What a run leaves behind: `wit_config.json` beside every checkpoint, a section in the model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+
+from wit_plugins.config import WITConfig
+
+CONFIG_NAME = "wit_config.json"
+_CARD_HEADING = "## Weighted instruction tuning"
+
+
+def save_config(config: WITConfig, folder: str | os.PathLike[str]) -> None:
+    """Write the settings to `folder/wit_config.json`."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config.model_dump(), indent=2) + "\n"
+    Path(folder, CONFIG_NAME).write_text(text, encoding="utf-8")
+
+
+def load_config(folder: str | os.PathLike[str]) -> WITConfig | None:
+    """The settings that a checkpoint was trained with, or `None` if it was trained without weights."""
+    path = Path(folder, CONFIG_NAME)
+    return WITConfig.parse(json.loads(path.read_text(encoding="utf-8")), str(path)) if path.is_file() else None
+
+
+def warn_if_changed(config: WITConfig, checkpoint: str | os.PathLike[str]) -> None:
+    """Warn if a checkpoint was trained with other settings than it is resumed with."""
+    saved = load_config(checkpoint)
+    if saved == config:
+        return
+    before = f"with {saved.summary()}" if saved else "without weights (it has no wit_config.json)"
+    warnings.warn(f"{checkpoint} was trained {before}; it is resumed with {config.summary()}", stacklevel=3)
+
+
+def add_to_model_card(config: WITConfig, path: str | os.PathLike[str]) -> None:
+    """Append how the model was trained to a model card, unless the section is there already."""
+    card = Path(path)
+    if not card.is_file():
+        return
+    text = card.read_text(encoding="utf-8")
+    if _CARD_HEADING in text:
+        return
+    section = (
+        f"\n{_CARD_HEADING}\n\n"
+        "This model was trained with a weighted loss ([Weighted Instruction Tuning]"
+        "(https://arxiv.org/abs/2507.07817)): prompt tokens weigh "
+        f"{config.prompt_weight}, response tokens {config.response_weight}, "
+        f"normalization `{config.normalization}`"
+        + (f", further strategies `{json.dumps(config.strategies)}`" if config.strategies else "")
+        + ".\n"
+    )
+    card.write_text(text.rstrip("\n") + "\n" + section, encoding="utf-8")

@@ -1,0 +1,72 @@
+"""Roles: which tokens are prompt, which are response, which are neither.
+
+The framework's own label mask is the only source of truth. A label other than -100 is response; any other *real*
+token is prompt. Padding and the first token of a document (which is never predicted) are neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+IGNORE_INDEX = -100
+NEITHER, PROMPT, RESPONSE = 0, 1, 2
+
+
+def token_array(values: Any) -> np.ndarray:
+    """A list, tensor or array of integers as an int64 array `[T]`."""
+    if hasattr(values, "detach"):  # a torch tensor
+        values = values.detach().cpu().numpy()
+    return np.asarray(values, dtype=np.int64).reshape(-1)
+
+
+def document_starts(example: Mapping[str, Any], num_tokens: int) -> np.ndarray:
+    """Indices of the first token of each document in an example, ascending int64, the first one 0.
+
+    Packed rows say where their documents are by `seq_lengths` (TRL) or by `position_ids` that restart at 0
+    (LLaMA-Factory, Axolotl); an example with neither is one document.
+
+    Raises:
+        ValueError: if `seq_lengths` or `position_ids` do not fit the number of tokens.
+    """
+    if example.get("seq_lengths") is not None:
+        lengths = token_array(example["seq_lengths"])
+        if lengths.sum() != num_tokens or (lengths <= 0).any():
+            raise ValueError(f"seq_lengths {lengths.tolist()} do not add up to the example's {num_tokens} tokens")
+        return np.concatenate(([0], np.cumsum(lengths)[:-1])).astype(np.int64)
+    if example.get("position_ids") is not None:
+        positions = token_array(example["position_ids"])
+        if len(positions) != num_tokens:
+            raise ValueError(f"position_ids have {len(positions)} entries for {num_tokens} tokens")
+        return np.union1d([0], np.flatnonzero(positions == 0)).astype(np.int64)
+    return np.zeros(1, dtype=np.int64)
+
+
+def example_roles(example: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Targets, roles and document starts of one example.
+
+    Args:
+        example (`Mapping`): with `input_ids` and `labels` `[T]`, and optionally `attention_mask` `[T]`,
+            `seq_lengths`, `position_ids` `[T]`.
+
+    Returns:
+        `targets` int64 `[T]` (the label of a response token, the id of a prompt token), `roles` uint8 `[T]`
+        (`NEITHER`, `PROMPT`, `RESPONSE`), and the documents' starts (see [`document_starts`]).
+
+    Raises:
+        ValueError: if `labels` and `input_ids` differ in length.
+    """
+    input_ids, labels = token_array(example["input_ids"]), token_array(example["labels"])
+    if len(input_ids) != len(labels):
+        raise ValueError(f"labels have {len(labels)} entries for {len(input_ids)} input_ids")
+    is_response = labels != IGNORE_INDEX
+    roles = np.where(is_response, RESPONSE, PROMPT).astype(np.uint8)
+    if example.get("attention_mask") is not None:
+        mask = token_array(example["attention_mask"])
+        if len(mask) == len(input_ids):  # a 2-D or 4-D mask of a packed row says nothing about single tokens
+            roles[mask == 0] = NEITHER
+    starts = document_starts(example, len(input_ids)) if len(input_ids) else np.zeros(0, dtype=np.int64)
+    roles[starts] = NEITHER
+    return np.where(is_response, labels, input_ids), roles, starts

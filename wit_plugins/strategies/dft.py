@@ -1,0 +1,23 @@
+"""Dynamic Fine-Tuning: a token's weight is multiplied by its own detached probability (arXiv:2508.05629, eq. 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from wit_plugins.hookspecs import hookimpl
+
+
+@hookimpl
+def validate_options(options: Mapping[str, Any]) -> None:
+    """DFT has no options."""
+    if options:
+        raise ValueError(f"takes no options, got {sorted(options)}; write dft: {{}}")
+
+
+@hookimpl
+def dynamic_weights(log_probs: torch.Tensor) -> torch.Tensor:
+    """The probability of each target, `[N]`."""
+    return log_probs.exp()

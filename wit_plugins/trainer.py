@@ -1,0 +1,153 @@
+"""The trainer's side: a mixin put in front of the trainer's own class while weights are attached.
+
+The trainer keeps its own loop, sampler, packer, `compute_loss` and logging; each method here calls the trainer's own
+and adds to it. It is mixed in by changing the class of one instance, so it composes with any subclass.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.trainer_utils import get_last_checkpoint
+
+from wit_plugins import records
+from wit_plugins.adapter import TrainerAdapter
+from wit_plugins.collator import CODES_KEY
+from wit_plugins.config import WITConfig
+from wit_plugins.errors import WeightsNotAppliedError
+from wit_plugins.head import Step, WeightedHead
+from wit_plugins.metrics import RoleMetrics
+from wit_plugins.normalization import step_denominator
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from transformers import PreTrainedModel
+
+    class _Base(Trainer):
+        model: PreTrainedModel
+else:
+    _Base = object
+
+
+@dataclass
+class Attachment:
+    """What is attached to one trainer."""
+
+    config: WITConfig
+    adapter: TrainerAdapter
+    head: WeightedHead
+    training: RoleMetrics = field(default_factory=RoleMetrics)
+    evaluation: RoleMetrics = field(default_factory=RoleMetrics)
+    verified: bool = False
+
+
+class WeightedTrainerMixin(_Base):
+    """Normalisation, logging, checks and records of a weighted run."""
+
+    _wit: Attachment
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | int | None:
+        """The whole step's denominator: all micro-batches, all ranks."""
+        counted = super()._get_num_items_in_batch(batch_samples, device)
+        total = step_denominator(batch_samples, self._wit.config.normalization, device)
+        if counted is None or total is None:
+            return counted
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            total = self.accelerator.gather(total).sum() / self.get_tp_size()
+        return total
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> Any:
+        """The trainer's own `compute_loss`, watched: without applied weights there is no step."""
+        wit = self._wit
+        training = self.model.training
+        if CODES_KEY not in inputs:
+            raise WeightsNotAppliedError(
+                f"the batch has no {CODES_KEY}: its examples carry no labels column, or the data loader does not use "
+                "the trainer's data_collator; prepare the dataset with labels that are -100 on the prompt"
+            )
+        step = wit.head.step = Step(num_items_in_batch, training)
+        try:
+            loss = super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
+            )
+        finally:
+            wit.head.step = None
+        if step.result is None:
+            raise WeightsNotAppliedError(
+                "the model's forward was called without the weights, so this run would train unweighted: something "
+                "replaced or wrapped the forward of the model after the weights were attached; attach them last"
+            )
+        if training and not wit.verified:
+            self._verify(loss[0] if isinstance(loss, tuple) else loss, step)
+            wit.verified = True
+        if training:
+            wit.training.add(step.result)
+        else:
+            wit.evaluation.add_gathered(step.result, self.accelerator)
+        return loss
+
+    def _verify(self, loss: torch.Tensor, step: Step) -> None:
+        """Compare the trainer's loss of the first micro-batch with the head's, so that no trainer ignores it."""
+        assert step.result is not None
+        expected = step.result.loss.detach().float()
+        processes = 1
+        if self.args.average_tokens_across_devices and step.num_items is not None:
+            processes = self.accelerator.num_processes // self.get_tp_size()
+        loss, expected = loss.detach().float(), expected.to(loss.device) * processes
+        allowed = [expected]
+        if step.aux_loss is not None:
+            # Trainers differ in how they average the auxiliary loss over micro-batches and ranks.
+            aux = step.aux_loss_coefficient * step.aux_loss.float().to(loss.device)
+            steps = getattr(self, "current_gradient_accumulation_steps", 1)
+            allowed = [expected + aux * scale for scale in (1, processes, 1 / steps, processes / steps)]
+        if not any(torch.allclose(loss, value, rtol=1e-3, atol=1e-6, equal_nan=True) for value in allowed):
+            raise WeightsNotAppliedError(
+                f"{type(self).__mro__[2].__name__} computes a loss of {loss.item():.6g} where the weighted loss is "
+                f"{expected.item():.6g}: its compute_loss does not use the loss of the model, so the weights cannot "
+                "be applied; switch off the option that replaces the loss"
+            )
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own loop; its metrics gain the roles' losses under its prefix."""
+        self._wit.evaluation.reset()
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        own = self._wit.evaluation.read(self.accelerator.device)
+        assert output.metrics is not None
+        output.metrics.update({f"{prefix}_{name}": value for name, value in own.items()})
+        return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The trainer's own logging; a training log gains the roles' losses since the last one."""
+        if "loss" in logs:
+            # Updated in place, as the caller may go on using its dictionary.
+            logs.update(self._wit.training.read_reduced(self.accelerator, self.get_tp_size()))
+        super().log(logs, *args, **kwargs)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own training, announced in one line; resuming with other settings warns."""
+        checkpoint: Any = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+        if checkpoint and os.path.isdir(checkpoint):
+            records.warn_if_changed(self._wit.config, checkpoint)
+        self.accelerator.print(f"WIT on: {self._wit.config.summary()} ({self._wit.adapter.framework})")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """The trainer's own saving, and the settings beside it (every checkpoint comes through here)."""
+        super().save_model(output_dir, *args, **kwargs)
+        if self.args.should_save:
+            records.save_config(self._wit.config, output_dir or str(self.args.output_dir))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The trainer's own model card, and how the model was weighted."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            records.add_to_model_card(self._wit.config, os.path.join(str(self.args.output_dir), "README.md"))

@@ -1,0 +1,87 @@
+"""Transport: weights, targets and roles through any collator, in the one channel that every collator keeps.
+
+Extra per-token columns do not survive the frameworks' collators; `labels` does, everywhere. So each token's weight,
+target and role are written into one integer *code* that takes the label's place before the collator runs, and are
+read back on the device, after every cast that could have rounded a float:
+
+    bit 52      role: 0 prompt, 1 response
+    bits 21-51  weight: the 31 bits of a non-negative float32
+    bits 0-20   target: a token id below 2^21
+
+53 bits, because one framework's collator turns labels into float64 for a moment. -100 stays -100: neither prompt nor
+response, so a collator's own padding can never be mistaken for prompt.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from wit_plugins.roles import IGNORE_INDEX, NEITHER, PROMPT, RESPONSE
+
+TARGET_BITS = 21
+WEIGHT_BITS = 31
+MAX_VOCAB_SIZE = 1 << TARGET_BITS
+_ROLE_SHIFT = TARGET_BITS + WEIGHT_BITS
+_TARGET_MASK = (1 << TARGET_BITS) - 1
+_WEIGHT_MASK = (1 << WEIGHT_BITS) - 1
+
+
+def encode(targets: np.ndarray, roles: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Write targets, roles and weights into codes.
+
+    Args:
+        targets (`np.ndarray`): int64 `[T]`, ids in `[0, 2^21)` wherever the role is not `NEITHER`.
+        roles (`np.ndarray`): uint8 `[T]`.
+        weights (`np.ndarray`): float32 `[T]`, finite and ≥ 0.
+
+    Returns:
+        int64 `[T]`: codes in `[0, 2^53)`, -100 where the role is `NEITHER`.
+
+    Raises:
+        ValueError: if a target or a weight does not fit.
+    """
+    real = roles != NEITHER
+    if ((targets < 0) | (targets >= MAX_VOCAB_SIZE))[real].any():
+        worst = targets[real][(targets[real] < 0) | (targets[real] >= MAX_VOCAB_SIZE)][0]
+        raise ValueError(f"token id {worst} is outside [0, {MAX_VOCAB_SIZE}), the range that can be transported")
+    if weights.dtype != np.float32 or not np.isfinite(weights).all() or (weights < 0).any():
+        raise ValueError("weights must be finite float32 numbers >= 0")
+    bits = (weights + np.float32(0)).view(np.uint32).astype(np.int64)  # + 0 turns -0.0, whose sign bit is set, to 0.0
+    codes = (roles == RESPONSE).astype(np.int64) << _ROLE_SHIFT | bits << TARGET_BITS | (targets & _TARGET_MASK)
+    return np.where(real, codes, IGNORE_INDEX)
+
+
+def restore_codes(codes: torch.Tensor) -> torch.Tensor:
+    """Codes as a collator returned them, as int64 again.
+
+    Raises:
+        ValueError: if the collator used a type that cannot hold 53 bits.
+    """
+    if codes.dtype in (torch.int64, torch.uint64, torch.float64):
+        return codes.to(torch.int64)
+    raise ValueError(
+        f"the collator turned labels into {codes.dtype}, which cannot hold the weights; it must keep them int64"
+    )
+
+
+def decode(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Read targets, roles and weights back. Runs on any device and does not synchronise.
+
+    Args:
+        codes (`torch.Tensor`): int64, any shape.
+
+    Returns:
+        `targets` int64 (-100 where neither), `roles` uint8, `weights` float32 (0 where neither), each shaped alike.
+    """
+    real = codes != IGNORE_INDEX
+    targets = torch.where(real, codes & _TARGET_MASK, IGNORE_INDEX)
+    roles = torch.where(real, torch.where((codes >> _ROLE_SHIFT) != 0, RESPONSE, PROMPT), NEITHER).to(torch.uint8)
+    bits = torch.where(real, codes >> TARGET_BITS & _WEIGHT_MASK, 0).to(torch.int32)
+    return targets, roles, bits.view(torch.float32)
+
+
+def framework_labels(codes: torch.Tensor) -> torch.Tensor:
+    """The labels the framework itself would have had, int64: the response's ids, -100 elsewhere."""
+    targets, roles, _ = decode(codes)
+    return torch.where(roles == RESPONSE, targets, IGNORE_INDEX)
