@@ -23,9 +23,7 @@ from wit_plugins.metrics import RoleMetrics
 from wit_plugins.normalization import step_denominator
 
 if TYPE_CHECKING:
-    from transformers import Trainer
-
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, Trainer
 
     class _Base(Trainer):
         model: PreTrainedModel
