@@ -1,0 +1,397 @@
+"""`attach` on a plain `transformers.Trainer`: the whole life of a run."""
+
+import functools
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from support import all_relative_error, documents, llama, mixtral, reference_step, role_losses
+from tokenizers import Tokenizer, models
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+
+from wit_plugins import WeightsNotAppliedError, WITConfig, WITConfigError, attach, attached, detach
+
+DOCS = documents(12, seed=5)
+EXAMPLES = [d.example() for d in DOCS]
+CONFIG = WITConfig(prompt_weight=0.2, response_weight=0.8)
+
+
+def tokenizer():
+    vocab = {"<pad>": 0, "</s>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, 61)}}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="<unk>")), pad_token="<pad>", eos_token="</s>"
+    )
+
+
+def make_trainer(tmp_path, model=None, examples=EXAMPLES, collator=None, cls=Trainer, trainer_kwargs=None, **args):
+    settings = {
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 5,
+        "learning_rate": 0.05,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "num_train_epochs": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **args,
+    }
+    return cls(
+        model or llama(),
+        TrainingArguments(str(tmp_path / "out"), **settings),
+        data_collator=collator or DataCollatorForSeq2Seq(tokenizer()),
+        train_dataset=examples,
+        eval_dataset=EXAMPLES,
+        processing_class=tokenizer(),
+        **(trainer_kwargs or {}),
+    )
+
+
+def first_log(trainer, key="loss"):
+    return next(entry for entry in trainer.state.log_history if key in entry)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+def test_one_optimizer_step(tmp_path, accumulation):
+    trainer = make_trainer(
+        tmp_path, per_device_train_batch_size=12 // accumulation, gradient_accumulation_steps=accumulation
+    )
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    expected_loss, expected_grads = reference_step(trainer.model, DOCS, 0.2, 0.8)
+    expected_roles = role_losses(trainer.model, DOCS)
+    attach(trainer, CONFIG)
+    trainer.train()
+    log = first_log(trainer)
+    assert log["loss"] == pytest.approx(expected_loss, rel=1e-5)
+    assert {k: log[k] for k in expected_roles} == pytest.approx(expected_roles, rel=1e-5)
+    steps = {n: (before[n] - p.detach()) / 0.05 for n, p in trainer.model.named_parameters()}
+    assert all_relative_error(steps, expected_grads) < 1e-4  # a difference of float32 parameters
+
+
+def test_roles_of_weight_zero(tmp_path):
+    """Not computed in training, so not logged; always in evaluation."""
+    trainer = make_trainer(tmp_path, eval_strategy="epoch")
+    attach(trainer, WITConfig(prompt_weight=0.0))
+    trainer.train()
+    log = first_log(trainer)
+    assert "response_loss" in log
+    assert "prompt_loss" not in log
+    assert "prompt_tokens" not in log
+    evaluation = first_log(trainer, "eval_loss")
+    expected = role_losses(trainer.model, DOCS)
+    assert {k: evaluation[f"eval_{k}"] for k in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_logs_cover_the_steps_since_the_last_log(tmp_path):
+    trainer = make_trainer(tmp_path, logging_steps=3, learning_rate=0.0)
+    attach(trainer, CONFIG)
+    trainer.train()
+    expected = role_losses(trainer.model, DOCS)
+    log = first_log(trainer)
+    assert log["step"] == 3
+    assert {k: log[k] for k in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluation_is_comparable_between_weightings(tmp_path):
+    """`eval_response_loss` does not depend on the weights, `eval_loss` does; every evaluation set has its own."""
+    seen = []
+    for config in (CONFIG, WITConfig(prompt_weight=1.0), WITConfig(prompt_weight=0.0)):
+        trainer = make_trainer(tmp_path)
+        attach(trainer, config)
+        metrics = trainer.evaluate({"a": EXAMPLES, "b": EXAMPLES[:3]})
+        expected = role_losses(trainer.model, DOCS[:3])
+        assert {k: metrics[f"eval_b_{k}"] for k in expected} == pytest.approx(expected, rel=1e-5)
+        seen.append(metrics)
+    assert len({round(m["eval_a_response_loss"], 6) for m in seen}) == 1
+    assert len({round(m["eval_a_loss"], 6) for m in seen}) == 3
+
+
+def test_eval_loss_at_0_1_is_the_frameworks_own(tmp_path):
+    trainer = make_trainer(tmp_path)
+    own = trainer.evaluate()["eval_loss"]
+    attach(trainer, WITConfig(prompt_weight=0.0))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(own, rel=1e-6)
+
+
+def test_compute_metrics_sees_what_it_saw_before(tmp_path):
+    seen = []
+
+    def compute_metrics(prediction):
+        seen.append((prediction.predictions, prediction.label_ids))
+        return {"n": float((prediction.label_ids != -100).sum())}
+
+    for weighted in (False, True):
+        trainer = make_trainer(tmp_path, trainer_kwargs={"compute_metrics": compute_metrics})
+        if weighted:
+            attach(trainer, CONFIG)
+        trainer.evaluate()
+    (logits, labels), (weighted_logits, weighted_labels) = seen
+    # The first label of a row is predicted by nothing; it is -100 with weights.
+    assert (labels[:, 1:] == weighted_labels[:, 1:]).all()
+    assert np.allclose(logits, weighted_logits)
+
+
+def test_load_best_model_by_response_loss(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_response_loss",
+    )
+    attach(trainer, CONFIG)
+    trainer.train()
+    losses = [e["eval_response_loss"] for e in trainer.state.log_history if "eval_response_loss" in e]
+    assert trainer.state.best_metric == min(losses)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path, dtype):
+    """At (0, 1), step for step what transformers does by itself; with prompt weight, the auxiliary part is unchanged."""
+    losses = []
+    for config in (None, WITConfig(prompt_weight=0.0)):
+        trainer = make_trainer(tmp_path, mixtral().to(dtype), gradient_accumulation_steps=2, num_train_epochs=3)
+        if config:
+            attach(trainer, config)
+        trainer.train()
+        losses.append([e["loss"] for e in trainer.state.log_history if "loss" in e])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5 if dtype == torch.float32 else 2e-2)
+    assert len(losses[0]) == 6
+
+
+def test_autocast(tmp_path):
+    trainer = make_trainer(tmp_path, bf16=True, per_device_train_batch_size=12)
+    expected, _ = reference_step(trainer.model, DOCS, 0.2, 0.8)
+    attach(trainer, CONFIG)
+    trainer.train()
+    assert first_log(trainer)["loss"] == pytest.approx(expected, rel=2e-2)  # bfloat16 keeps 8 bits
+
+
+def test_autocast_at_0_1_is_the_frameworks_own(tmp_path):
+    losses = []
+    for weighted in (False, True):
+        trainer = make_trainer(tmp_path, bf16=True, num_train_epochs=2)
+        if weighted:
+            attach(trainer, WITConfig(prompt_weight=0.0))
+        trainer.train()
+        losses.append([e["loss"] for e in trainer.state.log_history if "loss" in e])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("tool", ["torch_compile", "gradient_checkpointing"])
+def test_options_of_the_trainer(tmp_path, tool):
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=12, **{tool: True})
+    expected, _ = reference_step(trainer.model, DOCS, 0.2, 0.8)
+    attach(trainer, CONFIG)
+    trainer.train()
+    assert first_log(trainer)["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+class TestAttaching:
+    def test_twice_the_same_is_once(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        attach(trainer, CONFIG)
+        collator, forward = trainer.data_collator, trainer.model.forward
+        attach(trainer, WITConfig(prompt_weight=0.2, response_weight=0.8))
+        assert trainer.data_collator is collator
+        assert trainer.model.forward is forward
+
+    def test_twice_different_is_an_error(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        attach(trainer, CONFIG)
+        with pytest.raises(WITConfigError, match=r"0\.2.*detach.*0\.4"):
+            attach(trainer, WITConfig(prompt_weight=0.4, response_weight=0.6))
+
+    def test_detach_restores(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        before = (type(trainer), trainer.data_collator, trainer.model_accepts_loss_kwargs, dict(trainer.__dict__))
+        attach(trainer, CONFIG)
+        assert attached(trainer).config == CONFIG
+        assert isinstance(trainer, Trainer)
+        detach(trainer)
+        assert attached(trainer) is None
+        after = (type(trainer), trainer.data_collator, trainer.model_accepts_loss_kwargs, dict(trainer.__dict__))
+        assert after == before
+        assert "forward" not in trainer.model.__dict__
+        detach(trainer)  # nothing to do
+
+    def test_detach_after_training_trains_on_as_before(self, tmp_path):
+        """Also when autocast has been wrapped around the patch meanwhile."""
+        losses = []
+        for weighted in (False, True):
+            trainer = make_trainer(tmp_path, bf16=True, learning_rate=0.0)
+            if weighted:
+                attach(trainer, CONFIG)
+                trainer.train()
+                detach(trainer)
+            trainer.train()
+            losses.append(trainer.state.log_history[0]["loss"])
+        assert losses[0] == losses[1]
+
+    def test_a_refused_attach_changes_nothing(self, tmp_path):
+        trainer = make_trainer(tmp_path, examples=[{"input_ids": [5, 6], "labels": [5, 6]}])
+        before = dict(trainer.__dict__)
+        with pytest.raises(WITConfigError):
+            attach(trainer, CONFIG)
+        assert trainer.__dict__ == before
+        assert type(trainer) is Trainer
+        assert "forward" not in trainer.model.__dict__
+
+    def test_generation_and_plain_forward_are_untouched(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        inputs = torch.tensor([DOCS[0].input_ids])
+        labels = torch.tensor([DOCS[0].labels])
+        trainer.model.eval()
+        own = trainer.model.generate(inputs, max_new_tokens=5, do_sample=False)
+        loss = trainer.model(inputs, labels=labels).loss
+        attach(trainer, CONFIG)
+        trainer.model.eval()
+        assert torch.equal(trainer.model.generate(inputs, max_new_tokens=5, do_sample=False), own)
+        assert trainer.model(inputs, labels=labels).loss == loss
+        assert trainer.model(input_ids=inputs, labels=labels, num_items_in_batch=7).loss is not None
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("kwargs", "message"),
+        [
+            ({"label_smoothing_factor": 0.1}, "label_smoothing_factor = 0.1.*set it to 0"),
+            (
+                {"trainer_kwargs": {"compute_loss_func": lambda *a, **k: None}},
+                "compute_loss_func = <lambda>.*remove it",
+            ),
+            ({"examples": [{"input_ids": [5, 6], "labels": [5, 6]}] * 150}, "nothing masked.*150.*labels column"),
+            ({"examples": [{"input_ids": [5, 6], "labels": [-100, -100]}] * 150}, "no response in any of its 150"),
+            ({"examples": [{"input_ids": [5, 6]}]}, "no labels"),
+            ({"examples": [{"text": "hello"}]}, r"no input_ids \(columns: \['text'\]\)"),
+        ],
+    )
+    def test_options_and_datasets(self, tmp_path, kwargs, message):
+        trainer = make_trainer(tmp_path, **kwargs)
+        with pytest.raises(WITConfigError, match=message):
+            attach(trainer, CONFIG)
+
+    def test_a_late_prompt_is_found(self, tmp_path):
+        examples = [{"input_ids": [5, 6], "labels": [5, 6]}] * 150 + EXAMPLES
+        attach(make_trainer(tmp_path, examples=examples), CONFIG)
+
+    def test_the_fused_head_is_not_there_yet(self, tmp_path):
+        with pytest.raises(WITConfigError, match="loss_impl = 'fused'.*not there yet.*auto"):
+            attach(make_trainer(tmp_path), WITConfig(prompt_weight=0.2, loss_impl="fused"))
+
+    def test_not_a_language_model(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        trainer.model = torch.nn.Linear(2, 2)
+        with pytest.raises(WITConfigError, match="Linear is not a transformers model"):
+            attach(trainer, CONFIG)
+
+    def test_a_vocabulary_too_large_to_transport(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        trainer.model.config.vocab_size = 2**21 + 1
+        with pytest.raises(WITConfigError, match="2097153"):
+            attach(trainer, CONFIG)
+
+
+class TestNeverSilently:
+    """Whatever keeps the weights from the loss stops training."""
+
+    def test_a_collator_that_builds_its_own_labels(self, tmp_path):
+        collator = DataCollatorForLanguageModeling(tokenizer(), mlm=False)
+        trainer = make_trainer(tmp_path, collator=collator, per_device_train_batch_size=1)
+        attach(trainer, CONFIG)
+        with pytest.raises(WeightsNotAppliedError, match="DataCollatorForLanguageModeling does not carry"):
+            trainer.train()
+
+    def test_a_forward_replaced_afterwards(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        attach(trainer, CONFIG)
+        own = type(trainer.model).forward
+
+        @functools.wraps(own)
+        def forward(weighted_labels=None, **kwargs):
+            return own(trainer.model, **kwargs)
+
+        trainer.model.forward = forward
+        with pytest.raises(WeightsNotAppliedError, match="replaced or wrapped the forward"):
+            trainer.train()
+
+    def test_a_trainer_that_ignores_the_models_loss(self, tmp_path):
+        class Stubborn(Trainer):
+            def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+                logits = model(**inputs).logits
+                return torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), inputs["labels"][:, 1:])
+
+        trainer = make_trainer(tmp_path, cls=Stubborn)
+        attach(trainer, CONFIG)
+        with pytest.raises(WeightsNotAppliedError, match="Stubborn computes a loss of"):
+            trainer.train()
+
+    def test_a_data_loader_with_another_collator(self, tmp_path):
+        class Own(Trainer):
+            def get_train_dataloader(self):
+                return torch.utils.data.DataLoader(
+                    self.train_dataset, 4, collate_fn=DataCollatorForSeq2Seq(tokenizer())
+                )
+
+        trainer = make_trainer(tmp_path, cls=Own)
+        attach(trainer, CONFIG)
+        with pytest.raises(WeightsNotAppliedError, match="the batch has no weighted_labels"):
+            trainer.train()
+
+    def test_the_model_called_outside_the_trainer(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        attach(trainer, CONFIG)
+        batch = trainer.data_collator(EXAMPLES[:2])
+        with pytest.raises(WeightsNotAppliedError, match="outside the trainer's compute_loss"):
+            trainer.model(**batch)
+
+
+class TestRecords:
+    def test_settings_with_every_checkpoint_and_on_the_card(self, tmp_path):
+        trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2)
+        attach(trainer, CONFIG)
+        trainer.train()
+        trainer.save_model(str(tmp_path / "final"))
+        for folder in (tmp_path / "out" / "checkpoint-2", tmp_path / "out" / "checkpoint-3", tmp_path / "final"):
+            assert json.loads((folder / "wit_config.json").read_text()) == CONFIG.model_dump()
+        for _ in range(2):
+            trainer.create_model_card()
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert card.count("prompt tokens weigh 0.2, response tokens 0.8") == 1
+
+    def test_resuming(self, tmp_path):
+        """The same settings resume silently and exactly; others, or none, warn."""
+        whole = make_trainer(tmp_path, save_strategy="steps", save_steps=1)
+        attach(whole, CONFIG)
+        whole.train()
+        checkpoint = str(tmp_path / "out" / "checkpoint-2")
+
+        again = make_trainer(tmp_path)
+        attach(again, WITConfig(prompt_weight=0.2, response_weight=0.8))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*it is resumed with.*")
+            again.train(resume_from_checkpoint=checkpoint)
+        losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (whole, again)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+        other = make_trainer(tmp_path)
+        attach(other, WITConfig(prompt_weight=0.4))
+        with pytest.warns(UserWarning, match=r"trained with prompt_weight=0\.2.*resumed with prompt_weight=0\.4"):
+            other.train(resume_from_checkpoint=checkpoint)
+
+        (tmp_path / "out" / "checkpoint-3" / "wit_config.json").unlink()
+        with pytest.warns(UserWarning, match="checkpoint-3 was trained without weights"):
+            again.train(resume_from_checkpoint=True)

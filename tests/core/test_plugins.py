@@ -1,0 +1,193 @@
+"""Strategies: registered names, products, options, trust."""
+
+import pickle
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from wit_plugins import PROMPT, RESPONSE, WITConfigError, hookimpl, register
+from wit_plugins.plugins import ActiveStrategies, plugin_manager, strategy_names
+
+ROLES = np.array([0, PROMPT, RESPONSE, RESPONSE], dtype=np.uint8)
+IDS = np.array([4, 5, 6, 7])
+WIT = {"prompt_weight": 0.25, "response_weight": 0.5}
+
+
+class ById:
+    """Weights by token id, with an option that it checks."""
+
+    @hookimpl
+    def validate_options(self, options):
+        if not isinstance(options.get("id"), int):
+            raise ValueError(f"id = {options.get('id')!r} is not a token id")
+
+    @hookimpl
+    def static_weights(self, input_ids, options, example):
+        return np.where(input_ids == options["id"], example["factor"], 1.0)
+
+
+class Broken:
+    def __init__(self, result):
+        self.result = result
+
+    @hookimpl
+    def static_weights(self):
+        return self.result
+
+
+@pytest.fixture
+def registered():
+    names = []
+
+    def add(plugin, name):
+        register(plugin, name)
+        names.append(name)
+
+    yield add
+    for name in names:
+        plugin_manager().unregister(name=name)
+
+
+def test_built_in_strategies_are_registered_like_others():
+    assert {"wit", "dft"} <= set(strategy_names())
+    assert "trl" not in strategy_names()  # an adapter is a plugin, but no strategy
+
+
+def test_importing_the_core_imports_no_framework():
+    code = (
+        "import sys, wit_plugins.plugins as p; p.plugin_manager();"
+        "assert not {'trl', 'axolotl', 'llamafactory', 'datasets'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_wit_alone():
+    weights = ActiveStrategies({"wit": WIT}).static_weights(IDS, ROLES, {})
+    assert weights.dtype == np.float32
+    assert weights.tolist() == [0, 0.25, 0.5, 0.5]
+
+
+def test_static_weights_multiply(registered):
+    registered(ById(), "by_id")
+    active = ActiveStrategies({"wit": WIT, "by_id": {"id": 7}})
+    assert active.static_weights(IDS, ROLES, {"factor": 0.5}).tolist() == [0, 0.25, 0.5, 0.25]
+
+
+def test_dynamic_weights_multiply(registered):
+    class Half:
+        @hookimpl
+        def dynamic_weights(self, roles):
+            return torch.where(roles == PROMPT, 0.5, 1.0)
+
+    registered(Half(), "half")
+    log_probs = torch.tensor([0.1, 0.2, 0.4]).log()
+    active = ActiveStrategies({"wit": WIT, "dft": {}, "half": {}})
+    assert active.has_dynamic_weights
+    factors = active.dynamic_weights(log_probs, torch.tensor([PROMPT, RESPONSE, RESPONSE], dtype=torch.uint8))
+    assert torch.allclose(factors, torch.tensor([0.05, 0.2, 0.4]))
+    assert not ActiveStrategies({"wit": WIT}).has_dynamic_weights
+
+
+def test_only_named_strategies_are_called(registered):
+    registered(Broken("never called"), "idle")
+    assert ActiveStrategies({"wit": WIT}).static_weights(IDS, ROLES, {}).tolist() == [0, 0.25, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("dtf", {}, "'dtf' is not a registered strategy; did you mean 'dft'"),
+        ("os.path", {}, "'os.path' is not a registered strategy"),
+        ("trl", {}, "'trl' is not a registered strategy"),
+        ("dft", {"beta": 1}, r"dft: takes no options, got \['beta'\]"),
+        ("by_id", {"id": "x"}, "by_id: id = 'x' is not a token id"),
+    ],
+)
+def test_wrong_names_and_options(registered, name, options, message):
+    registered(ById(), "by_id")
+    with pytest.raises(WITConfigError, match=message):
+        ActiveStrategies({"wit": WIT, name: options})
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (np.ones(3), "shape"),
+        (np.array([1, -1, 1, 1]), "negative or not finite"),
+        (np.array([1, np.nan, 1, 1]), "negative or not finite"),
+    ],
+)
+def test_strategies_that_return_nonsense(registered, result, message):
+    registered(Broken(result), "broken")
+    with pytest.raises(ValueError, match=f"'broken'.*{message}"):
+        ActiveStrategies({"wit": WIT, "broken": {}}).static_weights(IDS, ROLES, {})
+
+
+def test_a_name_is_taken_once(registered):
+    registered(ById(), "by_id")
+    with pytest.raises(WITConfigError, match="registered already"):
+        register(ById(), "by_id")
+
+
+def test_pickles_with_modules_and_objects(registered, tmp_path, monkeypatch):
+    registered(ById(), "by_id")
+    active = ActiveStrategies({"wit": WIT, "by_id": {"id": 7}})
+    data = pickle.dumps(active)
+    plugin_manager().unregister(name="by_id")  # as in a spawned worker, which has the entry points only
+    again = pickle.loads(data)
+    assert again.static_weights(IDS, ROLES, {"factor": 0.5}).tolist() == [0, 0.25, 0.5, 0.25]
+
+
+def test_a_broken_entry_point_warns_and_stays_off(monkeypatch):
+    import wit_plugins.plugins as plugins
+
+    class EntryPoint:
+        name, value = "bad", "bad_package.plugin"
+
+        def load(self):
+            raise ImportError("no module named bad_package")
+
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [EntryPoint()])
+    with pytest.warns(UserWarning, match="'bad'.*no module named bad_package"):
+        manager = plugins.plugin_manager.__wrapped__()
+    assert not manager.has_plugin("bad")
+    assert manager.has_plugin("wit")
+
+
+def test_a_third_party_comes_in_by_entry_point(monkeypatch):
+    import wit_plugins.plugins as plugins
+
+    module = types.ModuleType("third_party")
+    module.static_weights = hookimpl(lambda roles: np.ones(len(roles)))
+
+    class EntryPoint:
+        name, value = "third", "third_party"
+
+        def load(self):
+            return module
+
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [EntryPoint()] if group == "wit_plugins" else [])
+    assert plugins.plugin_manager.__wrapped__().get_plugin("third") is module
+
+
+def test_hook_calls_can_be_traced():
+    code = (
+        "import numpy as np; from wit_plugins.plugins import ActiveStrategies;"
+        "ActiveStrategies({'wit': {'prompt_weight': 1.0, 'response_weight': 1.0}})"
+        ".static_weights(np.zeros(1), np.ones(1, np.uint8), {})"
+    )
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "WIT_TRACE_HOOKS": "1"},
+    )
+    assert "static_weights(" in done.stderr
+    assert "-> wit" in done.stderr

@@ -1,0 +1,213 @@
+"""Property-based: whatever documents, weights, packings, paddings and vocabularies, everything survives exactly."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wit_plugins.collator import CODES_KEY, WeightedCollator
+from wit_plugins.errors import WeightsNotAppliedError
+from wit_plugins.plugins import ActiveStrategies
+from wit_plugins.transport import MAX_VOCAB_SIZE, decode, encode, framework_labels, restore_codes
+
+float32s = st.floats(0, float(np.finfo(np.float32).max), width=32, allow_subnormal=True)
+
+
+@st.composite
+def tokens(draw, max_length=30):
+    length = draw(st.integers(1, max_length))
+    targets = draw(st.lists(st.integers(0, MAX_VOCAB_SIZE - 1), min_size=length, max_size=length))
+    roles = draw(st.lists(st.integers(0, 2), min_size=length, max_size=length))
+    weights = draw(st.lists(float32s, min_size=length, max_size=length))
+    return np.array(targets), np.array(roles, dtype=np.uint8), np.array(weights, dtype=np.float32)
+
+
+@given(tokens())
+def test_round_trip_is_exact_even_through_float64(drawn):
+    targets, roles, weights = drawn
+    codes = encode(targets, roles, weights)
+    assert ((codes == -100) == (roles == 0)).all()
+    assert (codes < 2**53).all()
+    through = restore_codes(torch.from_numpy(codes).to(torch.float64))
+    assert torch.equal(through, torch.from_numpy(codes))
+    got_targets, got_roles, got_weights = (t.numpy() for t in decode(through))
+    real = roles != 0
+    assert (got_roles == roles).all()
+    assert (got_targets[real] == targets[real]).all()
+    assert (got_targets[~real] == -100).all()
+    # Bit for bit, so that subnormals and the largest float32 count as well.
+    assert (got_weights.view(np.uint32)[real] == weights.view(np.uint32)[real]).all()
+    assert (got_weights[~real] == 0).all()
+    labels = framework_labels(through).numpy()
+    assert (labels == np.where(roles == 2, targets, -100)).all()
+
+
+def test_negative_zero_is_zero():
+    codes = encode(np.array([5]), np.array([1], np.uint8), np.array([-0.0], np.float32))
+    targets, roles, weights = decode(torch.from_numpy(codes))
+    assert (targets.item(), roles.item(), weights.item()) == (5, 1, 0.0)
+
+
+@pytest.mark.parametrize("target", [-1, MAX_VOCAB_SIZE])
+def test_ids_that_do_not_fit_are_refused(target):
+    with pytest.raises(ValueError, match=str(target)):
+        encode(np.array([target]), np.array([2], np.uint8), np.ones(1, np.float32))
+
+
+@pytest.mark.parametrize("weight", [-1.0, np.nan, np.inf])
+def test_weights_that_do_not_fit_are_refused(weight):
+    with pytest.raises(ValueError, match="finite"):
+        encode(np.array([1]), np.array([2], np.uint8), np.array([weight], np.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.bfloat16])
+def test_types_that_lose_bits_are_refused(dtype):
+    with pytest.raises(ValueError, match="cannot hold the weights"):
+        restore_codes(torch.zeros(3, dtype=dtype))
+
+
+def pad(rows, value, multiple):
+    width = -(-max(map(len, rows)) // multiple) * multiple
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+
+
+class PaddingCollator:
+    """Pads on the right (or left), as TRL's and transformers' do."""
+
+    def __init__(self, multiple=1, left=False):
+        self.multiple, self.left = multiple, left
+
+    def __call__(self, examples):
+        flip = (lambda row: row[::-1]) if self.left else (lambda row: row)
+        ids = pad([flip(e["input_ids"]) for e in examples], 0, self.multiple)
+        labels = pad([flip(e["labels"]) for e in examples], -100, self.multiple)
+        if self.left:
+            ids, labels = ids.flip(1), labels.flip(1)
+        return {"input_ids": ids, "labels": labels}
+
+
+class FlatteningCollator:
+    """One row of everything, labels through float64 and nested batches allowed, as Axolotl's."""
+
+    def __call__(self, examples):
+        flat = [e for item in examples for e in (item if isinstance(item, list) else [item])]
+        labels = np.concatenate([[], *[e["labels"] for e in flat]])
+        return {
+            "input_ids": torch.tensor([[i for e in flat for i in e["input_ids"]]]),
+            "labels": torch.from_numpy(labels)[None],
+        }
+
+
+@st.composite
+def packed_examples(draw):
+    """Examples of one or more documents, and for each token what it must arrive as."""
+    vocab_size = draw(st.sampled_from([10, 32000, MAX_VOCAB_SIZE]))
+    examples, expected = [], []
+    for _ in range(draw(st.integers(1, 4))):
+        lengths = draw(st.lists(st.integers(1, 8), min_size=1, max_size=4))
+        total = sum(lengths)
+        ids = draw(st.lists(st.integers(0, vocab_size - 1), min_size=total, max_size=total))
+        masked = draw(st.lists(st.booleans(), min_size=total, max_size=total))
+        how = draw(st.sampled_from(["seq_lengths", "position_ids"])) if len(lengths) > 1 else None
+        example = {"input_ids": ids, "labels": [-100 if m else i for i, m in zip(ids, masked, strict=True)]}
+        if how == "seq_lengths":
+            example["seq_lengths"] = lengths
+        elif how == "position_ids":
+            example["position_ids"] = [p for n in lengths for p in range(n)]
+        firsts = {sum(lengths[:i]) for i in range(len(lengths))}
+        examples.append(example)
+        expected.append([(0, None) if t in firsts else (1 if masked[t] else 2, ids[t]) for t in range(total)])
+    return examples, expected
+
+
+@settings(deadline=None)
+@given(
+    packed_examples(),
+    st.sampled_from([PaddingCollator(), PaddingCollator(8), PaddingCollator(4, left=True), FlatteningCollator()]),
+    st.floats(0, 2, width=32),
+    st.floats(0, 2, width=32),
+    st.sampled_from([list, np.array, torch.tensor]),
+)
+def test_collators_carry_everything(drawn, collator, prompt_weight, response_weight, container):
+    examples, expected = drawn
+    if isinstance(collator, PaddingCollator):
+        container = list
+    given_examples = [{**e, "labels": container(e["labels"])} for e in examples]
+    strategies = ActiveStrategies({"wit": {"prompt_weight": prompt_weight, "response_weight": response_weight}})
+    batch = WeightedCollator(collator, strategies)(given_examples)
+    assert batch["labels"].dtype == batch[CODES_KEY].dtype == torch.int64
+    targets, roles, weights = decode(batch[CODES_KEY])
+    if isinstance(collator, FlatteningCollator):
+        expected = [[token for row in expected for token in row]]
+    for r, row in enumerate(expected):
+        width = targets.shape[1]
+        row = [(0, None)] * (width - len(row)) + row if getattr(collator, "left", False) else row
+        row = row + [(0, None)] * (width - len(row))
+        by_role = {0: 0.0, 1: np.float32(prompt_weight), 2: np.float32(response_weight)}
+        assert roles[r].tolist() == [role for role, _ in row]
+        assert weights[r].tolist() == [by_role[role] for role, _ in row]
+        assert targets[r].tolist() == [-100 if role == 0 else token for role, token in row]
+        assert batch["labels"][r].tolist() == [token if role == 2 else -100 for role, token in row]
+
+
+def wit(prompt_weight=0.4, response_weight=0.6):
+    return ActiveStrategies({"wit": {"prompt_weight": prompt_weight, "response_weight": response_weight}})
+
+
+def test_nested_lists_of_examples():
+    example = {"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}
+    batch = WeightedCollator(FlatteningCollator(), wit())([[example, example]])
+    _, _, weights = decode(batch[CODES_KEY])
+    assert torch.equal(weights, torch.tensor([[0, 0.4, 0.6, 0, 0.4, 0.6]]))
+
+
+def test_examples_are_left_alone():
+    example = {"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}
+    WeightedCollator(PaddingCollator(), wit())([example])
+    assert example == {"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}
+
+
+def test_padding_inside_an_example_is_neither():
+    example = {"input_ids": [5, 6, 7, 0, 0], "labels": [-100, 6, -100, -100, -100], "attention_mask": [1, 1, 1, 0, 0]}
+    batch = WeightedCollator(PaddingCollator(), wit())([example])
+    assert decode(batch[CODES_KEY])[1].tolist() == [[0, 2, 1, 0, 0]]
+
+
+class OverwritingCollator:
+    """Builds labels from the ids, as `DataCollatorForLanguageModeling(mlm=False)` of transformers does."""
+
+    def __call__(self, examples):
+        ids = pad([e["input_ids"] for e in examples], 0, 1)
+        return {"input_ids": ids, "labels": ids.clone()}
+
+
+class CuttingCollator(PaddingCollator):
+    def __call__(self, examples):
+        return super().__call__([{k: v[:2] for k, v in e.items()} for e in examples])
+
+
+class ShiftingCollator(PaddingCollator):
+    def __call__(self, examples):
+        batch = super().__call__(examples)
+        return {**batch, "shift_labels": batch["labels"]}
+
+
+@pytest.mark.parametrize("collator", [OverwritingCollator(), CuttingCollator(), ShiftingCollator()])
+def test_collators_that_touch_labels_are_refused(collator):
+    with pytest.raises(WeightsNotAppliedError, match=type(collator).__name__):
+        WeightedCollator(collator, wit())([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}])
+
+
+def test_pickles_and_delegates():
+    wrapped = WeightedCollator(PaddingCollator(8), wit())
+    assert wrapped.multiple == 8
+    again = pickle.loads(pickle.dumps(wrapped))
+    example = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+    assert torch.equal(again([example])[CODES_KEY], wrapped([example])[CODES_KEY])
+
+
+def test_examples_without_labels_pass():
+    assert CODES_KEY not in WeightedCollator(lambda examples: {"n": len(examples)}, wit())([{"input_ids": [1]}])

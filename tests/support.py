@@ -1,0 +1,155 @@
+"""What tests share: tiny models, documents, and the step that the paper's formula asks for, computed on its own."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from wit_plugins.reference import reference_loss
+
+VOCAB_SIZE = 61
+GRID = [round(0.2 * i, 1) for i in range(6)]
+CELLS = [cell for cell in itertools.product(GRID, GRID) if cell != (0.0, 0.0)]
+
+
+@dataclass
+class Document:
+    """Token ids `[T]`, and for each whether it is response."""
+
+    input_ids: list[int]
+    is_response: list[bool]
+
+    @property
+    def labels(self) -> list[int]:
+        return [i if r else -100 for i, r in zip(self.input_ids, self.is_response, strict=True)]
+
+    def example(self) -> dict[str, Any]:
+        return {"input_ids": list(self.input_ids), "labels": self.labels}
+
+
+def documents(count: int, seed: int = 0, low: int = 3, high: int = 14) -> list[Document]:
+    """Documents of uneven length: one or two prompts, each with its response, at random places."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        length = int(rng.integers(low, high))
+        ids = rng.integers(3, VOCAB_SIZE, length).tolist()
+        cut, end = sorted(rng.integers(1, length, 2).tolist())
+        mask = [cut <= i <= end or (i > end and i % 5 == 0) for i in range(length)]
+        made.append(Document(ids, mask))
+    return made
+
+
+def from_dataset(rows: Any) -> list[Document]:
+    """The documents of a prepared dataset, packed or not, read from its `input_ids`, `labels` and `seq_lengths`."""
+    made = []
+    for row in rows:
+        start = 0
+        for length in row.get("seq_lengths") or [len(row["input_ids"])]:
+            piece = slice(start, start + length)
+            made.append(Document(row["input_ids"][piece], [label != -100 for label in row["labels"][piece]]))
+            start += length
+    return made
+
+
+def llama(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM:
+    """A decoder whose predictions are far from uniform, so that a wrong weight shows."""
+    torch.manual_seed(1)
+    settings = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.4,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "tie_word_embeddings": False,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).to(dtype)
+
+
+def mixtral() -> MixtralForCausalLM:
+    """A mixture of experts with an auxiliary loss large enough to matter."""
+    torch.manual_seed(1)
+    config = MixtralConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        initializer_range=0.4,
+        output_router_logits=True,
+        router_aux_loss_coef=0.3,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    return MixtralForCausalLM(config)
+
+
+def document_logits(
+    model: torch.nn.Module, docs: Sequence[Document]
+) -> Iterator[tuple[torch.Tensor, list[int], list[bool]]]:
+    """Each document on its own through the model: no padding, no packing, nothing of this project."""
+    for doc in docs:
+        logits = model(input_ids=torch.tensor([doc.input_ids], device=model.device), use_cache=False).logits[0]
+        yield logits, doc.input_ids, doc.is_response
+
+
+def reference_step(
+    model: torch.nn.Module, docs: Sequence[Document], prompt_weight: float, response_weight: float, **kwargs: Any
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of one optimizer step over these documents, in float64, from the paper's formula.
+
+    Weights are rounded to float32 first: that is their type everywhere.
+    """
+    model = copy.deepcopy(model).to(torch.float64).train()
+    loss = reference_loss(
+        list(document_logits(model, docs)),
+        float(np.float32(prompt_weight)),
+        float(np.float32(response_weight)),
+        **kwargs,
+    )
+    loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    return loss.item(), grads
+
+
+def role_losses(model: torch.nn.Module, docs: Sequence[Document]) -> dict[str, float]:
+    """Unweighted mean losses of prompt and response, and the numbers of tokens, from the formula at (1, 0), (0, 1)."""
+    model = copy.deepcopy(model).to(torch.float64).eval()
+    with torch.no_grad():
+        items = list(document_logits(model, docs))
+        return {
+            "prompt_loss": reference_loss(items, 1.0, 0.0).item(),
+            "response_loss": reference_loss(items, 0.0, 1.0).item(),
+            "prompt_tokens": sum(not r for d in docs for r in d.is_response[1:]),
+            "response_tokens": sum(r for d in docs for r in d.is_response[1:]),
+        }
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of the expected."""
+    actual, expected = actual.double(), expected.double()
+    return (torch.linalg.vector_norm(actual - expected) / torch.linalg.vector_norm(expected).clamp(min=1e-12)).item()
+
+
+def all_relative_error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Relative error over all tensors taken as one vector."""
+    assert actual.keys() == expected.keys()
+    flat = [torch.cat([t[n].double().flatten() for n in sorted(expected)]) for t in (actual, expected)]
+    return relative_error(*flat)
