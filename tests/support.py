@@ -101,9 +101,10 @@ def mixtral() -> MixtralForCausalLM:
     return MixtralForCausalLM(config)
 
 
-def document_logits(
-    model: torch.nn.Module, docs: Sequence[Document]
-) -> Iterator[tuple[torch.Tensor, list[int], list[bool]]]:
+Scored = tuple[torch.Tensor, list[int], list[bool]]
+
+
+def document_logits(model: torch.nn.Module, docs: Sequence[Document]) -> Iterator[Scored]:
     """Each document on its own through the model: no padding, no packing, nothing of this project."""
     for doc in docs:
         logits = model(input_ids=torch.tensor([doc.input_ids], device=model.device), use_cache=False).logits[0]
@@ -118,12 +119,8 @@ def reference_step(
     Weights are rounded to float32 first: that is their type everywhere.
     """
     model = copy.deepcopy(model).to(torch.float64).train()
-    loss = reference_loss(
-        list(document_logits(model, docs)),
-        float(np.float32(prompt_weight)),
-        float(np.float32(response_weight)),
-        **kwargs,
-    )
+    weights = [float(np.float32(weight)) for weight in (prompt_weight, response_weight)]
+    loss = reference_loss(list(document_logits(model, docs)), *weights, **kwargs)
     loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
     return loss.item(), grads

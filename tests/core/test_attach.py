@@ -160,7 +160,7 @@ def test_load_best_model_by_response_loss(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path, dtype):
-    """At (0, 1), step for step what transformers does by itself; with prompt weight, the auxiliary part is unchanged."""
+    """At (0, 1), step for step what transformers does by itself, whose loss holds the auxiliary one."""
     losses = []
     for config in (None, WITConfig(prompt_weight=0.0)):
         trainer = make_trainer(tmp_path, mixtral().to(dtype), gradient_accumulation_steps=2, num_train_epochs=3)
@@ -269,10 +269,7 @@ class TestRefusals:
         ("kwargs", "message"),
         [
             ({"label_smoothing_factor": 0.1}, "label_smoothing_factor = 0.1.*set it to 0"),
-            (
-                {"trainer_kwargs": {"compute_loss_func": lambda *a, **k: None}},
-                "compute_loss_func = <lambda>.*remove it",
-            ),
+            ({"trainer_kwargs": {"compute_loss_func": max}}, "compute_loss_func = max.*remove it"),
             ({"examples": [{"input_ids": [5, 6], "labels": [5, 6]}] * 150}, "nothing masked.*150.*labels column"),
             ({"examples": [{"input_ids": [5, 6], "labels": [-100, -100]}] * 150}, "no response in any of its 150"),
             ({"examples": [{"input_ids": [5, 6]}]}, "no labels"),
@@ -342,9 +339,8 @@ class TestNeverSilently:
     def test_a_data_loader_with_another_collator(self, tmp_path):
         class Own(Trainer):
             def get_train_dataloader(self):
-                return torch.utils.data.DataLoader(
-                    self.train_dataset, 4, collate_fn=DataCollatorForSeq2Seq(tokenizer())
-                )
+                collator = DataCollatorForSeq2Seq(tokenizer())
+                return torch.utils.data.DataLoader(self.train_dataset, 4, collate_fn=collator)
 
         trainer = make_trainer(tmp_path, cls=Own)
         attach(trainer, CONFIG)

@@ -1,5 +1,6 @@
 """Strategies: registered names, products, options, trust."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -180,14 +181,7 @@ def test_hook_calls_can_be_traced():
         "ActiveStrategies({'wit': {'prompt_weight': 1.0, 'response_weight': 1.0}})"
         ".static_weights(np.zeros(1), np.ones(1, np.uint8), {})"
     )
-    import os
-
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        check=True,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "WIT_TRACE_HOOKS": "1"},
-    )
+    env = {**os.environ, "WIT_TRACE_HOOKS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=env)
     assert "static_weights(" in done.stderr
     assert "-> wit" in done.stderr
