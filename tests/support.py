@@ -98,6 +98,7 @@ def mixtral() -> MixtralForCausalLM:
         bos_token_id=None,
         eos_token_id=1,
     )
+    config._experts_implementation = "eager"  # the others have no float64, which the reference needs
     return MixtralForCausalLM(config)
 
 
@@ -111,6 +112,14 @@ def document_logits(model: torch.nn.Module, docs: Sequence[Document]) -> Iterato
         yield logits, doc.input_ids, doc.is_response
 
 
+def plain_copy(model: torch.nn.Module) -> Any:
+    """A float64 copy with the forward of its class: patches on an instance would lead back to the original."""
+    made = copy.deepcopy(model).to(torch.float64)
+    for module in made.modules():
+        module.__dict__.pop("forward", None)
+    return made
+
+
 def reference_step(
     model: torch.nn.Module, docs: Sequence[Document], prompt_weight: float, response_weight: float, **kwargs: Any
 ) -> tuple[float, dict[str, torch.Tensor]]:
@@ -118,7 +127,7 @@ def reference_step(
 
     Weights are rounded to float32 first: that is their type everywhere.
     """
-    model = copy.deepcopy(model).to(torch.float64).train()
+    model = plain_copy(model).train()
     weights = [float(np.float32(weight)) for weight in (prompt_weight, response_weight)]
     loss = reference_loss(list(document_logits(model, docs)), *weights, **kwargs)
     loss.backward()
@@ -128,7 +137,7 @@ def reference_step(
 
 def role_losses(model: torch.nn.Module, docs: Sequence[Document]) -> dict[str, float]:
     """Unweighted mean losses of prompt and response, and the numbers of tokens, from the formula at (1, 0), (0, 1)."""
-    model = copy.deepcopy(model).to(torch.float64).eval()
+    model = plain_copy(model).eval()
     with torch.no_grad():
         items = list(document_logits(model, docs))
         return {

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from transformers.trainer_utils import get_last_checkpoint
 
 from wit_plugins import records
@@ -82,6 +83,7 @@ class WeightedTrainerMixin(_Base):
                 "replaced or wrapped the forward of the model after the weights were attached; attach them last"
             )
         if training and not wit.verified:
+            self._verify_synchronised(model)
             self._verify(loss[0] if isinstance(loss, tuple) else loss, step)
             wit.verified = True
         if training:
@@ -109,6 +111,17 @@ class WeightedTrainerMixin(_Base):
                 f"{type(self).__mro__[2].__name__} computes a loss of {loss.item():.6g} where the weighted loss is "
                 f"{expected.item():.6g}: its compute_loss does not use the loss of the model, so the weights cannot "
                 "be applied; switch off the option that replaces the loss"
+            )
+
+    def _verify_synchronised(self, model: Any) -> None:
+        """Make sure that plain data parallelism averages the gradients, without which no step is the whole batch's."""
+        plain = self.accelerator.distributed_type.name.startswith("MULTI_") and self.get_tp_size() == 1
+        model = getattr(model, "_orig_mod", model)  # torch.compile
+        if plain and self.accelerator.num_processes > 1 and not isinstance(model, DistributedDataParallel):
+            raise WeightsNotAppliedError(
+                f"{self.accelerator.num_processes} processes train a {type(model).__name__} that is not wrapped in "
+                "DistributedDataParallel, so each would go its own way; transformers leaves it so when evaluate() runs "
+                "before train(): train first, or evaluate with a trainer of its own"
             )
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

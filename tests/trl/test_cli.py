@@ -1,0 +1,134 @@
+"""`python -m wit_trl sft`: TRL's own script, launched by accelerate, with weights."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from support import llama, reference_step
+from trlkit import LEARNING_RATE, dataset, sft_trainer, tokenizer
+
+from support import from_dataset
+
+ARGS = {
+    "per_device_train_batch_size": 8,
+    "num_train_epochs": 1,
+    "learning_rate": LEARNING_RATE,
+    "optim": "sgd",
+    "logging_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "max_length": 64,
+}
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    """A model folder, a dataset folder and a configuration file, as a user would have them."""
+    llama().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    dataset("conversational").to_json(str(tmp_path / "data" / "train.jsonl"))
+    config = {
+        **ARGS,
+        "model_name_or_path": str(tmp_path / "model"),
+        "dataset_name": str(tmp_path / "data"),
+        "output_dir": str(tmp_path / "out"),
+    }
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+def run(workplace, *args):
+    return subprocess.run(
+        [sys.executable, "-m", "wit_trl", *args], capture_output=True, text=True, cwd=workplace, timeout=600
+    )
+
+
+def expected_loss(tmp_path):
+    trainer = sft_trainer(tmp_path / "reference", "conversational")
+    return reference_step(trainer.model, from_dataset(trainer.train_dataset), 0.2, 0.8)[0]
+
+
+def first_loss(workplace):
+    state = json.loads((workplace / "out" / "checkpoint-1" / "trainer_state.json").read_text())
+    return state["log_history"][0]["loss"]
+
+
+def test_weights_on_the_command_line(workplace):
+    done = run(workplace, "sft", "--config", "sft.yaml", "--prompt_weight", "0.2", "--response_weight", "0.8")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert first_loss(workplace) == pytest.approx(expected_loss(workplace), rel=1e-5)
+    assert "WIT on: prompt_weight=0.2, response_weight=0.8" in done.stdout
+    for folder in ("out", "out/checkpoint-1"):
+        assert json.loads((workplace / folder / "wit_config.json").read_text())["prompt_weight"] == 0.2
+    assert "prompt tokens weigh 0.2" in (workplace / "out" / "README.md").read_text()
+
+
+def test_weights_in_the_file_in_two_processes(workplace):
+    """Everything `trl sft` takes, accelerate's options too; the weights are on in every process."""
+    config = yaml.safe_load((workplace / "sft.yaml").read_text())
+    config |= {"prompt_weight": 0.2, "response_weight": 0.8, "per_device_train_batch_size": 4}
+    (workplace / "sft.yaml").write_text(yaml.safe_dump(config))
+    # `--multi_gpu` is accelerate's name for torchrun; on a machine without a GPU the two processes use gloo.
+    done = run(workplace, "sft", "--config", "sft.yaml", "--multi_gpu", "--num_processes", "2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert first_loss(workplace) == pytest.approx(expected_loss(workplace), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["sft", "--config", "sft.yaml"], "prompt_weight is missing; add --prompt_weight 0.2"),
+        (["sft", "--config", "sft.yaml", "--prompt_weight", "-1"], "prompt_weight = -1.0"),
+        (["sft", "--config", "sft.yaml", "--promt_weight", "0.2", "--prompt_weight", "1"], "--promt_weight"),
+        (
+            ["sft", "--config", "sft.yaml", "--prompt_weight", "0.2", "--normalization", "mean"],
+            "normalization = 'mean'",
+        ),
+        (["sft", "--config", "sft.yaml", "--prompt_weight", "0.2", "--strategies", "{dft"], "is not JSON"),
+        (["dpo", "--config", "sft.yaml"], "'dpo' has no prompt and response weights; use `trl dpo`"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_launched(workplace, args, message):
+    done = run(workplace, *args)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (workplace / "out").exists()
+
+
+def test_help_names_the_weights_and_trl_s_arguments(workplace):
+    done = run(workplace, "sft", "--help")
+    assert done.returncode == 0
+    assert "--prompt_weight" in done.stdout
+    assert "--packing_strategy" in done.stdout
+    assert run(workplace, "--help").returncode == 0
+
+
+def test_strategies_on_the_command_line():
+    from wit_trl.sft import WITArguments
+
+    assert WITArguments(0.2, strategies="dft").config().strategies == {"dft": {}}
+    assert WITArguments(0.2, strategies='{"dft": {}}').config().strategies == {"dft": {}}
+    assert WITArguments(0.2, strategies={"dft": {}}).config().strategies == {"dft": {}}  # from a YAML file
+
+
+def test_a_script_of_trl_that_changed_is_noticed(monkeypatch):
+    import trl.scripts.sft
+
+    from wit_plugins import WITConfigError
+    from wit_trl.sft import _check_script
+
+    _check_script()
+
+    def main():
+        pass
+
+    monkeypatch.setattr(trl.scripts.sft, "main", main)
+    with pytest.raises(WITConfigError, match="does not know"):
+        _check_script()

@@ -1,0 +1,122 @@
+"""What cannot be exact is refused when the callback is made, with the way out."""
+
+import pytest
+import trl
+from packaging.version import Version
+from trlkit import dataset, logs, sft_trainer
+
+import wit_trl.plugin
+from wit_plugins import WITConfigError, attached, detach
+from wit_trl import WITCallback
+
+
+@pytest.mark.parametrize(
+    ("data", "args", "message"),
+    [
+        ("plain", {"completion_only_loss": False}, "nothing masked.*completion_only_loss.*assistant_only_loss"),
+        ("conversational", {"completion_only_loss": False}, "nothing masked.*8 examples"),
+        ("assistant_only", {}, "nothing masked.*assistant_only_loss=True"),
+        ("tokenised", {"label_smoothing_factor": 0.1}, "label_smoothing_factor = 0.1.*set it to 0"),
+        ("tokenised", {"loss_type": "dft"}, r"loss_type = 'dft'.*strategies=\{'dft': \{\}\}"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*deprecated.*")
+def test_options(tmp_path, data, args, message):
+    trainer = sft_trainer(tmp_path, data, **args)
+    with pytest.raises(WITConfigError, match=message):
+        WITCallback(trainer, prompt_weight=0.2)
+    assert attached(trainer) is None
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_dataset_without_a_response(tmp_path, packing):
+    data = dataset("tokenised").map(lambda row: {"labels": [-100] * len(row["input_ids"])})
+    # TRL drops fully masked examples when it truncates, so there is no truncation here.
+    trainer = sft_trainer(tmp_path, data, packing=packing, max_length=64 if packing else None)
+    with pytest.raises(WITConfigError, match="no response in any of its"):
+        WITCallback(trainer, prompt_weight=0.2)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated.*")
+def test_a_custom_loss_function(tmp_path):
+    def my_loss(outputs, labels, num_items_in_batch=None):
+        return outputs.logits.sum()
+
+    trainer = sft_trainer(tmp_path, trainer_kwargs={"compute_loss_func": my_loss})
+    with pytest.raises(WITConfigError, match="compute_loss_func = my_loss.*docs/strategies.md"):
+        WITCallback(trainer, prompt_weight=0.2)
+
+
+def test_a_vision_language_model(tmp_path):
+    trainer = sft_trainer(tmp_path)
+    trainer._is_vlm = True  # what TRL sets for a processor
+    with pytest.raises(WITConfigError, match="vision-language models are not supported yet.*tokenizer"):
+        WITCallback(trainer, prompt_weight=0.2)
+
+
+def test_another_trainer_of_trl(tmp_path):
+    from datasets import Dataset
+    from support import llama
+    from trlkit import tokenizer
+
+    rows = [{"prompt": "w01", "chosen": "w02", "rejected": "w03"}] * 4
+    args = trl.DPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[])
+    # A reference model, as DPO would load one from the model's name, which a model built from a config lacks.
+    trainer = trl.DPOTrainer(llama(), llama(), args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer())
+    with pytest.raises(WITConfigError, match="DPOTrainer does not train on prompt and response.*SFTTrainer"):
+        WITCallback(trainer, prompt_weight=0.2)
+
+
+@pytest.mark.parametrize("version", ["1.8.0", "1.17.0"])
+def test_versions_out_of_range(tmp_path, monkeypatch, version):
+    trainer = sft_trainer(tmp_path)
+    monkeypatch.setattr(trl, "__version__", version)
+    with pytest.raises(WITConfigError, match=rf"TRL {version} is not supported.*pip install"):
+        WITCallback(trainer, prompt_weight=0.2)
+
+
+def test_the_range_holds_the_version_under_test():
+    assert wit_trl.plugin.OLDEST <= Version(trl.__version__)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt_weight": -1}, "WITCallback: prompt_weight = -1"),
+        ({"prompt_weight": 0.2, "respons_weight": 1}, "did you mean 'response_weight'"),
+        ({"prompt_weight": 0.2, "strategies": ["dtf"]}, "did you mean 'dft'"),
+        ({"prompt_weight": 0.2, "loss_impl": "fused"}, "not there yet"),
+    ],
+)
+def test_settings(tmp_path, settings, message):
+    with pytest.raises(WITConfigError, match=message):
+        WITCallback(sft_trainer(tmp_path), **settings)
+
+
+def test_different_settings_twice(tmp_path):
+    trainer = sft_trainer(tmp_path)
+    trainer.add_callback(WITCallback(trainer, prompt_weight=0.2))
+    trainer.add_callback(WITCallback(trainer, prompt_weight=0.2))  # the same again is nothing new
+    with pytest.raises(WITConfigError, match="attached already"):
+        WITCallback(trainer, prompt_weight=0.4)
+
+
+def test_a_callback_whose_weights_are_gone(tmp_path):
+    trainer = sft_trainer(tmp_path)
+    trainer.add_callback(WITCallback(trainer, prompt_weight=0.2))
+    detach(trainer)
+    with pytest.raises(WITConfigError, match="not attached any more"):
+        trainer.train()
+
+
+def test_detach_gives_trl_back(tmp_path):
+    """After detach, a run is TRL's own, at the first digit and the last."""
+    losses = []
+    for weighted in (False, True):
+        trainer = sft_trainer(tmp_path)
+        if weighted:
+            WITCallback(trainer, prompt_weight=0.2)
+            detach(trainer)
+        trainer.train()
+        losses.append(logs(trainer)[0])
+    assert losses[0] == losses[1]

@@ -1,0 +1,306 @@
+"""Every shape that TRL's users train in: the first step of a real run equals the formula."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from packaging.version import Version
+from peft import LoraConfig, PromptTuningConfig, TaskType
+from support import (
+    VOCAB_SIZE,
+    Document,
+    all_relative_error,
+    document_logits,
+    documents,
+    from_dataset,
+    llama,
+    mixtral,
+    plain_copy,
+    reference_step,
+)
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from trlkit import LEARNING_RATE, assert_step_is_exact, dataset, logs, one_step, sft_trainer, tokenizer, weights_of
+
+from wit_plugins import attach
+from wit_plugins.reference import reference_loss
+from wit_trl import WITCallback
+
+TRL = Version(trl.__version__)
+HERE = Path(__file__).parent
+
+
+def in_one_batch(trainer):
+    """However many rows packing made, they are one step."""
+    assert len(trainer.train_dataset) <= trainer.args.per_device_train_batch_size
+    return trainer
+
+
+class TestDatasets:
+    @pytest.mark.parametrize("kind", ["plain", "conversational", "tokenised"])
+    def test_forms(self, tmp_path, kind):
+        assert_step_is_exact(sft_trainer(tmp_path, kind))
+
+    def test_assistant_only_loss(self, tmp_path):
+        trainer = sft_trainer(tmp_path, "assistant_only", assistant_only_loss=True)
+        # Both answers and their end-of-turn tokens are response, everything else is prompt.
+        row, names = trainer.train_dataset[0], tokenizer()
+        kept = names.decode([i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100])
+        messages = dataset("assistant_only")[0]["messages"]
+        assert kept == " ".join(m["content"] + " <end>" for m in messages if m["role"] == "assistant")
+        assert_step_is_exact(trainer)
+
+    def test_prompt_tokens_are_where_they_should_be(self, tmp_path):
+        """Roles from the raw text, by hand, not from the labels that TRL made."""
+        trainer = sft_trainer(tmp_path, "plain")
+        names = tokenizer()
+        docs = []
+        for row in dataset("plain"):
+            prompt, completion = (names(row[key])["input_ids"] for key in ("prompt", "completion"))
+            ids = [*prompt, *completion, names.eos_token_id]
+            docs.append(Document(ids, [t >= len(prompt) for t in range(len(ids))]))
+        expected, _ = reference_step(trainer.model, docs, 0.2, 0.8)
+        loss, *_ = one_step(trainer, 0.2, 0.8)
+        assert loss == pytest.approx(expected, rel=1e-5)
+
+    def test_truncation(self, tmp_path):
+        trainer = sft_trainer(tmp_path, max_length=8)
+        assert max(map(len, trainer.train_dataset["input_ids"])) == 8
+        assert_step_is_exact(trainer)
+
+    def test_streaming(self, tmp_path):
+        data = dataset("tokenised").to_iterable_dataset()
+        trainer = sft_trainer(tmp_path, data, max_steps=1)
+        expected, _ = reference_step(trainer.model, from_dataset(dataset("tokenised")), 0.2, 0.8)
+        trainer.add_callback(WITCallback(trainer, prompt_weight=0.2, response_weight=0.8))
+        trainer.train()
+        assert logs(trainer)[0] == pytest.approx(expected, rel=1e-5)
+
+
+class TestLayouts:
+    @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+    @pytest.mark.parametrize("accumulation", [1, 3])
+    def test_packing(self, tmp_path, strategy, accumulation):
+        trainer = sft_trainer(
+            tmp_path,
+            dataset("tokenised", 12),
+            packing=True,
+            packing_strategy=strategy,
+            max_length=10 if strategy == "bfd_split" else 16,
+            per_device_train_batch_size=12 if accumulation == 1 else 4,
+            gradient_accumulation_steps=accumulation,
+        )
+        lengths = [len(d.input_ids) for d in from_dataset(trainer.train_dataset)]
+        if strategy == "bfd_split":  # a document of 11 tokens became two
+            assert len(lengths) > 12
+        assert len(trainer.train_dataset) < len(lengths) or strategy == "wrapped"
+        assert_step_is_exact(trainer)
+
+    def test_packed_equals_unpacked(self, tmp_path):
+        data = dataset("tokenised", 12)
+        results = [
+            one_step(in_one_batch(sft_trainer(tmp_path, data, per_device_train_batch_size=12, **args)), 0.4, 0.6)
+            for args in ({}, {"packing": True, "max_length": 24}, {"padding_free": True, "max_length": None})
+        ]
+        for loss, taken, *_ in results[1:]:
+            assert loss == pytest.approx(results[0][0], rel=1e-6)
+            assert all_relative_error(taken, results[0][1]) < 1e-4
+
+    def test_padding_free(self, tmp_path):
+        assert_step_is_exact(sft_trainer(tmp_path, padding_free=True, max_length=None))
+
+    @pytest.mark.parametrize("args", [{}, {"padding_free": True, "max_length": None}, {"packing": True}])
+    def test_pad_to_multiple_of(self, tmp_path, args):
+        assert_step_is_exact(sft_trainer(tmp_path, pad_to_multiple_of=32, **args))
+
+    @pytest.mark.parametrize("context", ["fork", "spawn"])
+    def test_data_loader_workers(self, tmp_path, context):
+        trainer = sft_trainer(
+            tmp_path,
+            per_device_train_batch_size=3,
+            gradient_accumulation_steps=3,
+            dataloader_num_workers=2,
+            dataloader_multiprocessing_context=context,
+        )
+        assert_step_is_exact(trainer)
+
+    def test_the_last_step_is_short(self, tmp_path):
+        """Seven documents in steps of four: the second step is normalised by its own three."""
+        trainer = sft_trainer(
+            tmp_path,
+            dataset("tokenised", 7),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            learning_rate=0.0,
+            train_sampling_strategy="sequential",
+        )
+        docs = from_dataset(trainer.train_dataset)
+        expected = [reference_step(trainer.model, part, 0.2, 0.8)[0] for part in (docs[:4], docs[4:])]
+        trainer.add_callback(WITCallback(trainer, prompt_weight=0.2, response_weight=0.8))
+        trainer.train()
+        assert logs(trainer) == pytest.approx(expected, rel=1e-5)
+
+
+class TestModels:
+    def test_gradient_checkpointing(self, tmp_path):
+        assert_step_is_exact(sft_trainer(tmp_path, gradient_checkpointing=True))
+
+    def test_bfloat16(self, tmp_path):
+        """Autocast: within bfloat16 of the formula; at (0, 1) what TRL computes in bfloat16."""
+        loss, _, expected, _ = one_step(sft_trainer(tmp_path, bf16=True), 0.2, 0.8)
+        assert loss == pytest.approx(expected, rel=2e-2)
+        own = sft_trainer(tmp_path, bf16=True)
+        own.train()
+        weighted = sft_trainer(tmp_path, bf16=True)
+        weighted.add_callback(WITCallback(weighted, prompt_weight=0.0))
+        weighted.train()
+        assert logs(weighted) == pytest.approx(logs(own), rel=2e-3)
+
+    def test_a_bfloat16_model(self, tmp_path):
+        loss, _, expected, _ = one_step(sft_trainer(tmp_path, model=llama(torch.bfloat16), bf16=True), 0.2, 0.8)
+        assert loss == pytest.approx(expected, rel=2e-2)
+
+    def test_tied_embeddings(self, tmp_path):
+        assert_step_is_exact(sft_trainer(tmp_path, model=llama(tie_word_embeddings=True)))
+
+    def test_another_architecture(self, tmp_path):
+        config = Qwen3Config(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            initializer_range=0.4,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=1,
+        )
+        assert_step_is_exact(sft_trainer(tmp_path, model=Qwen3ForCausalLM(config)))
+
+    @pytest.mark.parametrize("args", [{}, {"modules_to_save": ["lm_head"]}, {"use_dora": True}])
+    def test_lora(self, tmp_path, args):
+        config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=4, target_modules=["q_proj", "up_proj"], **args)
+        trainer = sft_trainer(tmp_path, trainer_kwargs={"peft_config": config})
+        trained = weights_of(trainer)
+        assert any("lora_A" in n for n in trained)
+        assert any("lm_head" in n for n in trained) == ("modules_to_save" in args)
+        assert_step_is_exact(trainer)
+
+    @pytest.mark.skipif(TRL >= Version("1.15"), reason="since 1.15 TRL itself refuses an adapter on lm_head")
+    def test_lora_on_the_head(self, tmp_path):
+        config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=4, target_modules=["q_proj", "lm_head"])
+        trainer = sft_trainer(tmp_path, loss_type="nll", trainer_kwargs={"peft_config": config})
+        assert any("lm_head" in n for n in weights_of(trainer))
+        assert_step_is_exact(trainer)
+
+    @pytest.mark.skipif(TRL >= Version("1.15"), reason="loss_type='nll' is the default and only one since 1.15")
+    def test_loss_type_nll_of_older_versions(self, tmp_path):
+        assert_step_is_exact(sft_trainer(tmp_path, loss_type="nll"))
+
+    def test_prompt_tuning(self, tmp_path):
+        """Virtual tokens in front of every example: the weights are aligned behind them."""
+        config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)
+        trainer = sft_trainer(tmp_path, trainer_kwargs={"peft_config": config})
+        docs = from_dataset(trainer.train_dataset)
+        model = plain_copy(trainer.model)
+        scored = []
+        for logits, ids, is_response in document_logits(model, docs):
+            scored.append((logits[3:], ids, is_response))
+        expected = reference_loss(scored, 0.25, 0.5)
+        expected.backward()
+        before = weights_of(trainer)
+        trainer.add_callback(WITCallback(trainer, prompt_weight=0.25, response_weight=0.5))
+        trainer.train()
+        assert logs(trainer)[0] == pytest.approx(expected.item(), rel=1e-5)
+        taken = {n: (before[n] - p) / LEARNING_RATE for n, p in weights_of(trainer).items()}
+        grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        assert all_relative_error(taken, grads) < 1e-4
+
+    def test_a_mixture_of_experts_keeps_its_auxiliary_loss(self, tmp_path):
+        """At (0, 1) step for step what TRL does by itself, the auxiliary loss and its metric included."""
+        seen = []
+        for weighted in (False, True):
+            trainer = sft_trainer(
+                tmp_path,
+                model=mixtral(),
+                max_steps=6,
+                per_device_train_batch_size=2,
+                gradient_accumulation_steps=2,
+                router_aux_loss_coef=0.3,
+            )
+            if weighted:
+                trainer.add_callback(WITCallback(trainer, prompt_weight=0.0))
+            trainer.train()
+            seen.append((logs(trainer), logs(trainer, "aux_loss"), weights_of(trainer)))
+        assert seen[1][0] == pytest.approx(seen[0][0], rel=1e-5)
+        assert seen[1][1] == pytest.approx(seen[0][1], rel=1e-5)
+        assert len(seen[0][1]) == 6
+        assert all_relative_error(seen[1][2], seen[0][2]) < 1e-5
+
+    def test_the_auxiliary_loss_is_added_once(self, tmp_path):
+        """With a prompt weight: the formula's loss plus coefficient times auxiliary loss."""
+        trainer = sft_trainer(tmp_path, model=mixtral(), router_aux_loss_coef=0.3)
+        loss, _, expected, _ = one_step(trainer, 0.2, 0.8)
+        assert loss - 0.3 * logs(trainer, "aux_loss")[0] == pytest.approx(expected, rel=1e-4)
+
+    def test_liger_kernel(self, tmp_path):
+        """Liger's layers stay, its head does not. Triton interprets Liger's kernels on a CPU in a process of its own.
+
+        The interpreter cannot run the kernels that take scalars (RMSNorm, SwiGLU); the rotary embedding's it can.
+        """
+        script = (
+            "import pathlib; from trlkit import *\n"
+            "kernels = {'rms_norm': False, 'swiglu': False}\n"
+            f"trainer = sft_trainer(pathlib.Path({str(tmp_path)!r}), use_liger_kernel=True, liger_kernel_config=kernels)\n"
+            "assert_step_is_exact(trainer)\n"
+            "import liger_kernel.transformers.rope as rope, transformers.models.llama.modeling_llama as llama\n"
+            "assert llama.apply_rotary_pos_emb is rope.liger_rotary_pos_emb\n"
+            "assert 'mean_token_accuracy' in trainer.state.log_history[0]\n"
+        )
+        env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
+        done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_strategy_sees_the_examples_own_columns(tmp_path):
+    """`remove_unused_columns=False` keeps them: a per-example factor, the way a user would write it."""
+    import numpy as np
+
+    from wit_plugins import WITConfig, hookimpl, register
+    from wit_plugins.plugins import plugin_manager
+
+    class Importance:
+        @hookimpl
+        def static_weights(self, roles, example):
+            return np.full(len(roles), example["importance"])
+
+    register(Importance(), "importance")
+    try:
+        rows = [{**row, "importance": 0.5 * (i % 3)} for i, row in enumerate(dataset("tokenised"))]
+        trainer = sft_trainer(tmp_path, Dataset.from_list(rows), remove_unused_columns=False)
+        docs = from_dataset(trainer.train_dataset)
+        scored = list(document_logits(plain_copy(trainer.model), docs))
+        numerator = count = 0.0
+        for row, item in zip(rows, scored, strict=True):
+            predicted = len(item[1]) - 1
+            # weight_sum turns the reference into Σ w nll / Σ w, from which the numerator follows.
+            weight = sum(0.75 if r else 0.25 for r in item[2][1:])
+            numerator += row["importance"] * weight * reference_loss([item], 0.25, 0.75, "weight_sum").item()
+            count += predicted * (row["importance"] != 0)
+        attach(trainer, WITConfig(prompt_weight=0.25, response_weight=0.75, strategies=["importance"]))
+        trainer.train()
+        assert logs(trainer)[0] == pytest.approx(numerator / count, rel=1e-5)
+    finally:
+        plugin_manager().unregister(name="importance")
+
+
+def test_versions_under_test_are_stated():
+    assert TRL.release[:2] in {(1, 9), (1, 16)}
+    assert Version(peft.__version__) >= Version("0.20")
