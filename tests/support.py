@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -146,6 +148,12 @@ def role_losses(model: torch.nn.Module, docs: Sequence[Document]) -> dict[str, f
             "prompt_tokens": sum(not r for d in docs for r in d.is_response[1:]),
             "response_tokens": sum(r for d in docs for r in d.is_response[1:]),
         }
+
+
+def subprocess_env(**changes: str) -> dict[str, str]:
+    """Variables for a script that imports what tests import, whatever is on the path already."""
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent / "trl"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths)), **changes}
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -17,7 +17,7 @@ def reference_loss(
     response_weight: float,
     normalization: str = "nonzero_tokens",
 ) -> torch.Tensor:
-    """WIT's loss over one whole optimizer step (arXiv:2507.07817, section 3).
+    """WIT's loss over one whole optimizer step (arXiv:2507.07817).
 
     L = - Σ_i [ λp Σ_{t in prompt_i} log p(x_t | x_<t) + λr Σ_{t in response_i} log p(x_t | x_<t) ]
         / Σ_i [ 1(λp ≠ 0)·|prompt_i| + 1(λr ≠ 0)·|response_i| ]

@@ -191,9 +191,9 @@ def test_autocast_at_0_1_is_the_frameworks_own(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("tool", ["torch_compile", "gradient_checkpointing"])
-def test_options_of_the_trainer(tmp_path, tool):
-    trainer = make_trainer(tmp_path, per_device_train_batch_size=12, **{tool: True})
+@pytest.mark.parametrize("option", [{"gradient_checkpointing": True}, {"torch_compile_backend": "aot_eager"}])
+def test_options_of_the_trainer(tmp_path, option):
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=12, **option)
     expected, _ = reference_step(trainer.model, DOCS, 0.2, 0.8)
     attach(trainer, CONFIG)
     trainer.train()

@@ -6,10 +6,8 @@ import sys
 
 import pytest
 import yaml
-from support import llama, reference_step
+from support import from_dataset, llama, reference_step
 from trlkit import LEARNING_RATE, dataset, sft_trainer, tokenizer
-
-from support import from_dataset
 
 ARGS = {
     "per_device_train_batch_size": 8,
@@ -120,9 +118,9 @@ def test_strategies_on_the_command_line():
 
 def test_a_script_of_trl_that_changed_is_noticed(monkeypatch):
     import trl.scripts.sft
+    from wit_trl.sft import _check_script
 
     from wit_plugins import WITConfigError
-    from wit_trl.sft import _check_script
 
     _check_script()
 

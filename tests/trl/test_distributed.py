@@ -1,17 +1,14 @@
 """Two CPU processes: the same loss, the same step, the same logs as one, though the ranks' token counts differ."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from support import all_relative_error, from_dataset, reference_step, role_losses
+from support import all_relative_error, from_dataset, reference_step, role_losses, subprocess_env
 from trlkit import LEARNING_RATE, dataset, sft_trainer, weights_of
 
-HERE = Path(__file__).parent
 HELD_OUT = 7  # with a batch of 2 on each of 2 ranks, the sampler repeats one example to even out the last batch
 
 SCRIPT = f"""
@@ -34,10 +31,9 @@ if trainer.accelerator.is_main_process:
 
 def launch(tmp_path, arguments, *flags):
     (tmp_path / "run.py").write_text(SCRIPT)
-    env = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "run.py"]
     command += [str(tmp_path), json.dumps(arguments), *flags]
-    return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    return subprocess.run(command, env=subprocess_env(), cwd=tmp_path, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(

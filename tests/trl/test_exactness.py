@@ -4,9 +4,9 @@ import pytest
 import torch
 from support import all_relative_error, from_dataset, plain_copy, role_losses
 from trlkit import assert_step_is_exact, dataset, logs, one_step, sft_trainer, weights_of
+from wit_trl import WITCallback
 
 from wit_plugins import WITConfig, attach
-from wit_trl import WITCallback
 
 WEIGHTINGS = [(0.0, 1.0), (0.2, 0.8), (1.0, 1.0), (1.0, 0.0), (0.6, 0.2)]
 

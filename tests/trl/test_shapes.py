@@ -1,9 +1,7 @@
 """Every shape that TRL's users train in: the first step of a real run equals the formula."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import peft
 import pytest
@@ -17,22 +15,21 @@ from support import (
     Document,
     all_relative_error,
     document_logits,
-    documents,
     from_dataset,
     llama,
     mixtral,
     plain_copy,
     reference_step,
+    subprocess_env,
 )
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from trlkit import LEARNING_RATE, assert_step_is_exact, dataset, logs, one_step, sft_trainer, tokenizer, weights_of
+from wit_trl import WITCallback
 
 from wit_plugins import attach
 from wit_plugins.reference import reference_loss
-from wit_trl import WITCallback
 
 TRL = Version(trl.__version__)
-HERE = Path(__file__).parent
 
 
 def in_one_batch(trainer):
@@ -193,14 +190,14 @@ class TestModels:
         assert any("lm_head" in n for n in trained) == ("modules_to_save" in args)
         assert_step_is_exact(trainer)
 
-    @pytest.mark.skipif(TRL >= Version("1.15"), reason="since 1.15 TRL itself refuses an adapter on lm_head")
+    @pytest.mark.skipif(Version("1.15") <= TRL, reason="since 1.15 TRL itself refuses an adapter on lm_head")
     def test_lora_on_the_head(self, tmp_path):
         config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=4, target_modules=["q_proj", "lm_head"])
         trainer = sft_trainer(tmp_path, loss_type="nll", trainer_kwargs={"peft_config": config})
         assert any("lm_head" in n for n in weights_of(trainer))
         assert_step_is_exact(trainer)
 
-    @pytest.mark.skipif(TRL >= Version("1.15"), reason="loss_type='nll' is the default and only one since 1.15")
+    @pytest.mark.skipif(Version("1.15") <= TRL, reason="loss_type='nll' is the default and only one since 1.15")
     def test_loss_type_nll_of_older_versions(self, tmp_path):
         assert_step_is_exact(sft_trainer(tmp_path, loss_type="nll"))
 
@@ -257,14 +254,14 @@ class TestModels:
         """
         script = (
             "import pathlib; from trlkit import *\n"
-            "kernels = {'rms_norm': False, 'swiglu': False}\n"
-            f"trainer = sft_trainer(pathlib.Path({str(tmp_path)!r}), use_liger_kernel=True, liger_kernel_config=kernels)\n"
+            "options = {'use_liger_kernel': True, 'liger_kernel_config': {'rms_norm': False, 'swiglu': False}}\n"
+            f"trainer = sft_trainer(pathlib.Path({str(tmp_path)!r}), **options)\n"
             "assert_step_is_exact(trainer)\n"
             "import liger_kernel.transformers.rope as rope, transformers.models.llama.modeling_llama as llama\n"
             "assert llama.apply_rotary_pos_emb is rope.liger_rotary_pos_emb\n"
             "assert 'mean_token_accuracy' in trainer.state.log_history[0]\n"
         )
-        env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
+        env = subprocess_env(TRITON_INTERPRET="1")
         done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
 

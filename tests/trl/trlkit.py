@@ -10,7 +10,6 @@ from support import all_relative_error, documents, from_dataset, llama, referenc
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
-
 from wit_trl import WITCallback
 
 WORDS = [f"w{i:02d}" for i in range(52)]

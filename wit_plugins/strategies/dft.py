@@ -1,4 +1,4 @@
-"""Dynamic Fine-Tuning: a token's weight is multiplied by its own detached probability (arXiv:2508.05629, eq. 9)."""
+"""Dynamic Fine-Tuning: a token's weight is multiplied by its own detached probability (arXiv:2508.05629)."""
 
 from __future__ import annotations
 

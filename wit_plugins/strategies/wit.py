@@ -1,4 +1,4 @@
-"""Weighted Instruction Tuning: one weight for prompt tokens, one for response tokens (arXiv:2507.07817, eq. 2)."""
+"""Weighted Instruction Tuning: one weight for prompt tokens, one for response tokens (arXiv:2507.07817)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,152 @@
+"""TRL's own `sft` script with the weights attached to its trainer.
+
+`launch` runs in the shell's process: it checks the arguments and hands over to `accelerate launch`, as `trl sft` does,
+which runs this module in every process.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from wit_plugins import WITConfig, WITConfigError
+
+_HELP = {name: (info.description or "").replace("%", "%%") for name, info in WITConfig.model_fields.items()}
+
+
+@dataclass
+class WITArguments:
+    """Settings of the weights, on the command line or as top-level keys of the YAML file; see [`WITConfig`]."""
+
+    prompt_weight: float | None = field(default=None, metadata={"help": _HELP["prompt_weight"]})
+    response_weight: float = field(default=1.0, metadata={"help": _HELP["response_weight"]})
+    normalization: str = field(default="nonzero_tokens", metadata={"help": _HELP["normalization"]})
+    loss_impl: str = field(default="auto", metadata={"help": _HELP["loss_impl"]})
+    strategies: str | None = field(
+        default=None,
+        metadata={"help": _HELP["strategies"] + " On the command line: names with commas between, or JSON."},
+    )
+
+    def config(self) -> WITConfig:
+        """The settings, checked.
+
+        Raises:
+            WITConfigError: naming the setting, its value and the way out.
+        """
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        if values["prompt_weight"] is None:
+            raise WITConfigError(
+                "wit_trl sft: prompt_weight is missing; add --prompt_weight 0.2 (or prompt_weight: 0.2 to the YAML "
+                "file), or run `trl sft` to train without weights"
+            )
+        values["strategies"] = _parse_strategies(values["strategies"])
+        return WITConfig.parse(values, "wit_trl sft")
+
+
+def _parse_strategies(value: Any) -> Any:
+    if value is None:
+        return {}
+    if not isinstance(value, str):  # from a YAML file
+        return value
+    if value.lstrip().startswith("{"):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            raise WITConfigError(f"wit_trl sft: strategies = {value!r} is not JSON: {error}") from error
+    return [name.strip() for name in value.split(",")]
+
+
+def make_parser(prog: str | None = None) -> Any:
+    """TRL's parser for `sft`, with the settings of the weights."""
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+    return TrlParser((ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, WITArguments), prog=prog)
+
+
+def launch(argv: list[str]) -> int:
+    """Check the arguments, then train through `accelerate launch`; returns the exit code."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    parser = make_parser(prog="python -m wit_trl sft")
+    *parsed, from_config, from_command_line = parser.parse_args_and_config(
+        list(argv), return_remaining_strings=True, separate_remaining_strings=True
+    )
+    try:
+        parsed[-1].config()
+        _check_script()
+    except WITConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    # What the parser does not know is for accelerate, which refuses what it does not know either.
+    launch_args = resolve_accelerate_config_argument([*from_config, *from_command_line])
+    script_args = _without(list(argv), from_command_line)
+    launch_command(launch_command_parser().parse_args([*launch_args, "--module", "wit_trl.sft", *script_args]))
+    return 0
+
+
+def _without(items: list[str], removed: list[str]) -> list[str]:
+    """`items` without `removed`, which are some of them in the same order."""
+    rest, kept = list(removed), []
+    for item in items:
+        if rest and item == rest[0]:
+            rest.pop(0)
+        else:
+            kept.append(item)
+    return kept
+
+
+def _check_script() -> None:
+    """Make sure that TRL's script still takes its trainer from where it is exchanged.
+
+    Raises:
+        WITConfigError: if it does not.
+    """
+    from trl.scripts import sft
+
+    source = inspect.getsource(sft.main)
+    if not ("from trl import SFTTrainer" in source and "SFTTrainer(" in source):
+        raise WITConfigError(
+            "this version of TRL builds the trainer of `trl sft` in a way that wit_trl does not know; use WITCallback "
+            "in a script of your own, or a supported version of TRL"
+        )
+
+
+@contextmanager
+def _weighted_trainer(config: WITConfig) -> Iterator[None]:
+    """While it lasts, `trl.SFTTrainer` attaches the weights when it is made. The only patch of TRL."""
+    import trl
+
+    from wit_trl.callback import WITCallback
+
+    original: Any = trl.SFTTrainer
+
+    class SFTTrainer(original):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.add_callback(WITCallback(self, **config.model_dump()))
+
+    trl.SFTTrainer = SFTTrainer
+    try:
+        yield
+    finally:
+        trl.SFTTrainer = original
+
+
+def main() -> None:
+    """Train: what every process runs."""
+    from trl.scripts import sft
+
+    *arguments, wit = make_parser().parse_args_and_config(fail_with_unknown_args=False)
+    _check_script()
+    with _weighted_trainer(wit.config()):
+        sft.main(*arguments)
+
+
+if __name__ == "__main__":
+    main()

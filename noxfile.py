@@ -1,0 +1,116 @@
+"""The environments that tests and the demo run in.
+
+The three frameworks' pins clash, so each has an environment of its own. They are kept outside the checkout, in
+`$WIT_CACHE` (default `~/.cache/wit-plugins`), one folder a hash of the pins, and are built once. What is in the
+checkout is installed anew for every run, into `.nox/`, so that two checkouts can share the environments.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+CACHE = Path(os.environ.get("WIT_CACHE", Path.home() / ".cache" / "wit-plugins"))
+
+TORCH = ["torch==2.13.0", "numpy==2.4.6"]
+CORE = ["pluggy==1.7.0", "pydantic==2.14.3", "accelerate==1.15.0", "setuptools==84.2.1", "wheel==0.48.0"]
+TEST = ["pytest==9.2.0", "pytest-xdist==3.8.0", "hypothesis==6.170.15"]
+LINT = ["ruff==0.17.5", "mypy==2.4.1"]
+LIGER = ["liger-kernel==0.8.5", "triton==3.9.0"]
+
+PINS = {
+    "core": [*TORCH, *CORE, *TEST, "transformers==5.23.0"],
+    "trl-1.16": [
+        *[*TORCH, *CORE, *TEST, *LINT, *LIGER],
+        *["trl==1.16.0", "transformers==5.23.0", "datasets==5.2.0", "peft==0.21.0", "matplotlib==3.11.2"],
+    ],
+    "trl-1.9": [
+        *[*TORCH, *CORE, *TEST, *LIGER],
+        *["trl==1.9.0", "transformers==5.16.1", "datasets==5.2.0", "peft==0.20.0"],
+    ],
+}
+
+nox.options.sessions = ["lint", "core", "trl"]
+nox.options.default_venv_backend = "none"
+
+
+def environment(session: nox.Session, name: str) -> Path:
+    """The `bin` folder of the environment with these pins, built if it is not there."""
+    pins = sorted(PINS[name])
+    key = hashlib.sha256("\n".join([sys.version, *pins]).encode()).hexdigest()[:12]
+    folder = CACHE / f"{name}-{key}"
+    if not (folder / "complete").is_file():
+        session.log(f"building {folder}")
+        shutil.rmtree(folder, ignore_errors=True)
+        session.run(sys.executable, "-m", "venv", str(folder), external=True)
+        pip = [str(folder / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
+        session.run(*pip, *pins, external=True)
+        (folder / "complete").touch()
+    return folder / "bin"
+
+
+def install(session: nox.Session, name: str) -> tuple[Path, dict[str, str]]:
+    """The environment and the variables with which this checkout's packages are importable in it, as installed."""
+    binaries = environment(session, name)
+    site = ROOT / ".nox" / f"site-{name}"
+    shutil.rmtree(site, ignore_errors=True)
+    shutil.rmtree(ROOT / "build", ignore_errors=True)
+    pip = [str(binaries / "pip"), "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    session.run(*pip, "--no-build-isolation", "--target", str(site), str(ROOT), external=True)
+    # Nothing may reach a model hub, and a test that uses a GPU by accident would not be the same test elsewhere.
+    env = {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return binaries, {**env, "TOKENIZERS_PARALLELISM": "false"}
+
+
+def pytest(session: nox.Session, name: str, *paths: str) -> None:
+    binaries, env = install(session, name)
+    # Started as a script, pytest does not put the checkout itself on the path: what is installed is what is tested.
+    command = [str(binaries / "pytest"), "-n", "2", *(session.posargs or paths)]
+    session.run(*command, env=env, external=True)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, types, and whether the generated pages are up to date."""
+    binaries, env = install(session, "trl-1.16")
+    session.run(str(binaries / "ruff"), "check", ".", external=True)
+    session.run(str(binaries / "ruff"), "format", "--check", ".", external=True)
+    session.run(str(binaries / "mypy"), external=True)
+    session.run(str(binaries / "python"), "docs/generate.py", "--check", env=env, external=True)
+
+
+@nox.session
+def core(session: nox.Session) -> None:
+    """The core, where no framework is installed."""
+    pytest(session, "core", "tests/core")
+
+
+@nox.session
+@nox.parametrize("version", ["1.16", "1.9"])
+def trl(session: nox.Session, version: str) -> None:
+    """The TRL adapter, and the core on the transformers that goes with it, at both ends of the supported range."""
+    pytest(session, f"trl-{version}", "tests/trl", "tests/core")
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Train a small model at three weightings and draw what came out."""
+    binaries, env = install(session, "trl-1.16")
+    env["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    command = [str(binaries / "python"), "configs/trl/demo.py", *session.posargs]
+    if subprocess.run(command, env={**os.environ, **env}, cwd=ROOT).returncode:
+        session.error("the demo failed")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Write the generated pages."""
+    binaries, env = install(session, "trl-1.16")
+    session.run(str(binaries / "python"), "docs/generate.py", env=env, external=True)
