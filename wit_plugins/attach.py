@@ -69,8 +69,9 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
     adapter.check(trainer)
     _check_trainer(trainer)
     strategies = ActiveStrategies(config.active_strategies())
+    first_tokens = None
     if getattr(trainer, "train_dataset", None) is not None:
-        check_dataset(trainer.train_dataset, adapter.masking_hint)
+        first_tokens = check_dataset(trainer.train_dataset, adapter.masking_hint)
 
     changes = Changes()
     head = WeightedHead(causal_lm(trainer), strategies, adapter, config.normalization)
@@ -88,7 +89,7 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
         changes.undo()
         head.remove()
         raise
-    trainer.__dict__["_wit"] = Attachment(config, adapter, head)
+    trainer.__dict__["_wit"] = Attachment(config, adapter, head, first_tokens)
     trainer.__dict__["_wit_changes"] = changes
 
 

@@ -39,6 +39,7 @@ class Attachment:
     config: WITConfig
     adapter: TrainerAdapter
     head: WeightedHead
+    first_tokens: tuple[int, int] | None = None  # prompt and response tokens in the first examples
     training: RoleMetrics = field(default_factory=RoleMetrics)
     evaluation: RoleMetrics = field(default_factory=RoleMetrics)
     verified: bool = False
@@ -148,7 +149,11 @@ class WeightedTrainerMixin(_Base):
             checkpoint = get_last_checkpoint(self.args.output_dir)
         if checkpoint and os.path.isdir(checkpoint):
             records.warn_if_changed(self._wit.config, checkpoint)
-        self.accelerator.print(f"WIT on: {self._wit.config.summary()} ({self._wit.adapter.framework})")
+        line = f"WIT on: {self._wit.config.summary()} ({self._wit.adapter.framework})"
+        if self._wit.first_tokens is not None:
+            prompt, response = self._wit.first_tokens
+            line += f"; in the first examples {prompt / (prompt + response):.0%} of the tokens are prompt"
+        self.accelerator.print(line)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:

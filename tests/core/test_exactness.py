@@ -8,6 +8,7 @@ from support import CELLS, all_relative_error, documents, llama, reference_step
 from transformers import Trainer, TrainingArguments
 
 from wit_plugins import WITConfig, attach, detach
+from wit_plugins.reference import reference_loss
 
 DOCS = documents(9, seed=3)
 # Float64 against float64; float32 accumulates about 1e-6 over these two layers and 80 tokens.
@@ -181,3 +182,19 @@ def test_bfloat16_takes_the_product_in_float32(tmp_path):
             count += 1
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected / count, rel=1e-6)
+
+
+def test_reference_is_the_formula_worked_by_hand():
+    """Two tokens of vocabulary, probabilities 1/4 and 3/4: ln 4 and ln 4/3 by hand."""
+    logits = torch.log(torch.tensor([[0.25, 0.75]] * 4, dtype=torch.float64))
+    document = (logits, [0, 0, 1, 0], [False, False, True, True])
+    # predicted: prompt 0 (ln 4), response 1 (ln 4/3), response 0 (ln 4)
+    ln4, ln43 = np.log(4), np.log(4 / 3)
+    assert reference_loss([document], 0.5, 0.8).item() == pytest.approx((0.5 * ln4 + 0.8 * (ln43 + ln4)) / 3)
+    assert reference_loss([document], 0.0, 0.8).item() == pytest.approx(0.8 * (ln43 + ln4) / 2)
+    assert reference_loss([document], 1.0, 0.0).item() == pytest.approx(ln4)
+    assert reference_loss([document], 0.5, 0.8, "weight_sum").item() == pytest.approx(
+        (0.5 * ln4 + 0.8 * (ln43 + ln4)) / 2.1
+    )
+    with pytest.raises(ValueError, match="no predicted token"):
+        reference_loss([(logits[:1], [0], [True])], 0.5, 0.8)

@@ -9,7 +9,7 @@ import torch
 import trl
 from datasets import Dataset
 from packaging.version import Version
-from peft import LoraConfig, PromptTuningConfig, TaskType
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, TaskType
 from support import (
     VOCAB_SIZE,
     Document,
@@ -201,15 +201,16 @@ class TestModels:
     def test_loss_type_nll_of_older_versions(self, tmp_path):
         assert_step_is_exact(sft_trainer(tmp_path, loss_type="nll"))
 
-    def test_prompt_tuning(self, tmp_path):
-        """Virtual tokens in front of every example: the weights are aligned behind them."""
-        config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)
+    @pytest.mark.parametrize(("kind", "prepended"), [(PromptTuningConfig, 3), (PrefixTuningConfig, 0)])
+    def test_prompt_learning(self, tmp_path, kind, prepended):
+        """Virtual tokens in front of every example, in the sequence or in the cache: the weights are aligned."""
+        config = kind(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)
         trainer = sft_trainer(tmp_path, trainer_kwargs={"peft_config": config})
         docs = from_dataset(trainer.train_dataset)
         model = plain_copy(trainer.model)
         scored = []
         for logits, ids, is_response in document_logits(model, docs):
-            scored.append((logits[3:], ids, is_response))
+            scored.append((logits[prepended:], ids, is_response))
         expected = reference_loss(scored, 0.25, 0.5)
         expected.backward()
         before = weights_of(trainer)
