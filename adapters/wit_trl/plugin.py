@@ -9,9 +9,12 @@ output is given what the trainer reads.
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from packaging.version import Version
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from wit_plugins import WITConfigError, hookimpl
 from wit_plugins.adapter import TrainerAdapter
@@ -35,6 +38,18 @@ def adapt_trainer(trainer: Any) -> TrainerAdapter | None:
             f"{type(trainer).__name__} does not train on prompt and response tokens; weights are for SFTTrainer"
         )
     return None
+
+
+@dataclass
+class _HeadOutput(CausalLMOutputWithPast):
+    """What `SFTTrainer.compute_loss` reads up to TRL 1.14. A class with fields, since DDP takes outputs apart by them."""
+
+    aux_loss: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    token_accuracy: torch.Tensor | None = None
+    num_correct_tokens: torch.Tensor | None = None
+    entropy_sum: torch.Tensor | None = None
+    num_valid_tokens: torch.Tensor | None = None
 
 
 class TRLAdapter(TrainerAdapter):
@@ -90,12 +105,15 @@ class TRLAdapter(TrainerAdapter):
             return self._fused_output(output, result, step)
         output = super().output(output, result, kwargs, step)
         if self.use_liger_kernel:
-            output["token_accuracy"] = result.correct / result.labels_count.clamp(min=1)
-        elif self.loss_type == "chunked_nll":
-            output["logits"] = None  # as TRL's own chunked head
-            output["num_correct_tokens"] = result.correct.float()
-            output["entropy_sum"] = result.entropy
-            output["num_valid_tokens"] = result.labels_count
+            return _HeadOutput(**output, token_accuracy=result.correct / result.labels_count.clamp(min=1))
+        if self.loss_type == "chunked_nll":
+            return _HeadOutput(
+                loss=output.loss,  # and no logits, as TRL's own chunked head
+                aux_loss=output.get("aux_loss"),
+                num_correct_tokens=result.correct.float(),
+                entropy_sum=result.entropy,
+                num_valid_tokens=result.labels_count,
+            )
         return output
 
     def _fused_output(self, output: Any, result: Any, step: Any) -> Any:

@@ -42,8 +42,9 @@ def launch(tmp_path, arguments, *flags):
         {"per_device_train_batch_size": 4},
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
         {"per_device_train_batch_size": 4, "padding_free": True, "max_length": None},
+        {"per_device_train_batch_size": 4, "loss_type": "nll"},
     ],
-    ids=["plain", "accumulated", "padding_free"],
+    ids=["plain", "accumulated", "padding_free", "nll"],
 )
 def test_two_processes_equal_one(tmp_path, arguments):
     done = launch(tmp_path, {"per_device_eval_batch_size": 2, "eval_strategy": "epoch", **arguments})
