@@ -42,7 +42,7 @@ def adapt_trainer(trainer: Any) -> TrainerAdapter | None:
 
 @dataclass
 class _HeadOutput(CausalLMOutputWithPast):
-    """What `SFTTrainer.compute_loss` reads up to TRL 1.14. A class with fields, since DDP takes outputs apart by them."""
+    """What `SFTTrainer.compute_loss` reads up to TRL 1.14; fields of a class, since DDP takes outputs apart by them."""
 
     aux_loss: torch.Tensor | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None

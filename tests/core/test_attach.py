@@ -79,6 +79,18 @@ def test_one_optimizer_step(tmp_path, accumulation):
     assert all_relative_error(steps, expected_grads) < 1e-4  # a difference of float32 parameters
 
 
+def test_a_trainer_that_averages_its_micro_batches(tmp_path):
+    """Some trainers (Axolotl's) switch the step's count off; the paper's normalisation must hold all the same."""
+    trainer = make_trainer(tmp_path, gradient_accumulation_steps=3)
+    trainer.model_accepts_loss_kwargs = False
+    expected, _ = reference_step(trainer.model, DOCS, 0.2, 0.8)
+    attach(trainer, CONFIG)
+    trainer.train()
+    assert first_log(trainer)["loss"] == pytest.approx(expected, rel=1e-5)
+    detach(trainer)
+    assert trainer.model_accepts_loss_kwargs is False
+
+
 def test_roles_of_weight_zero(tmp_path):
     """Not computed in training, so not logged; always in evaluation."""
     trainer = make_trainer(tmp_path, eval_strategy="epoch")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import all_relative_error, from_dataset, plain_copy, role_losses
+from support import all_relative_error, from_dataset, plain_copy, reference_step, role_losses
 from trlkit import assert_step_is_exact, dataset, logs, one_step, sft_trainer, weights_of
 from wit_trl import WITCallback
 
@@ -108,6 +108,10 @@ def test_evaluation_logs_both_roles(tmp_path, prompt_weight):
     metrics = trainer.evaluate()
     expected = role_losses(trainer.model, from_dataset(held_out))
     assert {k: metrics[f"eval_{k}"] for k in expected} == pytest.approx(expected, rel=1e-5)
+    everything = sft_trainer(tmp_path, per_device_eval_batch_size=7, trainer_kwargs={"eval_dataset": held_out})
+    everything.add_callback(WITCallback(everything, prompt_weight=prompt_weight))
+    loss, _ = reference_step(everything.model, from_dataset(held_out), prompt_weight, 1.0)
+    assert everything.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-5)
     if prompt_weight == 0:
         own = sft_trainer(tmp_path, per_device_eval_batch_size=3, trainer_kwargs={"eval_dataset": held_out})
         assert metrics["eval_loss"] == pytest.approx(own.evaluate()["eval_loss"], rel=1e-5)
