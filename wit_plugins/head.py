@@ -17,7 +17,7 @@ from torch import nn
 from wit_plugins.adapter import TrainerAdapter
 from wit_plugins.collator import CODES_KEY
 from wit_plugins.errors import WeightsNotAppliedError, WITConfigError
-from wit_plugins.loss import WeightedLoss, weighted_loss
+from wit_plugins.loss import Score, WeightedLoss, score_logits, weighted_loss
 from wit_plugins.plugins import ActiveStrategies
 from wit_plugins.roles import IGNORE_INDEX
 from wit_plugins.transport import MAX_VOCAB_SIZE, framework_labels
@@ -104,9 +104,17 @@ class WeightedHead:
         head_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in self.adapter.head_kwargs}
         kwargs["return_dict"] = True
         output = self._original(*args, **kwargs)
-        codes = self._align(codes, labels, output.logits.shape[1])
-        step.result = weighted_loss(
-            output.logits,
+        codes = self._align(codes, labels, output.logits.shape[1]).to(output.logits.device)
+        step.result = self._weighted_loss(score_logits(output.logits, self.adapter.response_metrics), codes, step)
+        aux_loss = output.get("aux_loss")
+        if aux_loss is not None:
+            step.aux_loss = aux_loss.detach()
+            step.aux_loss_coefficient = _aux_loss_coefficient(self.model)
+        return self.adapter.output(output, step.result, head_kwargs, step)
+
+    def _weighted_loss(self, score: Score, codes: torch.Tensor, step: Step) -> WeightedLoss:
+        return weighted_loss(
+            score,
             codes,
             self.strategies,
             normalization=self.normalization,
@@ -114,11 +122,6 @@ class WeightedHead:
             every_role=not step.training,
             response_metrics=self.adapter.response_metrics,
         )
-        aux_loss = output.get("aux_loss")
-        if aux_loss is not None:
-            step.aux_loss = aux_loss.detach()
-            step.aux_loss_coefficient = _aux_loss_coefficient(self.model)
-        return self.adapter.output(output, step.result, head_kwargs, step)
 
     def _align(self, codes: torch.Tensor, labels: torch.Tensor, num_logits: int) -> torch.Tensor:
         """Put virtual tokens (prompt-learning PEFT) in front of the codes, where PEFT has put them before the labels.

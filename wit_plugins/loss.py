@@ -7,6 +7,7 @@ gradient that autograd needs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from wit_plugins.normalization import denominator, safe
 from wit_plugins.plugins import ActiveStrategies
-from wit_plugins.roles import IGNORE_INDEX, PROMPT, RESPONSE
+from wit_plugins.roles import PROMPT, RESPONSE
 from wit_plugins.transport import decode
 
 _CHUNK_ELEMENTS = 1 << 24  # of float32: 64 MiB of logits at a time
@@ -25,8 +26,8 @@ class WeightedLoss:
     """What the head computed from one micro-batch.
 
     Attributes:
-        weighted_sum (`torch.Tensor`): Σ w·nll, a differentiable scalar, float32 (float64 for float64 logits).
-        denominator (`torch.Tensor`): what it is divided by: the step's denominator if it is known, else this batch's.
+        loss (`torch.Tensor`): Σ w·nll / denominator, a differentiable scalar, float32 (float64 for a float64 model).
+        denominator (`torch.Tensor`): the step's denominator if it is known, else this batch's; at least 1 or > 0.
         role_sums (`torch.Tensor`): `[B, 4]` detached, float64 (float32 on MPS), for each row of the batch: Σ nll of
             the prompt, its number of tokens, Σ nll of the response, its number of tokens. Unweighted; only tokens that
             were computed.
@@ -35,17 +36,21 @@ class WeightedLoss:
         entropy (`torch.Tensor | None`): Σ over them of the entropy of the model's distribution, in nats; a scalar.
     """
 
-    weighted_sum: torch.Tensor
+    loss: torch.Tensor
     denominator: torch.Tensor
     role_sums: torch.Tensor
     labels_count: torch.Tensor
     correct: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
 
-    @property
-    def loss(self) -> torch.Tensor:
-        """Σ w·nll divided by the denominator, a differentiable scalar."""
-        return self.weighted_sum / self.denominator.to(self.weighted_sum.dtype)
+
+# How the chosen tokens are scored: from logits or, with the head fused in, from hidden states. Called with the row that
+# predicts each of the N tokens, their targets, weights (float32) and the denominator, and with the dynamic weights;
+# returns the loss and, for each token, its nll, whether it is the first choice, and the entropy.
+Score = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Callable[[torch.Tensor, slice], Any] | None],
+    tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+]
 
 
 class _TokenNLL(torch.autograd.Function):
@@ -53,23 +58,23 @@ class _TokenNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor, with_entropy: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        ctx: Any, logits: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor, metrics: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         # logits [R, V]; rows, targets [N]
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         lse = torch.empty(rows.shape, dtype=dtype, device=logits.device)
         nll = torch.empty_like(lse)
-        correct = torch.empty(rows.shape, dtype=torch.bool, device=logits.device)
-        entropy = torch.empty_like(lse) if with_entropy else None
+        correct = torch.empty_like(lse, dtype=torch.bool) if metrics else None
+        entropy = torch.empty_like(lse) if metrics else None
         for piece in _chunks(rows, logits.shape[-1]):
             chunk = logits[rows[piece]].to(dtype)  # [n, V]
             lse[piece] = torch.logsumexp(chunk, dim=-1)
             nll[piece] = lse[piece] - chunk.gather(-1, targets[piece, None]).squeeze(-1)
-            correct[piece] = chunk.argmax(dim=-1) == targets[piece]
-            if entropy is not None:
+            if correct is not None and entropy is not None:
+                correct[piece] = chunk.argmax(dim=-1) == targets[piece]
                 entropy[piece] = lse[piece] - (torch.softmax(chunk, dim=-1) * chunk).sum(dim=-1)
         ctx.save_for_backward(logits, rows, targets, lse)
-        ctx.mark_non_differentiable(correct, *([] if entropy is None else [entropy]))
+        ctx.mark_non_differentiable(*(x for x in (correct, entropy) if x is not None))
         return nll, correct, entropy
 
     @staticmethod
@@ -89,8 +94,24 @@ def _chunks(rows: torch.Tensor, vocab_size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(rows), size)]
 
 
+def score_logits(logits: torch.Tensor, metrics: bool) -> Score:
+    """Scores tokens by the model's own logits `[B, L, V]`, any float dtype."""
+
+    def score(
+        rows: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, num_items: torch.Tensor, rescale: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        nll, correct, entropy = _TokenNLL.apply(logits.reshape(-1, logits.shape[-1]), rows, targets, metrics)
+        weights = weights.to(nll.dtype)
+        factors = None if rescale is None else rescale(-nll.detach(), slice(0, len(rows)))
+        if factors is not None:
+            weights = weights * factors
+        return (weights * nll).sum() / num_items.to(nll.dtype), nll.detach(), correct, entropy
+
+    return score
+
+
 def weighted_loss(
-    logits: torch.Tensor,
+    score: Score,
     codes: torch.Tensor,
     strategies: ActiveStrategies,
     *,
@@ -99,22 +120,21 @@ def weighted_loss(
     every_role: bool = False,
     response_metrics: bool = False,
 ) -> WeightedLoss:
-    """Weighted loss of a batch from its logits.
+    """Weighted loss of a batch: chooses the tokens, has them scored, and sums.
 
     Args:
-        logits (`torch.Tensor`): `[B, L, V]`, any float dtype; the product with the weights is taken in float32
-            (float64 for float64 logits).
-        codes (`torch.Tensor`): int64 `[B, L]`, see `wit_plugins.transport`. The code at position t is predicted by the
-            logits at t - 1.
+        score (`Score`): how tokens are scored, see [`score_logits`]. Its rows count through `[B, L]`, the position
+            that predicts a token, which is the one before it.
+        codes (`torch.Tensor`): int64 `[B, L]`, see `wit_plugins.transport`, on the device that scores.
         strategies ([`ActiveStrategies`]): for the dynamic weights.
         normalization (`str`): `nonzero_tokens` or `weight_sum`; used if `num_items` is `None`.
         num_items (`torch.Tensor`, *optional*): the whole step's denominator, a scalar.
         every_role (`bool`): compute tokens of weight 0 as well (evaluation), for the roles' own sums.
-        response_metrics (`bool`): compute token accuracy and entropy over all response tokens, whatever their weights.
+        response_metrics (`bool`): sum token accuracy and entropy over all response tokens, whatever their weights.
     """
-    batch_size, length, vocab_size = logits.shape
-    targets, roles, weights = (part[:, 1:] for part in decode(codes.to(logits.device)))  # [B, L - 1]
-    is_response = (roles == RESPONSE) & (targets != IGNORE_INDEX)
+    batch_size, length = codes.shape
+    targets, roles, weights = (part[:, 1:] for part in decode(codes))  # [B, L - 1]
+    is_response = roles == RESPONSE
     if every_role:
         wanted = roles != 0
     elif response_metrics:
@@ -123,23 +143,24 @@ def weighted_loss(
         wanted = weights != 0
     row, column = torch.nonzero(wanted, as_tuple=True)
     targets, roles, weights = targets[row, column], roles[row, column], weights[row, column]  # [N]
-    nll, correct, entropy = _TokenNLL.apply(
-        logits.reshape(batch_size * length, vocab_size), row * length + column, targets, response_metrics
-    )
-    weights = weights.to(nll.dtype)
-    counted = torch.ones_like(weights) if every_role else (weights != 0).to(nll.dtype)
-    factors = strategies.dynamic_weights(-nll.detach(), roles) if strategies.has_dynamic_weights else None
-    if factors is not None:
-        weights = weights * factors
     if num_items is None:
         num_items = denominator(codes, normalization)
+    num_items = safe(num_items.to(codes.device))
+    rescale = None
+    if strategies.has_dynamic_weights:
+
+        def rescale(log_probs: torch.Tensor, piece: slice) -> torch.Tensor | None:
+            return strategies.dynamic_weights(log_probs, roles[piece])
+
+    loss, nll, correct, entropy = score(row * length + column, targets, weights, num_items, rescale)
+    counted = torch.ones_like(nll) if every_role else (weights != 0).to(nll.dtype)
     result = WeightedLoss(
-        weighted_sum=(weights * nll).sum(),
-        denominator=safe(num_items.to(logits.device)),
-        role_sums=_role_sums(nll.detach(), counted, roles, row, batch_size),
+        loss=loss,
+        denominator=num_items,
+        role_sums=_role_sums(nll, counted, roles, row, batch_size),
         labels_count=is_response.sum(),
     )
-    if response_metrics:
+    if correct is not None and entropy is not None:
         on_response = roles == RESPONSE
         result.correct = (correct & on_response).sum()
         result.entropy = (entropy * on_response).sum()

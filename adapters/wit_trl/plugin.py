@@ -121,9 +121,8 @@ class TRLAdapter(TrainerAdapter):
 
         # The trainer sums every field over its tokens, and divides `-log_probs` by the step's denominator or, where it
         # has none (evaluation), by the number of labels. Sums do as well as tokens, and the latter division is undone.
-        log_probs = -result.weighted_sum
-        if step.num_items is None:
-            log_probs = -result.loss * result.labels_count.clamp(min=1)
+        divisor = result.labels_count.clamp(min=1) if step.num_items is None else result.denominator
+        log_probs = -result.loss * divisor
         return FusedCausalLMOutput(
             loss=result.loss,
             log_probs=log_probs,
