@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from transformers.utils import ModelOutput
 
     from wit_plugins.attach import Changes
+    from wit_plugins.head import Step
     from wit_plugins.loss import WeightedLoss
 
 
@@ -36,7 +37,11 @@ class TrainerAdapter:
     def prepare(self, trainer: Trainer, changes: Changes) -> None:
         """Change what must change on the trainer, through `changes`, so that `detach` can undo it."""
 
-    def output(self, output: ModelOutput, result: WeightedLoss, kwargs: dict[str, Any], step: Any) -> ModelOutput:
+    def reads_logits(self, step: Step) -> bool:
+        """Whether the trainer reads the logits off the model's output in this call of `compute_loss`."""
+        return not step.training and not step.prediction_loss_only
+
+    def output(self, output: ModelOutput, result: WeightedLoss, kwargs: dict[str, Any], step: Step) -> ModelOutput:
         """The model's output as this trainer expects it, with the loss set.
 
         Args:

@@ -61,10 +61,6 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
             f"weights are attached already, with {current.config.summary()}; call detach(trainer) before attaching "
             f"others ({config.summary()})"
         )
-    if config.loss_impl == "fused":
-        raise WITConfigError(
-            "loss_impl = 'fused': the fused head is not there yet; use loss_impl: auto (or leave it out)"
-        )
     adapter = plugin_manager().hook.adapt_trainer(trainer=trainer) or TrainerAdapter()
     adapter.check(trainer)
     _check_trainer(trainer)
@@ -74,7 +70,7 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
         first_tokens = check_dataset(trainer.train_dataset, adapter.masking_hint)
 
     changes = Changes()
-    head = WeightedHead(causal_lm(trainer), strategies, adapter, config.normalization)
+    head = WeightedHead(causal_lm(trainer), strategies, adapter, config.normalization, config.loss_impl)
     try:
         for name in _COLLATORS:
             if getattr(trainer, name, None) is not None:

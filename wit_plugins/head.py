@@ -7,6 +7,7 @@ Without `weighted_labels` the model's original forward runs, so generation and e
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,13 @@ from torch import nn
 from wit_plugins.adapter import TrainerAdapter
 from wit_plugins.collator import CODES_KEY
 from wit_plugins.errors import WeightsNotAppliedError, WITConfigError
+from wit_plugins.fused import FusedHead, exchanged_forward
 from wit_plugins.loss import Score, WeightedLoss, score_logits, weighted_loss
 from wit_plugins.plugins import ActiveStrategies
 from wit_plugins.roles import IGNORE_INDEX
 from wit_plugins.transport import MAX_VOCAB_SIZE, framework_labels
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -31,6 +35,7 @@ class Step:
         num_items (`torch.Tensor | None`): the step's denominator, or `None` if the trainer counted none (then the
             batch's own is used).
         training (`bool`): whether this is training; in evaluation tokens of weight 0 are computed as well.
+        prediction_loss_only (`bool`): in evaluation, whether nobody asked for the logits.
         aux_loss_coefficient (`float`): the model's own weight of a mixture of experts' auxiliary loss.
         result ([`WeightedLoss`] | None): set by the head.
         aux_loss (`torch.Tensor | None`): the auxiliary loss that came with it, detached.
@@ -38,6 +43,7 @@ class Step:
 
     num_items: torch.Tensor | None
     training: bool
+    prediction_loss_only: bool = True
     aux_loss_coefficient: float = 0.0
     result: WeightedLoss | None = None
     aux_loss: torch.Tensor | None = None
@@ -51,13 +57,19 @@ class WeightedHead:
         strategies ([`ActiveStrategies`]): for the dynamic weights.
         adapter ([`TrainerAdapter`]): shapes the output as the trainer expects it.
         normalization (`str`): `nonzero_tokens` or `weight_sum`.
+        loss_impl (`str`): `auto`, `fused` or `logits`.
 
     Raises:
         WITConfigError: if the model is not a causal language model whose tokens can be transported.
     """
 
     def __init__(
-        self, model: nn.Module, strategies: ActiveStrategies, adapter: TrainerAdapter, normalization: str
+        self,
+        model: nn.Module,
+        strategies: ActiveStrategies,
+        adapter: TrainerAdapter,
+        normalization: str,
+        loss_impl: str = "auto",
     ) -> None:
         _check_model(model)
         self.model = model
@@ -67,6 +79,11 @@ class WeightedHead:
         self.step: Step | None = None
         self.enabled = True
         self._aligned = False
+        self.loss_impl = loss_impl
+        self.fused = None if loss_impl == "logits" else FusedHead(model)
+        self.chosen: str | None = None
+        if loss_impl == "fused" and self.fused is not None and self.fused.obstacle is not None:
+            self._give_up_fused()
         self._own_forward = model.__dict__.get("forward")  # an instance's own, where another patch came before
         self._original: Callable[..., Any] = model.forward
 
@@ -103,14 +120,76 @@ class WeightedHead:
             )
         head_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in self.adapter.head_kwargs}
         kwargs["return_dict"] = True
-        output = self._original(*args, **kwargs)
-        codes = self._align(codes, labels, output.logits.shape[1]).to(output.logits.device)
-        step.result = self._weighted_loss(score_logits(output.logits, self.adapter.response_metrics), codes, step)
+        output = None
+        if self.fused is not None and not self.adapter.reads_logits(step):
+            output = self._run_fused(args, kwargs, labels, codes, step)
+        if output is None:
+            output = self._run(args, kwargs, labels, codes, step)
+        assert step.result is not None
         aux_loss = output.get("aux_loss")
         if aux_loss is not None:
             step.aux_loss = aux_loss.detach()
             step.aux_loss_coefficient = _aux_loss_coefficient(self.model)
         return self.adapter.output(output, step.result, head_kwargs, step)
+
+    def _run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], labels: torch.Tensor, codes: torch.Tensor, step: Step
+    ) -> Any:
+        """The model as it is, and the loss from its logits."""
+        output = self._original(*args, **kwargs)
+        codes = self._align(codes, labels, output.logits.shape[1]).to(output.logits.device)
+        step.result = self._weighted_loss(score_logits(output.logits, self.adapter.response_metrics), codes, step)
+        return output
+
+    def _run_fused(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], labels: torch.Tensor, codes: torch.Tensor, step: Step
+    ) -> Any:
+        """The model with its head asked for the loss; `None` if this model needs its logits."""
+        fused = self.fused
+        assert fused is not None
+        linear = fused.linear()
+        if linear is None:
+            return self._give_up_fused()
+        own_forward = linear.forward
+        calls, raw = 0, None
+
+        def forward(hidden: torch.Tensor) -> torch.Tensor:
+            nonlocal calls, raw
+            calls += 1
+            aligned = self._align(codes, labels, hidden.shape[1]).to(hidden.device)
+            score = fused.score(hidden, linear, self.adapter.response_metrics)
+            step.result = self._weighted_loss(score, aligned, step)
+            if fused.checked:
+                return step.result.loss.reshape(1, 1, 1)  # the model may scale it; nobody looks at it
+            raw = fused.sample(hidden, own_forward)
+            return raw.clone()  # the model may change it in place
+
+        with exchanged_forward(linear, forward):
+            output = self._original(*args, **kwargs)
+        if calls == 1 and raw is not None:
+            fused.check(raw, output.logits)
+        elif calls != 1:
+            fused.obstacle = f"its forward calls its head {calls} times"
+        if fused.obstacle is not None:
+            step.result = None
+            return self._give_up_fused()
+        if self.chosen is None:
+            self.chosen = "fused"
+        output["logits"] = None
+        return output
+
+    def _give_up_fused(self) -> None:
+        """From now on the model's logits are used.
+
+        Raises:
+            WITConfigError: if the fused head was asked for by name.
+        """
+        assert self.fused is not None
+        reason = f"{type(self.model).__name__}: {self.fused.obstacle}"
+        if self.loss_impl == "fused":
+            raise WITConfigError(f"loss_impl = 'fused' cannot be used with {reason}; use loss_impl: auto")
+        logger.warning("the loss is computed from the logits, which takes more memory (%s)", reason)
+        self.fused = None
 
     def _weighted_loss(self, score: Score, codes: torch.Tensor, step: Step) -> WeightedLoss:
         return weighted_loss(

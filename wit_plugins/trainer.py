@@ -43,6 +43,7 @@ class Attachment:
     training: RoleMetrics = field(default_factory=RoleMetrics)
     evaluation: RoleMetrics = field(default_factory=RoleMetrics)
     verified: bool = False
+    prediction_loss_only: bool = True
 
 
 class WeightedTrainerMixin(_Base):
@@ -71,11 +72,18 @@ class WeightedTrainerMixin(_Base):
                 f"the batch has no {CODES_KEY}: its examples carry no labels column, or the data loader does not use "
                 "the trainer's data_collator; prepare the dataset with labels that are -100 on the prompt"
             )
-        step = wit.head.step = Step(num_items_in_batch, training)
+        step = wit.head.step = Step(num_items_in_batch, training, wit.prediction_loss_only)
         try:
             loss = super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
             )
+        except (TypeError, AttributeError) as error:
+            if step.result is None or wit.head.chosen != "fused":
+                raise
+            raise WeightsNotAppliedError(
+                f"{type(self).__mro__[2].__name__}.compute_loss failed after the loss was computed, probably because "
+                "it reads the logits, which the fused head never holds; set loss_impl: logits"
+            ) from error
         finally:
             wit.head.step = None
         if step.result is None:
@@ -124,6 +132,11 @@ class WeightedTrainerMixin(_Base):
                 "DistributedDataParallel, so each would go its own way; transformers leaves it so when evaluate() runs "
                 "before train(): train first, or evaluate with a trainer of its own"
             )
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own; remembers whether the logits are asked for."""
+        self._wit.prediction_loss_only = prediction_loss_only
+        return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own loop; its metrics gain the roles' losses under its prefix."""

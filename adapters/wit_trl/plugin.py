@@ -99,6 +99,12 @@ class TRLAdapter(TrainerAdapter):
         options = trainer.args.liger_kernel_config or {}
         changes.set(trainer.args, "liger_kernel_config", {**options, "fused_linear_cross_entropy": False})
 
+    def reads_logits(self, step: Any) -> bool:
+        """TRL recomputes logits by itself since 1.15; before that `loss_type="nll"` takes its metrics from them."""
+        if self.fused_head or self.loss_type == "chunked_nll":
+            return False
+        return super().reads_logits(step) or not self.use_liger_kernel
+
     def output(self, output: Any, result: Any, kwargs: dict[str, Any], step: Any) -> Any:
         """The output with the fields that this version of `SFTTrainer.compute_loss` reads."""
         if self.fused_head:

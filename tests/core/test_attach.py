@@ -297,10 +297,6 @@ class TestRefusals:
         examples = [{"input_ids": [5, 6], "labels": [5, 6]}] * 150 + EXAMPLES
         attach(make_trainer(tmp_path, examples=examples), CONFIG)
 
-    def test_the_fused_head_is_not_there_yet(self, tmp_path):
-        with pytest.raises(WITConfigError, match="loss_impl = 'fused'.*not there yet.*auto"):
-            attach(make_trainer(tmp_path), WITConfig(prompt_weight=0.2, loss_impl="fused"))
-
     def test_not_a_language_model(self, tmp_path):
         trainer = make_trainer(tmp_path)
         trainer.model = torch.nn.Linear(2, 2)
@@ -344,8 +340,12 @@ class TestNeverSilently:
                 return torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), inputs["labels"][:, 1:])
 
         trainer = make_trainer(tmp_path, cls=Stubborn)
-        attach(trainer, CONFIG)
+        attach(trainer, WITConfig(prompt_weight=0.2, response_weight=0.8, loss_impl="logits"))
         with pytest.raises(WeightsNotAppliedError, match="Stubborn computes a loss of"):
+            trainer.train()
+        trainer = make_trainer(tmp_path, cls=Stubborn)
+        attach(trainer, CONFIG)
+        with pytest.raises(WeightsNotAppliedError, match="Stubborn.compute_loss failed.*loss_impl: logits"):
             trainer.train()
 
     def test_a_data_loader_with_another_collator(self, tmp_path):

@@ -1,0 +1,191 @@
+"""The fused head in real architectures at tiny sizes: each equals its own full-logits loss, gradient for gradient."""
+
+import copy
+import logging
+
+import pytest
+import torch
+import transformers
+from support import VOCAB_SIZE, all_relative_error, documents
+
+from wit_plugins import WITConfigError
+from wit_plugins.adapter import TrainerAdapter
+from wit_plugins.collator import CODES_KEY, WeightedCollator
+from wit_plugins.head import Step, WeightedHead
+from wit_plugins.plugins import ActiveStrategies
+
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.4,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.3, "output_router_logits": True}
+
+# Architecture, what its configuration needs beyond the sizes.
+ARCHITECTURES = {
+    "Llama": {},
+    "Qwen2": {},
+    "Qwen3": {},
+    "Mistral": {},
+    "Gemma2": {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
+    "Gemma3": {"query_pre_attn_scalar": 8},
+    "Phi3": {},
+    "Cohere": {"logit_scale": 0.37},
+    "Granite": {"logits_scaling": 3.0},
+    "FalconH1": {
+        "lm_head_multiplier": 0.7,
+        "mamba_d_ssm": 16,
+        "mamba_n_heads": 2,
+        "mamba_d_head": 8,
+        "mamba_d_state": 4,
+    },
+    "Qwen3Moe": {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 8},
+    "Mixtral": {**EXPERTS, "num_local_experts": 4},
+    "GptOss": {**EXPERTS, "num_local_experts": 4},
+}
+DOCS = documents(6, seed=2)
+WEIGHTS = {"wit": {"prompt_weight": 0.3, "response_weight": 0.7}}
+
+
+def build(name):
+    torch.manual_seed(1)
+    config_name = {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config")
+    config = getattr(transformers, config_name)(**SIZES, **ARCHITECTURES[name])
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    # Large logits, so that a soft cap bends them and a missing factor shows.
+    model.get_output_embeddings().weight.data.mul_(2)
+    return model.train()
+
+
+def collate(examples):
+    width = max(len(e["input_ids"]) for e in examples) + 2
+
+    def pad(key, value):
+        return torch.tensor([[*e[key], *[value] * (width - len(e[key]))] for e in examples])
+
+    mask = torch.tensor([[1] * len(e["input_ids"]) + [0] * (width - len(e["input_ids"])) for e in examples])
+    return {"input_ids": pad("input_ids", 0), "labels": pad("labels", -100), "attention_mask": mask}
+
+
+def run(model, loss_impl, training=True, calls=2, adapter=None, **kwargs):
+    """Loss and gradients of the last of several calls: the first is the one that is checked."""
+    strategies = ActiveStrategies(WEIGHTS)
+    head = WeightedHead(model, strategies, adapter or TrainerAdapter(), "nonzero_tokens", loss_impl)
+    batch = WeightedCollator(collate, strategies)([d.example() for d in DOCS])
+    assert CODES_KEY in batch
+    try:
+        for _ in range(calls):
+            model.zero_grad()
+            step = head.step = Step(None, training)
+            output = model(**batch, **kwargs)
+            if training:
+                output.loss.backward()
+        return output, step, head, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    finally:
+        head.remove()
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_equal_to_its_own_logits(name, calls):
+    model = build(name)
+    expected, expected_step, _, expected_grads = run(copy.deepcopy(model), "logits", calls=calls)
+    output, step, head, grads = run(model, "auto", calls=calls)
+    assert head.chosen == "fused"
+    assert type(output) is type(expected)
+    assert output.logits is None
+    assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+    assert all_relative_error(grads, expected_grads) < 1e-5
+    assert torch.allclose(step.result.role_sums, expected_step.result.role_sums, rtol=1e-5)
+    if "router_aux_loss_coef" in ARCHITECTURES[name]:
+        assert torch.allclose(output.aux_loss, expected.aux_loss)
+        assert output.loss.item() - step.result.loss.item() == pytest.approx(0.3 * output.aux_loss.item(), rel=1e-4)
+    assert "forward" not in model.get_output_embeddings().__dict__
+
+
+def test_metrics_come_out_of_the_same_pass():
+    class Metrics(TrainerAdapter):
+        response_metrics = True
+
+    model = build("Gemma2")
+    _, expected, *_ = run(copy.deepcopy(model), "logits", adapter=Metrics())
+    _, step, *_ = run(model, "auto", adapter=Metrics())
+    assert step.result.correct == expected.result.correct
+    assert torch.allclose(step.result.entropy, expected.result.entropy, rtol=1e-5)
+
+
+def test_hidden_states_are_kept():
+    output, *_ = run(build("Llama"), "auto", output_hidden_states=True)
+    assert len(output.hidden_states) == 3
+
+
+def test_without_gradients():
+    model = build("Llama").eval()
+    with torch.no_grad():
+        expected, *_ = run(copy.deepcopy(model), "logits", training=False)
+        output, *_ = run(model, "auto", training=False)
+    assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+
+
+class SquashedLlama(transformers.LlamaForCausalLM):
+    """Post-processes its logits in a way that no configuration names."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits - 0.1 * output.logits**2
+        return output
+
+
+class TwoHeads(transformers.LlamaForCausalLM):
+    """Calls its head twice."""
+
+    def forward(self, *args, **kwargs):
+        first = super().forward(*args, **kwargs)
+        second = super().forward(*args, **kwargs)
+        first.logits = first.logits + second.logits
+        return first
+
+
+@pytest.mark.parametrize(
+    ("cls", "reason"), [(SquashedLlama, "changes its logits in a way that is not known"), (TwoHeads, "2 times")]
+)
+def test_what_is_not_known_falls_back_to_logits(cls, reason, caplog):
+    torch.manual_seed(1)
+    model = cls(transformers.LlamaConfig(**SIZES))
+    expected, *_, expected_grads = run(copy.deepcopy(model), "logits")
+    with caplog.at_level(logging.WARNING):
+        output, _, head, grads = run(model, "auto")
+    assert head.chosen != "fused"
+    assert output.loss.item() == expected.loss.item()
+    assert all_relative_error(grads, expected_grads) == 0
+    assert [reason in r.message and cls.__name__ in r.message for r in caplog.records] == [True]  # said once
+    with pytest.raises(WITConfigError, match=f"loss_impl = 'fused'.*{reason}.*auto"):
+        run(model, "fused")
+
+
+def test_a_head_that_is_no_linear_layer(caplog):
+    class Scaled(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, hidden):
+            return self.linear(hidden) * 1.5
+
+    model = build("Llama")
+    model.set_output_embeddings(Scaled(model.get_output_embeddings()))
+    expected, *_ = run(copy.deepcopy(model), "logits")
+    output, _, head, _ = run(model, "auto")
+    assert head.chosen != "fused"
+    assert output.loss.item() == expected.loss.item()
+    with pytest.raises(WITConfigError, match="its head is a Scaled"):
+        run(model, "fused")
