@@ -50,7 +50,7 @@ class TrainerAdapter:
             kwargs (`dict`): the arguments in `head_kwargs` that the call had.
             step ([`Step`]): the call of `compute_loss` that this belongs to.
         """
-        loss = result.loss
+        loss = result.loss.clone()  # trainers multiply it in place by the number of processes
         if output.get("aux_loss") is not None:
             loss = loss + step.aux_loss_coefficient * output["aux_loss"].to(loss.device)
         # The loss comes first, where code that takes outputs[0] looks for it.

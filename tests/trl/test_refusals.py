@@ -87,7 +87,7 @@ def test_the_range_holds_the_version_under_test():
         ({"prompt_weight": -1}, "WITCallback: prompt_weight = -1"),
         ({"prompt_weight": 0.2, "respons_weight": 1}, "did you mean 'response_weight'"),
         ({"prompt_weight": 0.2, "strategies": ["dtf"]}, "did you mean 'dft'"),
-        ({"prompt_weight": 0.2, "loss_impl": "fused"}, "not there yet"),
+        ({"prompt_weight": 0.2, "loss_impl": "fast"}, "loss_impl = 'fast'"),
     ],
 )
 def test_settings(tmp_path, settings, message):
