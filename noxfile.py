@@ -33,7 +33,7 @@ PINS = {
     ],
     "trl-1.9": [
         *[*TORCH, *CORE, *TEST, *LIGER],
-        *["trl==1.9.0", "transformers==5.16.1", "datasets==5.2.0", "peft==0.20.0"],
+        *["trl==1.9.0", "transformers==5.16.1", "datasets==5.2.0", "peft==0.20.0", "matplotlib==3.11.2"],
     ],
 }
 

@@ -1,0 +1,50 @@
+"""`make demo` in a few steps, and the examples that it ships."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+from support import subprocess_env
+
+TRL_CONFIGS = next(p / "configs" / "trl" for p in Path(__file__).parents if (p / "configs" / "trl").is_dir())
+
+
+def test_demo_runs_end_to_end(tmp_path):
+    command = [sys.executable, str(TRL_CONFIGS / "demo.py"), "--steps", "4", "--output", str(tmp_path)]
+    done = subprocess.run(command, env=subprocess_env(), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    runs = results["runs"]
+    assert [(run["prompt_weight"], run["response_weight"]) for run in runs] == [(0.0, 1.0), (0.2, 0.8), (1.0, 1.0)]
+    assert results["parameters"] > 2_000_000
+    for run in runs:
+        # The same model before training, whatever the weights; an untrained one is close to uniform.
+        assert run["response_loss"][0] == runs[0]["response_loss"][0]
+        assert abs(run["prompt_loss"][0] - math.log(results["vocabulary"])) < 0.5
+        assert run["steps"][0] == 0
+        assert run["steps"][-1] == 4
+        assert run["response_loss"][-1] < run["response_loss"][0]
+    # More weight on the prompt, lower prompt loss.
+    final = [run["prompt_loss"][-1] for run in runs]
+    assert final == sorted(final, reverse=True)
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+    for label in ("(0, 1)", "(0.2, 0.8)", "(1, 1)"):
+        assert label in done.stdout
+
+
+def test_shipped_examples_are_what_the_generator_writes(tmp_path):
+    shipped = TRL_CONFIGS / "data"
+    (tmp_path / "make_examples.py").write_bytes((shipped / "make_examples.py").read_bytes())
+    subprocess.run([sys.executable, "make_examples.py"], cwd=tmp_path, check=True, capture_output=True)
+    rows = {}
+    for name in ("train.jsonl", "test.jsonl"):
+        assert (tmp_path / name).read_bytes() == (shipped / name).read_bytes()
+        rows[name] = [json.loads(line)["messages"] for line in (shipped / name).read_text("utf-8").splitlines()]
+    users = {n: {m["content"] for row in r for m in row if m["role"] == "user"} for n, r in rows.items()}
+    assert not users["train.jsonl"] & users["test.jsonl"]
+    every = [row for r in rows.values() for row in r]
+    assert len(every) == 720
+    assert sum(row[0]["role"] == "system" for row in every) > 200
+    assert sum(len([m for m in row if m["role"] == "assistant"]) > 1 for row in every) > 150
