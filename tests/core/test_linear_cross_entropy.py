@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import logging
 import math
 import os
@@ -970,6 +971,24 @@ def test_fsdp2_head(precision, tmp_path):
         for process in running:
             process.kill()
     assert [process.returncode for process in running] == [0, 0], "\n".join(outputs)
+
+
+def test_benchmark_runs(tmp_path):
+    pytest.importorskip("matplotlib")
+    script = Path(__file__).parents[2] / "benchmarks" / "linear_cross_entropy.py"
+    command = [sys.executable, str(script), "--quick", "--device", "cpu", "--out", str(tmp_path / "results")]
+    command += ["--methods", "full,checkpointed,liger mean,wit"]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "| liger mean | needs a GPU |" in done.stdout
+    written = json.loads((tmp_path / "results.json").read_text())
+    for results in written["results"].values():
+        by_name = {result["method"]: result for result in results}
+        assert by_name["wit"]["error"] < 1e-5
+        assert by_name["wit"]["time"] > 0
+    assert (tmp_path / "results.png").stat().st_size > 1000
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
