@@ -1,0 +1,415 @@
+"""Time, peak memory and error of the weighted head against the others, on the same tensors in the same run.
+
+    python benchmarks/linear_cross_entropy.py                  # CPU: two shapes that fit two cores; GPU: real heads
+    python benchmarks/linear_cross_entropy.py --sweep          # how the cost grows with tokens, hidden size, vocabulary
+    python benchmarks/linear_cross_entropy.py --shapes 8192x4096x128256 --methods full,wit
+
+One step is a forward and a backward from hidden states to ∂hidden and ∂weight, with weight 0.2 on the prompt and 0.8
+on the response. The methods take turns, round by round, so that a change of the machine's speed meets all of them;
+the time is the median. Peak memory is what one step allocates beyond the inputs and the two gradients, by PyTorch's
+own allocator (see `memory.py`). The error is the largest difference from float64, relative to the largest number in
+the same tensor, over loss, ∂hidden and ∂weight.
+
+Methods that need what is not there (a GPU, a library) are named with the reason instead of a number. `liger mean` is
+Liger Kernel's loss without weights: it computes something else, and is the bar for what a fused head may cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from memory import peak_bytes
+from torch.utils.checkpoint import checkpoint
+
+from wit_plugins.linear_cross_entropy import weighted_linear_cross_entropy
+
+CPU_SHAPES = {"2048x512x32000": None, "4096x1024x50000": None}
+GPU_SHAPES = {  # tokens x hidden x vocabulary, soft cap
+    "8192x2048x128256 (Llama-3.2-1B)": None,
+    "8192x4096x128256 (Llama-3-8B)": None,
+    "8192x4096x151936 (Qwen3-8B)": None,
+    "8192x3584x256000 (Gemma-2-9B)": 30.0,
+}
+QUICK_SHAPES = {"64x32x500": None, "96x16x300": 30.0}
+SWEEP_SHAPES = dict.fromkeys(
+    [f"{tokens}x512x16000" for tokens in (1024, 2048, 4096)]
+    + [f"1024x{hidden}x16000" for hidden in (1024, 2048)]
+    + [f"1024x512x{vocabulary}" for vocabulary in (32000, 64000)]
+)
+PACKAGES = ["torch", "triton", "trl", "transformers", "liger_kernel", "cut_cross_entropy"]
+
+
+@dataclass
+class Problem:
+    """One head and one batch: `hidden` `[N, H]`, `weight` `[V, H]`, `targets` int64 `[N]`, `weights` float32 `[N]`."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    softcap: float | None
+
+    @staticmethod
+    def make(shape: str, softcap: float | None, dtype: torch.dtype, device: str) -> Problem:
+        """Hidden states of size 1, logits of a standard deviation of 2, documents of a prompt and a response."""
+        tokens, hidden, vocabulary = (int(size) for size in shape.split()[0].split("x"))
+        generator = torch.Generator().manual_seed(0)
+        states = torch.randn(tokens, hidden, generator=generator)
+        head = torch.randn(vocabulary, hidden, generator=generator).mul_(2 * hidden**-0.5)
+        is_response = torch.rand(tokens // 64 + 1, generator=generator).repeat_interleave(64)[:tokens] < 0.5
+        return Problem(
+            states.to(device, dtype).requires_grad_(),
+            head.to(device, dtype).requires_grad_(),
+            torch.randint(vocabulary, (tokens,), generator=generator).to(device),
+            torch.where(is_response, 0.8, 0.2).to(device),
+            softcap,
+        )
+
+    def forget(self) -> None:
+        """Drop the gradients."""
+        self.hidden.grad = self.weight.grad = None
+
+
+def mean(problem: Problem, nll: torch.Tensor) -> torch.Tensor:
+    """Σ w·nll over the number of tokens."""
+    return (problem.weights * nll).sum() / len(problem.weights)
+
+
+def logits(hidden: torch.Tensor, problem: Problem) -> torch.Tensor:
+    """As transformers' models compute them, float32 before the loss."""
+    z = hidden @ problem.weight.t()
+    if problem.softcap is not None:
+        z = problem.softcap * torch.tanh(z / problem.softcap)
+    return z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
+
+
+def full(p: Problem) -> torch.Tensor:
+    """All logits, then PyTorch's cross_entropy."""
+    return mean(p, torch.nn.functional.cross_entropy(logits(p.hidden, p), p.targets, reduction="none"))
+
+
+def checkpointed(p: Problem) -> torch.Tensor:
+    """Chunks of 512 tokens, whose logits are computed again in the backward."""
+
+    def chunk(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits(hidden, p), targets, reduction="none")
+
+    parts = zip(p.hidden.split(512), p.targets.split(512), strict=True)
+    return mean(p, torch.cat([checkpoint(chunk, hidden, targets, use_reentrant=False) for hidden, targets in parts]))
+
+
+def trl(p: Problem) -> torch.Tensor:
+    """TRL's fused head, its log-probabilities weighted."""
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    log_probs, *_ = ChunkedLogProbFunction.apply(
+        p.hidden, p.weight, None, p.targets, 1.0, 32768, p.softcap, 1.0, ("log_probs",)
+    )
+    return mean(p, -log_probs)
+
+
+def liger(reduction: str) -> Callable[[Problem], torch.Tensor]:
+    """Liger Kernel's fused head: its unweighted mean, or its per-token losses weighted."""
+
+    def method(p: Problem) -> torch.Tensor:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        loss = liger_fused_linear_cross_entropy(
+            p.hidden, p.weight, p.targets, reduction=reduction, softcap=p.softcap, return_z_loss=False
+        )
+        return loss if reduction == "mean" else mean(p, loss)
+
+    return method
+
+
+def cce(p: Problem) -> torch.Tensor:
+    """Cut Cross-Entropy, its per-token losses weighted; without a GPU its torch.compile implementation."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    impl = "cce" if p.hidden.is_cuda else "torch_compile"
+    return mean(p, linear_cross_entropy(p.hidden, p.weight, p.targets, softcap=p.softcap, reduction="none", impl=impl))
+
+
+def wit(impl: str) -> Callable[[Problem], torch.Tensor]:
+    """This project's."""
+
+    def method(p: Problem) -> torch.Tensor:
+        return weighted_linear_cross_entropy(
+            p.hidden, p.weight, p.targets, p.weights, softcap=p.softcap, num_items=len(p.weights), impl=impl
+        )
+
+    return method
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to compute the loss, and whether it can run here."""
+
+    name: str
+    loss: Callable[[Problem], torch.Tensor]
+    needs: tuple[str, ...] = ()
+    gpu_only: bool = False
+    weighted: bool = True
+
+    def missing(self, device: str) -> str | None:
+        """Why it cannot run, if it cannot."""
+        if self.gpu_only and device == "cpu":
+            return "needs a GPU"
+        for package in self.needs:
+            if version(package) is None:
+                return f"{package} is not installed"
+        return None
+
+
+METHODS = [
+    Method("full", full),
+    Method("checkpointed", checkpointed),
+    Method("trl", trl, ("trl",)),
+    Method("liger mean", liger("mean"), ("liger_kernel",), gpu_only=True, weighted=False),
+    Method("liger none", liger("none"), ("liger_kernel",), gpu_only=True),
+    Method("cce", cce, ("cut_cross_entropy",)),
+    Method("wit", wit("auto")),
+]
+GPU_METHODS = [  # on a CPU there is nothing to choose from
+    Method("wit torch", wit("torch")),
+    Method("wit liger", wit("liger"), ("liger_kernel",)),
+]
+
+
+@dataclass
+class Result:
+    """What was measured of one method at one shape; times in seconds, memory in bytes."""
+
+    method: str
+    note: str = ""
+    times: list[float] = field(default_factory=list)
+    peak: int = 0
+    error: float = float("nan")
+
+    @property
+    def time(self) -> float:
+        """The median."""
+        return statistics.median(self.times) if self.times else float("nan")
+
+
+def exact(p: Problem, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss and gradients in float64, 256 tokens at a time."""
+    weight = p.weight.detach().double().requires_grad_()
+    loss = torch.zeros((), dtype=torch.float64, device=weight.device)
+    grads = []
+    for rows in torch.arange(len(weights), device=weight.device).split(256):
+        hidden = p.hidden.detach()[rows].double().requires_grad_()
+        z = hidden @ weight.t()
+        if p.softcap is not None:
+            z = p.softcap * torch.tanh(z / p.softcap)
+        nll = torch.nn.functional.cross_entropy(z, p.targets[rows], reduction="none")
+        part = (weights[rows].double() * nll).sum() / len(weights)
+        part.backward()
+        loss += part.detach()
+        grads.append(hidden.grad)
+    assert weight.grad is not None
+    return loss, torch.cat(grads), weight.grad
+
+
+def step(method: Method, p: Problem) -> torch.Tensor:
+    """One forward and backward; the gradients are left in place."""
+    loss = method.loss(p)
+    loss.backward()
+    return loss.detach()
+
+
+def measure(p: Problem, methods: Iterable[Method], rounds: int, device: str) -> list[Result]:
+    """All methods on one problem."""
+    results = {method.name: Result(method.name, method.missing(device) or "") for method in methods}
+    running = [method for method in methods if not results[method.name].note]
+    references = {}
+    gradients = p.hidden.nbytes + p.weight.nbytes
+    for method in list(running):
+        result = results[method.name]
+        p.forget()
+        try:
+            loss = step(method, p)  # also compiles and warms up
+            if method.weighted not in references:
+                references[method.weighted] = exact(p, p.weights if method.weighted else torch.ones_like(p.weights))
+            pairs = zip((loss, p.hidden.grad, p.weight.grad), references[method.weighted], strict=True)
+            result.error = max(((mine.double() - want).abs().max() / want.abs().max()).item() for mine, want in pairs)
+            p.forget()
+            result.peak = peak_bytes(lambda method=method: step(method, p), device) - gradients
+        except (torch.OutOfMemoryError, RuntimeError, ImportError, NotImplementedError) as error:
+            result.note = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            running.remove(method)
+        p.forget()
+        gc.collect()
+    del references
+    for _ in range(rounds):
+        for method in running:
+            p.forget()
+            synchronize(device)
+            start = time.perf_counter()
+            step(method, p)
+            synchronize(device)
+            results[method.name].times.append(time.perf_counter() - start)
+    p.forget()
+    return list(results.values())
+
+
+def synchronize(device: str) -> None:
+    """Wait for a GPU."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+
+
+def version(package: str) -> str | None:
+    """The version of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """What it ran on, and how busy that was."""
+    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    facts: dict[str, Any] = {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+    }
+    if device != "cpu":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["gpu_memory"] = torch.cuda.get_device_properties(device).total_memory
+    return facts
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+
+
+def table(shape: str, results: list[Result], baseline: str) -> str:
+    """A Markdown table of one shape, with ratios to the baseline and to each method that `wit` must beat."""
+    by_name = {result.method: result for result in results}
+    base = by_name.get(baseline, Result(baseline))
+    lines = [
+        f"### {shape}",
+        "",
+        f"| method | time, s | of {baseline} | extra memory, MB | of {baseline} | error |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for r in results:
+        if r.note:
+            lines.append(f"| {r.method} | {r.note} | | | | |")
+            continue
+        time_ratio = f"{r.time / base.time:.2f}" if base.times else ""
+        peak_ratio = f"{r.peak / base.peak:.3f}" if base.peak else ""
+        lines.append(
+            f"| {r.method} | {r.time:.4g} | {time_ratio} | {r.peak / 1e6:.1f} | {peak_ratio} | {r.error:.1e} |"
+        )
+    mine = by_name.get("wit")
+    if mine is not None and mine.times:
+        others = [r for r in results if r.times and r is not mine]
+        ratios = ", ".join(f"{mine.time / r.time:.2f} of {r.method}" for r in others)
+        lines += ["", f"`wit` takes {ratios}." if ratios else ""]
+    return "\n".join(lines) + "\n"
+
+
+def plot(path: Path, measured: dict[str, list[Result]], title: str) -> None:
+    """Bars of time and extra memory, one group a shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(measured), figsize=(4.2 * len(measured), 6), squeeze=False)
+    for column, (shape, results) in zip(axes.T, measured.items(), strict=True):
+        shown = [r for r in results if r.times]
+        colors = ["#d95f02" if r.method.startswith("wit") else "#7f8c9b" for r in shown]
+        for axis, values, label in (
+            (column[0], [r.time for r in shown], "time, s"),
+            (column[1], [r.peak / 1e6 for r in shown], "extra memory, MB"),
+        ):
+            bars = axis.barh([r.method for r in shown], values, color=colors)
+            axis.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
+            axis.invert_yaxis()
+            axis.margins(x=0.2)
+            axis.set_xlabel(label)
+            axis.spines[["top", "right"]].set_visible(False)
+        column[0].set_title(shape, fontsize=10)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print the tables, write `<out>.json` and `<out>.png`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", help="float32 on a CPU, bfloat16 on a GPU unless given")
+    parser.add_argument("--shapes", nargs="+", help="tokens x hidden x vocabulary, e.g. 2048x512x32000")
+    parser.add_argument("--methods", help=f"some of: {','.join(m.name for m in METHODS + GPU_METHODS)}")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--baseline", default="full")
+    parser.add_argument("--sweep", action="store_true", help="one size at a time grows")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, two rounds: does it run at all")
+    parser.add_argument("--out", type=Path, help="path of the results without suffix")
+    options = parser.parse_args(arguments)
+
+    device, quick = options.device, options.quick
+    dtype = getattr(torch, options.dtype or ("float32" if device == "cpu" else "bfloat16"))
+    shapes: dict[str, float | None] = CPU_SHAPES if device == "cpu" else GPU_SHAPES
+    if options.shapes:
+        shapes = dict.fromkeys(options.shapes)
+    elif quick or options.sweep:
+        shapes = QUICK_SHAPES if quick else SWEEP_SHAPES
+    known = {method.name: method for method in METHODS + ([] if device == "cpu" else GPU_METHODS)}
+    names = options.methods.split(",") if options.methods else [*known]
+    if unknown := set(names) - known.keys():
+        parser.error(f"unknown methods: {', '.join(sorted(unknown))}")
+    methods = [known[name] for name in names]
+
+    facts = {
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "dtype": str(dtype).removeprefix("torch."),
+        "rounds": 2 if quick else options.rounds,
+        "versions": {"python": platform.python_version(), **{p: v for p in PACKAGES if (v := version(p))}},
+        "hardware": hardware(device),
+    }
+    print(json.dumps(facts, indent=2), "\n")
+    measured = {}
+    for shape, softcap in shapes.items():
+        problem = Problem.make(shape, softcap, dtype, device)
+        measured[shape] = measure(problem, methods, facts["rounds"], device)
+        print(table(shape, measured[shape], options.baseline), flush=True)
+        del problem
+        gc.collect()
+    out = options.out or Path(__file__).parent / "results" / f"linear_cross_entropy-{device}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    facts["load_average_at_the_end"] = [round(load, 2) for load in os.getloadavg()]
+    facts["results"] = {shape: [{**vars(r), "time": r.time} for r in results] for shape, results in measured.items()}
+    out.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
+    machine = facts["hardware"].get("gpu", facts["hardware"]["cpu"])
+    plot(out.with_suffix(".png"), measured, f"{facts['dtype']}, {machine}, torch {facts['versions']['torch']}")
+    print(f"wrote {out.with_suffix('.json')} and {out.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()
