@@ -46,9 +46,10 @@ class WITConfig(BaseModel):
     )
     loss_impl: Literal["auto", "fused", "logits"] = Field(
         default="auto",
-        description="How the loss is computed. `logits`: from the model's own logits. `fused`: without holding the "
-        "logits of all tokens (not available yet: naming it is an error). `auto`: the best that is available, which "
-        "is `logits` for now.",
+        description="How the loss is computed. `fused`: head and loss in one, without holding the logits of all "
+        "tokens; an error if the model's head does not allow it. `logits`: from the model's own logits. `auto`: "
+        "`fused` where it is possible, checked against the model's own logits in the first batch, else `logits`, with "
+        "a warning that says why.",
     )
     strategies: dict[str, dict[str, Any]] = Field(
         default_factory=dict,

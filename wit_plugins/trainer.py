@@ -93,6 +93,7 @@ class WeightedTrainerMixin(_Base):
             )
         if training and not wit.verified:
             self._verify_synchronised(model)
+            self.accelerator.print(f"WIT loss: {wit.head.chosen or 'logits'}")
             self._verify(loss[0] if isinstance(loss, tuple) else loss, step)
             wit.verified = True
         if training:

@@ -30,6 +30,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import subprocess_env
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wit_plugins import linear_cross_entropy as lce
@@ -957,7 +958,8 @@ dist.destroy_process_group()
 @pytest.mark.parametrize("precision", ["single", "half"])
 def test_fsdp2_head(precision, tmp_path):
     """Two processes with different batches: the sharded gradient is the mean of both, as FSDP2 itself makes it."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parent)}
+    env = subprocess_env(CUDA_VISIBLE_DEVICES="")
+    env["PYTHONPATH"] += os.pathsep + str(Path(__file__).parent)
     script = tmp_path / "fsdp.py"
     script.write_text(FSDP)
     commands = [[sys.executable, str(script), str(rank), str(tmp_path / "store"), precision] for rank in (0, 1)]

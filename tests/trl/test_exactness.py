@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support import all_relative_error, from_dataset, plain_copy, reference_step, role_losses
-from trlkit import assert_step_is_exact, dataset, logs, one_step, sft_trainer, weights_of
+from trlkit import LEARNING_RATE, assert_step_is_exact, dataset, logs, one_step, sft_trainer, weights_of
 from wit_trl import WITCallback
 
 from wit_plugins import WITConfig, attach
@@ -55,6 +55,19 @@ def test_twenty_steps_equal_trl_itself(tmp_path, prompt_weight, completion_only,
     assert losses == pytest.approx(own_losses, rel=1e-5)
     assert losses[-1] < losses[0]
     assert all_relative_error(weights_of(weighted), weights_of(own)) < 1e-5
+
+
+@pytest.mark.parametrize("loss_impl", ["fused", "logits"])
+def test_both_ways_of_computing_it(tmp_path, capsys, loss_impl):
+    trainer = sft_trainer(tmp_path)
+    loss, grads = reference_step(trainer.model, from_dataset(trainer.train_dataset), 0.2, 0.8)
+    before = weights_of(trainer)
+    trainer.add_callback(WITCallback(trainer, prompt_weight=0.2, response_weight=0.8, loss_impl=loss_impl))
+    trainer.train()
+    assert f"WIT loss: {loss_impl}\n" in capsys.readouterr().out
+    assert logs(trainer)[0] == pytest.approx(loss, rel=1e-5)
+    taken = {n: (before[n] - p) / LEARNING_RATE for n, p in weights_of(trainer).items()}
+    assert all_relative_error(taken, grads) < 1e-4
 
 
 def test_attach_needs_no_callback(tmp_path):
