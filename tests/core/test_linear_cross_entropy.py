@@ -749,7 +749,7 @@ def test_missing_or_old_libraries(broken, monkeypatch, caplog):
 
 def in_subprocess(code, **env):
     """Run a script on one CPU thread; what it prints comes back."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
+    env = subprocess_env(**env)
     script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n" + textwrap.dedent(code)
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -980,9 +980,7 @@ def test_benchmark_runs(tmp_path):
     script = Path(__file__).parents[2] / "benchmarks" / "linear_cross_entropy.py"
     command = [sys.executable, str(script), "--quick", "--device", "cpu", "--out", str(tmp_path / "results")]
     command += ["--methods", "full,checkpointed,liger mean,wit"]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run(command, env=subprocess_env(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "| liger mean | needs a GPU |" in done.stdout
     written = json.loads((tmp_path / "results.json").read_text())
