@@ -1,5 +1,6 @@
 """Strategies: registered names, products, options, trust."""
 
+import importlib
 import os
 import pickle
 import subprocess
@@ -64,6 +65,13 @@ def test_importing_the_core_imports_no_framework():
         "assert not {'trl', 'axolotl', 'llamafactory', 'datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("package", "name"), [("wit_axolotl", "WITPlugin"), ("wit_llamafactory", "WITCallback")])
+def test_adapters_that_are_not_written_stop_a_run(package, name):
+    """Axolotl goes on without a plugin that fails with ImportError; this must not be one."""
+    with pytest.raises(WITConfigError, match=f"{package}.{name}.*no adapter for"):
+        getattr(importlib.import_module(package), name)
 
 
 def test_wit_alone():
