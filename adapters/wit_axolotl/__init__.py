@@ -12,6 +12,6 @@ def __getattr__(name: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(name)
     raise WITConfigError(
-        f"wit_axolotl.{name}: this version of wit-plugins has no adapter for Axolotl yet; take it out of the "
+        f"wit_axolotl.{name}: there is no adapter for Axolotl in this version; take it out of the "
         "configuration to train without weights, or train in TRL (docs/trl.md)"
     )

@@ -70,7 +70,7 @@ def test_importing_the_core_imports_no_framework():
 @pytest.mark.parametrize(("package", "name"), [("wit_axolotl", "WITPlugin"), ("wit_llamafactory", "WITCallback")])
 def test_adapters_that_are_not_written_stop_a_run(package, name):
     """Axolotl goes on without a plugin that fails with ImportError; this must not be one."""
-    with pytest.raises(WITConfigError, match=f"{package}.{name}.*no adapter for"):
+    with pytest.raises(WITConfigError, match=f"{package}.{name}.*no adapter for.*docs/trl.md"):
         getattr(importlib.import_module(package), name)
 
 
