@@ -77,7 +77,7 @@ def weighted_linear_cross_entropy(
     softcap: float | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """Weighted cross-entropy of a linear head, Σ w·nll / num_items (arXiv:2507.07817, section 3).
+    """Weighted cross-entropy of a linear head, Σ w·nll / num_items (arXiv:2507.07817).
 
     Positions whose target is -100 or whose weight is 0 are not projected: they cost nothing, and whatever their
     hidden states hold (NaN included) stays out of the result. With no position left the loss is a differentiable 0.
