@@ -42,8 +42,8 @@ Rescale = Callable[[torch.Tensor, slice], "torch.Tensor | None"]
 _CHUNK_TOKEN_BYTES = 2048
 _CHUNK_ELEMENTS = 1 << 25
 _MIN_CHUNK_TOKENS = 128
-# In plain PyTorch the softmax takes a chunk in blocks: on a CPU such that they stay in the cores' caches.
-_BLOCK_ELEMENTS_CPU = 1 << 19
+# In plain PyTorch the softmax takes a chunk in blocks: on a CPU 1 MiB of float32 a thread, to stay in the caches.
+_BLOCK_ELEMENTS_PER_THREAD = 1 << 18
 _BLOCK_ELEMENTS = 1 << 24
 
 
@@ -490,7 +490,8 @@ class _Softmax:
     ) -> None:
         self.targets, self.token_weights, self.call, self.sums = targets, token_weights, call, sums
         num_tokens, vocab_size = buffer.shape
-        elements = _BLOCK_ELEMENTS_CPU if buffer.device.type == "cpu" else _BLOCK_ELEMENTS
+        on_cpu = buffer.device.type == "cpu"
+        elements = torch.get_num_threads() * _BLOCK_ELEMENTS_PER_THREAD if on_cpu else _BLOCK_ELEMENTS
         self.size = min(num_tokens, max(1, elements // vocab_size))
 
         def block(needed: bool) -> torch.Tensor | None:
@@ -533,8 +534,9 @@ class _Softmax:
         log_total = total.log()
         sums.nll[tokens] = (log_total - at_target)[:, 0]
         if terms is not None and sums.entropy is not None:
-            # Both without the row's maximum. exp(-inf) · -inf is 0 here: impossible tokens have no share.
-            mean = terms.mul_(z).nan_to_num_(nan=0.0).sum(dim=-1, keepdim=True) / total
+            # Both without the row's maximum. A token of logit -inf has no share: 0 times the lowest number.
+            terms.clamp_(min=torch.finfo(terms.dtype).min)
+            mean = terms.mul_(z).sum(dim=-1, keepdim=True) / total
             sums.entropy[tokens] = (log_total - mean)[:, 0]
         weights = _rescaled(self.token_weights, call, sums, tokens)  # [m]
         if sums.with_grad:

@@ -109,7 +109,7 @@ def small_chunks(monkeypatch):
     """Chunks of at most 8 tokens, blocks of 3."""
     monkeypatch.setattr(lce, "_CHUNK_ELEMENTS", 0)
     monkeypatch.setattr(lce, "_MIN_CHUNK_TOKENS", 8)
-    monkeypatch.setattr(lce, "_BLOCK_ELEMENTS_CPU", 3 * V)
+    monkeypatch.setattr(lce, "_BLOCK_ELEMENTS_PER_THREAD", 3 * V)
 
 
 class Products(TorchDispatchMode):
@@ -168,7 +168,7 @@ def test_matches_formula_at_any_size(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lce, "_CHUNK_ELEMENTS", 0)
         patch.setattr(lce, "_MIN_CHUNK_TOKENS", chunk)
-        patch.setattr(lce, "_BLOCK_ELEMENTS_CPU", block)
+        patch.setattr(lce, "_BLOCK_ELEMENTS_PER_THREAD", block)
         # Gradients that cancel almost wholly (few tokens, few words) may lose as many digits.
         loose = {torch.float64: torch.float64, torch.float32: torch.float32}.get(dtype, torch.bfloat16)
         check(*problem, tolerance=loose, logit_scale=logit_scale, softcap=softcap, num_items=num_items, impl="torch")
@@ -493,6 +493,25 @@ def test_correct_and_entropy_at_the_edges():
 
 
 @pytest.mark.parametrize("impl", ["logits", "torch"])
+def test_impossible_tokens(impl, small_chunks):
+    """A bias of -inf, as on rows that only pad the vocabulary, leaves everything else as if they were not there."""
+    hidden, weight, bias, targets, token_weights = make(with_bias=True, ignored=0)
+    targets = targets % (V - 2)
+    with torch.no_grad():
+        bias[-2:] = -math.inf
+    results, grads = [], []
+    for rows in (V, V - 2):
+        result = linear_nll_sums(
+            hidden, weight[:rows], targets, token_weights, bias=bias[:rows], with_entropy=True, impl=impl
+        )
+        results.append(result)
+        grads.append(torch.autograd.grad(result.loss, [hidden, weight, bias]))
+    torch.testing.assert_close(results[0].entropy, results[1].entropy)
+    torch.testing.assert_close(results[0].nll, results[1].nll)
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("impl", ["logits", "torch"])
 def test_rows(impl, small_chunks):
     hidden, weight, _, targets, token_weights = make(ignored=0, zeros=0)
     rows = torch.randperm(N)[:20]
@@ -633,7 +652,7 @@ def test_memory_is_one_chunk(dtype, options, frozen, train, every, monkeypatch):
     h, v, chunk = 64, 1000, 64
     monkeypatch.setattr(lce, "_CHUNK_ELEMENTS", 0)
     monkeypatch.setattr(lce, "_MIN_CHUNK_TOKENS", chunk)
-    monkeypatch.setattr(lce, "_BLOCK_ELEMENTS_CPU", 4 * v)
+    monkeypatch.setattr(lce, "_BLOCK_ELEMENTS_PER_THREAD", 4 * v)
     allowed = chunk * v * dtype.itemsize + 2 * 4 * v * 4 + 2 * chunk * h * dtype.itemsize + 2048
     allowed += packing(chunk, h, v, dtype)
     per_token = 64  # targets, weights and results: some numbers, where the logits are a vocabulary of them
@@ -652,7 +671,7 @@ def test_memory_against_full_logits():
 
     gradients = hidden.nbytes + weight.nbytes
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lce, "_BLOCK_ELEMENTS_CPU", lce._BLOCK_ELEMENTS_CPU // 10)
+        patch.setattr(lce, "_BLOCK_ELEMENTS_PER_THREAD", lce._BLOCK_ELEMENTS_PER_THREAD // 10)
         assert memory(n, h, v) <= 0.15 * (peak_bytes(full) - gradients)
 
 
@@ -661,7 +680,7 @@ def test_autocast_takes_one_copy_of_the_weight(monkeypatch):
     n, h, v, chunk = 256, 64, 1000, 16
     monkeypatch.setattr(lce, "_CHUNK_ELEMENTS", 0)
     monkeypatch.setattr(lce, "_MIN_CHUNK_TOKENS", chunk)
-    monkeypatch.setattr(lce, "_BLOCK_ELEMENTS_CPU", v)
+    monkeypatch.setattr(lce, "_BLOCK_ELEMENTS_PER_THREAD", v)
     hidden, weight, _, targets, token_weights = make(n, h, v, ignored=0, zeros=0)
 
     def step():
