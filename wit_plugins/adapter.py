@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -41,13 +41,12 @@ class TrainerAdapter:
         """Whether the trainer reads the logits off the model's output in this call of `compute_loss`."""
         return not step.training and not step.prediction_loss_only
 
-    def output(self, output: ModelOutput, result: WeightedLoss, kwargs: dict[str, Any], step: Step) -> ModelOutput:
+    def output(self, output: ModelOutput, result: WeightedLoss, step: Step) -> ModelOutput:
         """The model's output as this trainer expects it, with the loss set.
 
         Args:
             output: what the model returned without labels: logits, and `aux_loss` for a mixture of experts.
             result ([`WeightedLoss`]): what the head computed.
-            kwargs (`dict`): the arguments in `head_kwargs` that the call had.
             step ([`Step`]): the call of `compute_loss` that this belongs to.
         """
         loss = result.loss.clone()  # trainers multiply it in place by the number of processes

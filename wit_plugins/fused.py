@@ -90,8 +90,8 @@ class FusedHead:
         flat = hidden.reshape(1, -1, hidden.shape[-1])
         return own_forward(flat[:, :: max(1, flat.shape[1] // _CHECKED_POSITIONS)][:, :_CHECKED_POSITIONS])
 
-    def check(self, raw: torch.Tensor, processed: Any) -> bool:
-        """Compare what the model made of the sampled logits with what the fused loss makes of them."""
+    def check(self, raw: torch.Tensor, processed: Any) -> None:
+        """Set `obstacle` unless the model made of the sampled logits what the fused loss makes of them."""
         self.checked = True
         expected = raw.float() * self.scale
         if self.softcap is not None:
@@ -102,7 +102,6 @@ class FusedHead:
         same = same and bool((processed.float() - expected).abs().max() <= tolerance * expected.abs().max())
         if not same:
             self.obstacle = "it changes its logits in a way that is not known"
-        return same
 
 
 @contextmanager

@@ -81,7 +81,6 @@ class WeightedHead:
         self._aligned = False
         self.loss_impl = loss_impl
         self.fused = None if loss_impl == "logits" else FusedHead(model)
-        self.chosen: str | None = None
         if loss_impl == "fused" and self.fused is not None and self.fused.obstacle is not None:
             self._give_up_fused()
         self._own_forward = model.__dict__.get("forward")  # an instance's own, where another patch came before
@@ -102,6 +101,11 @@ class WeightedHead:
         self._patched = forward
         model.forward = forward
 
+    @property
+    def chosen(self) -> str:
+        """How the loss is computed by now: `fused` once a batch has shown that it can be, else `logits`."""
+        return "fused" if self.fused is not None and self.fused.checked else "logits"
+
     def remove(self) -> None:
         """Take the patch off. If something was wrapped around it meanwhile (autocast), it lets every call through."""
         self.enabled = False
@@ -118,7 +122,7 @@ class WeightedHead:
             raise WeightsNotAppliedError(
                 f"the model was called with {CODES_KEY} outside the trainer's compute_loss; call it without"
             )
-        head_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in self.adapter.head_kwargs}
+        kwargs = {key: value for key, value in kwargs.items() if key not in self.adapter.head_kwargs}
         kwargs["return_dict"] = True
         output = None
         if self.fused is not None and not self.adapter.reads_logits(step):
@@ -130,7 +134,7 @@ class WeightedHead:
         if aux_loss is not None:
             step.aux_loss = aux_loss.detach()
             step.aux_loss_coefficient = _aux_loss_coefficient(self.model)
-        return self.adapter.output(output, step.result, head_kwargs, step)
+        return self.adapter.output(output, step.result, step)
 
     def _run(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], labels: torch.Tensor, codes: torch.Tensor, step: Step
@@ -173,8 +177,6 @@ class WeightedHead:
         if fused.obstacle is not None:
             step.result = None
             return self._give_up_fused()
-        if self.chosen is None:
-            self.chosen = "fused"
         output["logits"] = None
         return output
 

@@ -93,7 +93,7 @@ class WeightedTrainerMixin(_Base):
             )
         if training and not wit.verified:
             self._verify_synchronised(model)
-            self.accelerator.print(f"WIT loss: {wit.head.chosen or 'logits'}")
+            self.accelerator.print(f"WIT loss: {wit.head.chosen}")
             self._verify(loss[0] if isinstance(loss, tuple) else loss, step)
             wit.verified = True
         if training:

@@ -105,11 +105,11 @@ class TRLAdapter(TrainerAdapter):
             return False
         return super().reads_logits(step) or not self.use_liger_kernel
 
-    def output(self, output: Any, result: Any, kwargs: dict[str, Any], step: Any) -> Any:
+    def output(self, output: Any, result: Any, step: Any) -> Any:
         """The output with the fields that this version of `SFTTrainer.compute_loss` reads."""
         if self.fused_head:
             return self._fused_output(output, result, step)
-        output = super().output(output, result, kwargs, step)
+        output = super().output(output, result, step)
         if self.use_liger_kernel:
             return _HeadOutput(**output, token_accuracy=result.correct / result.labels_count.clamp(min=1))
         if self.loss_type == "chunked_nll":
