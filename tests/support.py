@@ -152,7 +152,8 @@ def role_losses(model: torch.nn.Module, docs: Sequence[Document]) -> dict[str, f
 
 def subprocess_env(**changes: str) -> dict[str, str]:
     """Variables for a script that imports what tests import, whatever is on the path already."""
-    paths = [str(Path(__file__).parent), str(Path(__file__).parent / "trl"), os.environ.get("PYTHONPATH", "")]
+    here = Path(__file__).parent
+    paths = [str(path) for path in (here, here / "trl", here / "axolotl")] + [os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths)), **changes}
 
 

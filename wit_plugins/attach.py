@@ -118,7 +118,7 @@ def _check_trainer(trainer: Trainer) -> None:
 
     args = trainer.args
     if not hasattr(trainer, "_get_num_items_in_batch"):
-        raise WITConfigError("this version of transformers is too old to normalise over a whole step; use >= 5.0")
+        raise WITConfigError("this version of transformers is too old to normalise over a whole step; use >= 4.57")
     if isinstance(getattr(trainer, "processing_class", None), ProcessorMixin):
         raise WITConfigError(
             "vision and audio language models are not supported yet; pass the tokenizer alone as processing_class"

@@ -104,18 +104,27 @@ class FusedHead:
             self.obstacle = "it changes its logits in a way that is not known"
 
 
+def forward_name(module: nn.Module) -> str:
+    """The attribute that holds a module's own forward.
+
+    With a `device_map`, accelerate puts a wrapper in its place, which moves inputs and weights to where they belong.
+    """
+    return "_old_forward" if hasattr(module, "_hf_hook") and hasattr(module, "_old_forward") else "forward"
+
+
 @contextmanager
 def exchanged_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """For its length, `module` runs `forward`; hooks on the module stay."""
-    own = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
+    name = forward_name(module)
+    own = module.__dict__.get(name)
+    module.__dict__[name] = forward
     try:
         yield
     finally:
         if own is None:
-            module.__dict__.pop("forward", None)
+            module.__dict__.pop(name, None)
         else:
-            module.__dict__["forward"] = own
+            module.__dict__[name] = own
 
 
 def logit_postprocessing(config: Any) -> tuple[float, float | None]:

@@ -18,7 +18,7 @@ from torch import nn
 from wit_plugins.adapter import TrainerAdapter
 from wit_plugins.collator import CODES_KEY
 from wit_plugins.errors import WeightsNotAppliedError, WITConfigError
-from wit_plugins.fused import FusedHead, exchanged_forward
+from wit_plugins.fused import FusedHead, exchanged_forward, forward_name
 from wit_plugins.loss import Score, WeightedLoss, score_logits, weighted_loss
 from wit_plugins.plugins import ActiveStrategies
 from wit_plugins.roles import IGNORE_INDEX
@@ -154,7 +154,7 @@ class WeightedHead:
         linear = fused.linear()
         if linear is None:
             return self._give_up_fused()
-        own_forward = linear.forward
+        own_forward = getattr(linear, forward_name(linear))
         calls, raw = 0, None
 
         def forward(hidden: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
     from wit_plugins.adapter import TrainerAdapter
+    from wit_plugins.cli.driver import FrameworkDriver
 
 PROJECT_NAME = "wit_plugins"
 
@@ -44,3 +45,8 @@ def dynamic_weights(log_probs: torch.Tensor, roles: torch.Tensor, options: Mappi
 @hookspec(firstresult=True)
 def adapt_trainer(trainer: Trainer) -> TrainerAdapter | None:
     """For framework adapters: what this framework's trainer needs beyond `transformers.Trainer`, or `None`."""
+
+
+@hookspec
+def framework_driver() -> FrameworkDriver | None:
+    """For framework adapters: what the `wit` command needs to know about this framework."""

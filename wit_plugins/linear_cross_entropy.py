@@ -691,6 +691,19 @@ def _choose(impl: str, hidden: torch.Tensor, call: _Call) -> str:
     return picked
 
 
+def usable_implementations() -> dict[str, str | None]:
+    """What can compute the loss on this machine: by name, `None` or why it cannot. `auto` picks among them."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    no_gpu = None if device.type == "cuda" or _interpreting() else "it needs a GPU (CUDA or ROCm)"
+    triton = no_gpu
+    if triton is None and not _triton_works(device, torch.float32):
+        triton = "its kernel fails on this device; the log says why"
+    liger = no_gpu
+    if _liger_forward() is None:
+        liger = "Liger Kernel is missing or older than 0.8.5"
+    return {"torch": None, "logits": None, "triton": triton, "liger": liger}
+
+
 def _interpreting() -> bool:
     """Whether Triton's kernels are interpreted, which runs them on a CPU, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -7,10 +7,13 @@ and adds to it. It is mixed in by changing the class of one instance, so it comp
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from torch.nn.parallel import DistributedDataParallel
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -18,10 +21,11 @@ from wit_plugins import records
 from wit_plugins.adapter import TrainerAdapter
 from wit_plugins.collator import CODES_KEY
 from wit_plugins.config import WITConfig
-from wit_plugins.errors import WeightsNotAppliedError
+from wit_plugins.errors import WeightsNotAppliedError, WITConfigError
 from wit_plugins.head import Step, WeightedHead
 from wit_plugins.metrics import RoleMetrics
 from wit_plugins.normalization import step_denominator
+from wit_plugins.recorder import RunRecorder, recorder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
@@ -123,6 +127,15 @@ class WeightedTrainerMixin(_Base):
                 "be applied; switch off the option that replaces the loss"
             )
 
+    def _verify_same_settings(self) -> None:
+        """Make sure that all ranks weigh alike: nodes can be started with different configurations."""
+        settings = gather_object([self._wit.config.summary()])
+        if len(set(settings)) > 1:
+            raise WITConfigError(
+                f"the processes have different settings: {'; '.join(sorted(set(settings)))}; start all of them with "
+                "the same configuration"
+            )
+
     def _verify_synchronised(self, model: Any) -> None:
         """Make sure that plain data parallelism averages the gradients, without which no step is the whole batch's."""
         plain = self.accelerator.distributed_type.name.startswith("MULTI_") and self.get_tp_size() == 1
@@ -138,6 +151,29 @@ class WeightedTrainerMixin(_Base):
         """The trainer's own; remembers whether the logits are asked for."""
         self._wit.prediction_loss_only = prediction_loss_only
         return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own; where it generates, without the weights."""
+        with self._collator_of(generation=self.compute_metrics is not None):
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own; where it generates, without the weights."""
+        with self._collator_of(generation=True):
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextmanager
+    def _collator_of(self, generation: bool) -> Iterator[None]:
+        """Generated text is compared with labels that are no mask: they have a length of their own."""
+        if not (generation and getattr(self.args, "predict_with_generate", False)):
+            yield  # and nothing is set back: Axolotl exchanges the collator itself
+            return
+        collator: Any = self.data_collator
+        self.data_collator = collator.collator
+        try:
+            yield
+        finally:
+            self.data_collator = collator
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own loop; its metrics gain the roles' losses under its prefix."""
@@ -168,6 +204,10 @@ class WeightedTrainerMixin(_Base):
             prompt, response = self._wit.first_tokens
             line += f"; in the first examples {prompt / (prompt + response):.0%} of the tokens are prompt"
         self.accelerator.print(line)
+        self._verify_same_settings()
+        callback = recorder()
+        if callback is not None and not any(isinstance(c, RunRecorder) for c in self.callback_handler.callbacks):
+            self.add_callback(callback)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:

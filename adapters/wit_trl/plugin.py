@@ -8,9 +8,8 @@ output is given what the trainer reads.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from packaging.version import Version
@@ -19,15 +18,18 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from wit_plugins import WITConfigError, hookimpl
 from wit_plugins.adapter import TrainerAdapter
 
-OLDEST, NEWEST = Version("1.9.0"), Version("1.16")
+if TYPE_CHECKING:
+    from wit_plugins.cli.driver import FrameworkDriver
+
+OLDEST, TOO_NEW = Version("1.9.0"), Version("1.17")
 _FUSED_HEAD_SINCE = Version("1.15.0")
 
 
 @hookimpl
 def adapt_trainer(trainer: Any) -> TrainerAdapter | None:
     """The adapter, for a `trl.SFTTrainer`; other TRL trainers are refused."""
-    if "trl" not in sys.modules:
-        return None
+    if not any(kind.__module__.startswith("trl.") for kind in type(trainer).__mro__):
+        return None  # and imports nothing: another framework may bring a version of TRL that is not supported
     import trl
     from trl.trainer.base_trainer import _BaseTrainer
 
@@ -38,6 +40,14 @@ def adapt_trainer(trainer: Any) -> TrainerAdapter | None:
             f"{type(trainer).__name__} does not train on prompt and response tokens; weights are for SFTTrainer"
         )
     return None
+
+
+@hookimpl
+def framework_driver() -> FrameworkDriver:
+    """TRL for the `wit` command."""
+    from wit_trl.driver import TRLDriver
+
+    return TRLDriver()
 
 
 @dataclass
@@ -77,11 +87,8 @@ class TRLAdapter(TrainerAdapter):
 
     def check(self, trainer: Any) -> None:
         """Refuse versions out of range and options that replace the loss."""
-        if not OLDEST <= self.version < Version(f"{NEWEST.major}.{NEWEST.minor + 1}"):
-            raise WITConfigError(
-                f"TRL {self.version} is not supported (supported: {OLDEST} to {NEWEST}.x); "
-                f"pip install 'trl>={OLDEST},<{NEWEST.major}.{NEWEST.minor + 1}'"
-            )
+        if not OLDEST <= self.version < TOO_NEW:
+            raise WITConfigError(f"TRL {self.version} is not supported; pip install 'trl>={OLDEST},<{TOO_NEW}'")
         if self.loss_type == "dft":
             raise WITConfigError(
                 "loss_type = 'dft': it would replace the weighted loss; leave loss_type out and give the weights the "

@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from support import VOCAB_SIZE, all_relative_error, documents
 
 from wit_plugins import WITConfigError
@@ -134,6 +135,22 @@ def test_without_gradients():
         expected, *_ = run(copy.deepcopy(model), "logits", training=False)
         output, *_ = run(model, "auto", training=False)
     assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+
+
+def test_a_device_map_keeps_its_hooks():
+    """accelerate moves the head's inputs and weights in a wrapper of its forward; offloaded, they are nowhere else."""
+    model = build("Llama").eval()
+    with torch.no_grad():
+        expected, *_ = run(copy.deepcopy(model), "logits", training=False)
+        head = model.get_output_embeddings()
+        weights = {"weight": head.weight.detach().clone()}
+        add_hook_to_module(head, AlignDevicesHook("cpu", offload=True, weights_map=weights))
+        assert head.weight.device.type == "meta"
+        for calls in (1, 2):  # checked against the model's own logits the first time, not the second
+            output, _, wit, _ = run(model, "fused", training=False, calls=calls)
+            assert wit.chosen == "fused"
+            assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+            assert head.weight.device.type == "meta"
 
 
 class SquashedLlama(transformers.LlamaForCausalLM):

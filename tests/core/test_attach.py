@@ -13,6 +13,8 @@ from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
     PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
     Trainer,
     TrainingArguments,
 )
@@ -212,6 +214,69 @@ def test_options_of_the_trainer(tmp_path, option):
     assert first_log(trainer)["loss"] == pytest.approx(expected, rel=1e-4)
 
 
+class GeneratingTrainer(Seq2SeqTrainer):
+    """Generates without asking a decoder for a loss on labels that do not fit its input."""
+
+    def prediction_step(self, model, inputs, prediction_loss_only, **kwargs):
+        labels = inputs.pop("labels")
+        loss, generated, _ = super().prediction_step(model, inputs, prediction_loss_only, **kwargs)
+        return loss, generated, labels
+
+
+def test_evaluation_by_generation_gets_the_examples_as_they_are(tmp_path):
+    """Its labels are texts to compare with, of a length of their own; training and its weights go on as ever."""
+    held_out = [{"input_ids": [5, 6, 7], "labels": [8, 9]}, {"input_ids": [5, 6], "labels": [7, 8, 9]}]
+    settings = {
+        "per_device_train_batch_size": 12,
+        "learning_rate": 0.05,
+        "optim": "sgd",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "num_train_epochs": 1,
+        "predict_with_generate": True,
+        "generation_max_length": 5,
+    }
+    seen = []
+
+    def compute_metrics(prediction):
+        seen.append((prediction.predictions, prediction.label_ids))
+        return {"texts": len(prediction.predictions)}
+
+    for weighted in (False, True):
+        trainer = GeneratingTrainer(
+            llama(),
+            Seq2SeqTrainingArguments(str(tmp_path / "out"), **settings),
+            data_collator=DataCollatorForSeq2Seq(tokenizer()),
+            train_dataset=EXAMPLES,
+            eval_dataset=held_out,
+            processing_class=tokenizer(),
+            compute_metrics=compute_metrics,
+        )
+        if weighted:
+            expected, _ = reference_step(trainer.model, DOCS, 0.2, 0.8)
+            attach(trainer, CONFIG)
+        assert trainer.evaluate()["eval_texts"] == 2
+        assert len(trainer.predict(held_out).predictions) == 2
+        if weighted:
+            trainer.train()
+            assert first_log(trainer)["loss"] == pytest.approx(expected, rel=1e-4)
+    for own, mine in zip(seen[:2], seen[2:], strict=True):
+        assert np.array_equal(own[0], mine[0])
+        assert np.array_equal(own[1], mine[1])
+
+
+def test_ranks_with_different_settings_do_not_train(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    attach(trainer, CONFIG)
+    other = WITConfig(prompt_weight=0.3, response_weight=0.8).summary()
+    monkeypatch.setattr("wit_plugins.trainer.gather_object", lambda own: [*own, other])
+    with pytest.raises(WITConfigError, match=r"different settings: prompt_weight=0.2.*; prompt_weight=0.3"):
+        trainer.train()
+
+
 class TestAttaching:
     def test_twice_the_same_is_once(self, tmp_path):
         trainer = make_trainer(tmp_path)
@@ -273,6 +338,7 @@ class TestAttaching:
         trainer.model.eval()
         assert torch.equal(trainer.model.generate(inputs, max_new_tokens=5, do_sample=False), own)
         assert trainer.model(inputs, labels=labels).loss == loss
+        assert trainer.model(inputs, logits_to_keep=1).logits.shape == (1, 1, trainer.model.config.vocab_size)
         assert trainer.model(input_ids=inputs, labels=labels, num_items_in_batch=7).loss is not None
 
 

@@ -67,11 +67,10 @@ def test_importing_the_core_imports_no_framework():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize(("package", "name"), [("wit_axolotl", "WITPlugin"), ("wit_llamafactory", "WITCallback")])
-def test_adapters_that_are_not_written_stop_a_run(package, name):
+def test_an_axolotl_plugin_that_cannot_be_imported_stops_a_run():
     """Axolotl goes on without a plugin that fails with ImportError; this must not be one."""
-    with pytest.raises(WITConfigError, match=f"{package}.{name}.*no adapter for.*docs/trl.md"):
-        getattr(importlib.import_module(package), name)
+    with pytest.raises(WITConfigError, match="wit_axolotl.WITPlugin cannot be imported: No module named 'axolotl"):
+        importlib.import_module("wit_axolotl").WITPlugin  # noqa: B018
 
 
 def test_wit_alone():

@@ -7,36 +7,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 from support import all_relative_error, documents, from_dataset, llama, reference_step
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 from wit_trl import WITCallback
+from words import text, tokenizer
 
-WORDS = [f"w{i:02d}" for i in range(52)]
 LEARNING_RATE = 0.05
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}<a> {% generation %}{{ message['content'] }} <end>{% endgeneration %}"
-    "{% else %}<u> {{ message['content'] }} <end>{% endif %} "
-    "{% endfor %}{% if add_generation_prompt %}<a> {% endif %}"
-)
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One id a word; ids 3 and up, so that padding (0) never looks like text."""
-    vocab = {"<pad>": 0, "</s>": 1, "<unk>": 2, "<u>": 3, "<a>": 4, "<end>": 5}
-    vocab |= {word: 6 + i for i, word in enumerate(WORDS)}
-    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", chat_template=CHAT_TEMPLATE
-    )
-    made.add_special_tokens({"additional_special_tokens": ["<u>", "<a>", "<end>"]})
-    return made
-
-
-def _text(ids: list[int]) -> str:
-    return " ".join(WORDS[i % len(WORDS)] for i in ids)
 
 
 def dataset(kind: str, count: int = 8, seed: int = 0) -> Dataset:
@@ -44,14 +19,14 @@ def dataset(kind: str, count: int = 8, seed: int = 0) -> Dataset:
     rows: list[dict[str, Any]] = []
     for doc in documents(count, seed, low=4, high=12):
         cut = max(1, len(doc.input_ids) // 2)
-        prompt, completion = _text(doc.input_ids[:cut]), _text(doc.input_ids[cut:])
+        prompt, completion = text(doc.input_ids[:cut]), text(doc.input_ids[cut:])
         user, assistant = {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}
         if kind == "plain":
             rows.append({"prompt": prompt + " ", "completion": completion + " "})
         elif kind == "conversational":
             rows.append({"prompt": [user], "completion": [assistant]})
         elif kind == "assistant_only":
-            system = {"role": "system", "content": _text(doc.input_ids[:1])}
+            system = {"role": "system", "content": text(doc.input_ids[:1])}
             rows.append({"messages": [system, user, assistant, user, assistant]})
         elif kind == "tokenised":
             rows.append(doc.example())
