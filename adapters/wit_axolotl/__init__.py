@@ -1,17 +1,24 @@
-"""Weighted losses in Axolotl: not written yet.
+"""Weighted losses in Axolotl: `plugins: [wit_axolotl.WITPlugin]` and a `wit:` block in the YAML."""
 
-The package is there so that a configuration that names it stops, instead of training without weights.
-"""
-
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wit_plugins import WITConfigError
 
+if TYPE_CHECKING:
+    from wit_axolotl.plugin import WITPlugin
+
+__all__ = ["WITPlugin"]
+
 
 def __getattr__(name: str) -> Any:
+    # Looked up late: the trainer's side (wit_axolotl.trainer) is loaded where Axolotl is not installed.
+    if name == "WITPlugin":
+        try:
+            from wit_axolotl.plugin import WITPlugin
+        except ImportError as error:
+            # Axolotl prints an ImportError and trains on without the plugin; any other error stops it.
+            raise WITConfigError(f"plugins: wit_axolotl.WITPlugin cannot be imported: {error}") from error
+        return WITPlugin
     if name.startswith("_"):
         raise AttributeError(name)
-    raise WITConfigError(
-        f"wit_axolotl.{name}: there is no adapter for Axolotl in this version; take it out of the "
-        "configuration to train without weights, or train in TRL (docs/trl.md)"
-    )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; the plugin is wit_axolotl.WITPlugin")

@@ -1,0 +1,106 @@
+"""The `wit:` block of an Axolotl configuration, and what it cannot stand beside. No Axolotl in here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from wit_plugins import WITConfig, WITConfigError
+from wit_plugins.plugins import ActiveStrategies
+
+PLUGIN = "wit_axolotl.WITPlugin"
+
+
+class WITArgs(BaseModel):
+    """The key that the plugin adds to Axolotl's schema; its content is checked by [`read_config`] before."""
+
+    wit: dict[str, Any] | None = Field(
+        default=None,
+        json_schema_extra={"description": "Weights of prompt and response tokens (wit_plugins.WITConfig)."},
+    )
+
+
+def is_listed(cfg: Mapping[str, Any]) -> bool:
+    """Whether a configuration has the plugin line."""
+    return any(str(name).split(".")[0] == "wit_axolotl" for name in cfg.get("plugins") or [])
+
+
+def read_config(cfg: Mapping[str, Any]) -> WITConfig:
+    """The settings of the weights in an Axolotl configuration as the user wrote it.
+
+    Args:
+        cfg (`Mapping`): the whole configuration, before Axolotl validates it.
+
+    Raises:
+        WITConfigError: if the block is missing or wrong, or stands beside an option under which the weights could not
+            be exact. Names the key, its value and the way out.
+    """
+    values = cfg.get("wit")
+    if not values:
+        raise WITConfigError(
+            f"wit: the plugin {PLUGIN} is on, but there is no wit: block; add\n"
+            "    wit:\n      prompt_weight: 0.4\n      response_weight: 0.6\n"
+            "or take the plugin line out to train without weights"
+        )
+    config = WITConfig.parse(_plain(values), "wit")
+    ActiveStrategies(config.active_strategies())  # finds strategies that do not exist or refuse their options
+    for key, refused, reason in _REFUSALS:
+        value = cfg.get(key)
+        if refused(value):
+            raise WITConfigError(f"{key} = {_shown(value)}: {reason}")
+    for name in cfg.get("plugins") or []:
+        for part, reason in _REFUSED_PLUGINS.items():
+            if part in str(name):
+                raise WITConfigError(f"plugins: {name} {reason}")
+    return config
+
+
+def _true(value: Any) -> bool:
+    return bool(value)
+
+
+def _above_one(value: Any) -> bool:
+    return value is not None and int(value) > 1
+
+
+_NO_LOSS = "it would replace the weighted loss"
+_REFUSALS: list[tuple[str, Callable[[Any], bool], str]] = [
+    (
+        "train_on_inputs",
+        _true,
+        "then nothing is masked, so there is no prompt to weight; set it to false (wit decides how much the prompt "
+        "counts: prompt_weight 1 and response_weight 1 train on everything alike)",
+    ),
+    ("rl", _true, "preference and reinforcement learning have no prompt and response weights; take wit out"),
+    ("reward_model", _true, "a reward model has no prompt and response weights; take wit out"),
+    ("process_reward_model", _true, "a reward model has no prompt and response weights; take wit out"),
+    ("pretraining_dataset", _true, "pretraining has no prompt to weight; use datasets, or take wit out"),
+    ("orpo_alpha", _true, f"{_NO_LOSS}; take it out"),
+    ("use_eaft", _true, f"{_NO_LOSS}; take it out, or register the loss as a strategy (docs/strategies.md)"),
+    (
+        "chunked_cross_entropy",
+        _true,
+        "wit computes the loss chunk by chunk by itself, with less memory; take the option out",
+    ),
+    ("liger_use_token_scaling", _true, f"{_NO_LOSS}; take it out, and set wit: strategies: [dft], which does the same"),
+    ("kd_trainer", _true, "knowledge distillation replaces the loss; take it or wit out"),
+    ("processor_type", _true, "vision and audio language models are not supported yet; train the text model alone"),
+    ("context_parallel_size", _above_one, "it shards the labels after the weights are attached; set it to 1"),
+    ("sequence_parallel_degree", _above_one, "it shards the labels after the weights are attached; set it to 1"),
+    ("tensor_parallel_size", _above_one, "a tensor-parallel head is not supported; set it to 1 and use FSDP"),
+]
+_REFUSED_PLUGINS = {
+    "integrations.kd": "replaces the loss (knowledge distillation); take it or wit out",
+    "integrations.diffusion": "replaces the loss (diffusion); take it or wit out",
+    "integrations.hatchery": "trains on a remote service, past the trainer; take it or wit out",
+}
+
+
+def _plain(values: Any) -> Any:
+    return values.to_dict() if hasattr(values, "to_dict") else values
+
+
+def _shown(value: Any) -> str:
+    return repr(_plain(value))

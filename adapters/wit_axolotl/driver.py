@@ -1,0 +1,252 @@
+"""Axolotl for the `wit` command: its own loaders and builders make the data and the trainer, without the weights.
+
+`load_cfg`, `load_datasets` and `setup_model_and_trainer` run as in `axolotl train`; only the loading of the model is
+exchanged for one that reads the configuration file alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from wit_axolotl.config import PLUGIN, is_listed, read_config
+from wit_axolotl.trainer import OLDEST, TOO_NEW
+from wit_plugins import WITConfigError, attached
+from wit_plugins.cli.borrow import exchanged
+from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split
+from wit_plugins.cli.empty import empty_model
+from wit_plugins.collator import WeightedCollator
+from wit_plugins.plugins import ActiveStrategies
+
+# What decides where and how a model is trained, and nothing about the data.
+_NOT_HERE: dict[str, Any] = {"bf16": False, "fp16": False, "tf32": False}
+_LEFT_OUT = {"deepspeed", "fsdp", "fsdp_config", "fsdp_version", "resume_from_checkpoint", "hub_model_id", "use_wandb"}
+_LEFT_OUT |= {"wandb_project", "wandb_name", "use_mlflow", "use_comet", "use_ray", "torch_compile"}
+
+
+class AxolotlDriver(FrameworkDriver):
+    """`axolotl train`, from a YAML file."""
+
+    name = "axolotl"
+    title = "Axolotl"
+    distribution = "axolotl"
+    oldest, below = str(OLDEST), str(TOO_NEW)
+
+    def recognises(self, values: Mapping[str, Any]) -> bool:
+        """Only Axolotl calls the model `base_model`."""
+        return "base_model" in values
+
+    def problems(self, job: Job) -> list[str]:
+        """A block without the plugin line, which Axolotl would train without, and what the adapter refuses."""
+        values = _values(job)
+        if not is_listed(values):
+            block = "there is a wit: block, but " if values.get("wit") else "there is no wit: block, and "
+            return [
+                f"{block}plugins does not name {PLUGIN}, so Axolotl would train without weights; add\n"
+                f"    plugins:\n      - {PLUGIN}"
+            ]
+        try:
+            read_config(values)
+        except WITConfigError as error:
+            return [str(error)]
+        return []
+
+    def sweep_problems(self, job: Job) -> list[str]:
+        """A run that is not evaluated cannot be compared."""
+        values = _values(job)
+        if values.get("val_set_size") or values.get("test_datasets"):
+            return []
+        return ["there is no evaluation data, so no eval_response_loss to compare; add val_set_size or test_datasets"]
+
+    def prepare(self, job: Job) -> Prepared:
+        """Run Axolotl until its trainer is there."""
+        self.check_installed()
+        os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")  # looking at data is nobody else's business
+        for problem in self.problems(job):
+            raise WITConfigError(problem)
+        values = _values(job)
+        config = read_config(values)
+        with tempfile.TemporaryDirectory(prefix="wit-") as folder:
+            values = {key: value for key, value in values.items() if key not in _LEFT_OUT}
+            values |= {**_NOT_HERE, "output_dir": f"{folder}/out"}
+            prepared_path = values.get("dataset_prepared_path")
+            if not (prepared_path and Path(prepared_path).is_dir() and any(Path(prepared_path).iterdir())):
+                values["dataset_prepared_path"] = f"{folder}/prepared"
+            path = Path(folder, "config.yaml")
+            path.write_text(_yaml(values), encoding="utf-8")
+            trainer, problems, captured, tokenizer = _build_trainer(path)
+            strategies = ActiveStrategies(config.active_strategies())
+            collator = trainer.data_collator
+            if attached(trainer) is None:
+                collator = WeightedCollator(collator, strategies)
+            sampler = trainer.get_train_dataloader().batch_sampler
+            strategy = str(values.get("excess_length_strategy") or "drop").lower()
+            # Nothing may point into the temporary folder when it is gone.
+            splits = _splits(trainer, captured, strategy, bool(values.get("val_set_size")))
+            limit = int(trainer.axolotl_cfg.sequence_len)
+            return Prepared(
+                framework=f"Axolotl {self.version()}",
+                config=config,
+                tokenizer=tokenizer,
+                collator=collator,
+                splits=splits,
+                max_length=limit,
+                truncation="start" if strategy == "truncate" else "dropped",
+                row_length=getattr(sampler, "batch_max_len", None),
+                problems=problems,
+            )
+
+    def files(self, job: Job, output: Path, resume: Path | None) -> dict[Path, str]:
+        """Axolotl's command line does not reach into a block, so each run has a file of its own."""
+        values = {**_values(job), "output_dir": str(output)}
+        if resume is not None:
+            values["resume_from_checkpoint"] = str(resume)
+        return {_cell_config(output): _yaml(values)}
+
+    def command(self, job: Job, output: Path, resume: Path | None, port: int | None = None) -> list[str]:
+        """`axolotl train cell.yaml`, by its own launcher; where there is no GPU, in one process."""
+        import torch
+
+        command = [sys.executable, "-m", "axolotl.cli.main", "train", str(_cell_config(output))]
+        if not torch.cuda.is_available():
+            return [*command, "--launcher", "python"]
+        return command if port is None else [*command, "--", f"--main_process_port={port}"]
+
+
+def _cell_config(output: Path) -> Path:
+    return output.parent / "config.yaml"
+
+
+def _values(job: Job) -> dict[str, Any]:
+    """The file with what the command line says on top; `a.b` reaches into a block."""
+    values = copy.deepcopy(dict(job.values))
+    for key, value in job.overrides.items():
+        *path, last = str(key).split(".")
+        place = values
+        for part in path:
+            inner = place.get(part)
+            place[part] = place = inner if isinstance(inner, dict) else {}
+        place[last] = value
+    if job.weights:
+        block = values.get("wit")
+        values["wit"] = {**(block if isinstance(block, dict) else {}), **job.weights}
+        if not block and not is_listed(values):
+            # A file without any weights, of which the command line asks what they would do.
+            values["plugins"] = [*(values.get("plugins") or []), PLUGIN]
+    return values
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+
+
+def _build_trainer(path: Path) -> tuple[Any, list[str], list[Any], Any]:
+    """The trainer, why the weights cannot be attached to it, the datasets before long examples go, the tokenizer."""
+    from axolotl import train
+    from axolotl.cli.config import load_cfg
+    from axolotl.common.datasets import load_datasets
+    from axolotl.loaders import load_tokenizer
+    from axolotl.utils.data import sft
+    from transformers import AutoConfig, Trainer
+
+    captured: list[Any] = []
+    trainers: list[Any] = []
+    cut, setup_trainer = sft.handle_long_seq_in_dataset, train.setup_trainer
+
+    def keep_uncut(dataset: Any, sequence_len: int, cfg: Any) -> Any:
+        captured.append(dataset)
+        return cut(dataset, sequence_len, cfg)
+
+    def keep_trainer(*args: Any, **kwargs: Any) -> Any:
+        trainers.append(setup_trainer(*args, **kwargs))
+        return trainers[-1]
+
+    def without_weights(cfg: Any) -> tuple[Any, Any, None, None]:
+        remote = bool(cfg.trust_remote_code)
+        config = AutoConfig.from_pretrained(cfg.base_model_config or cfg.base_model, trust_remote_code=remote)
+        return empty_model(config, trust_remote_code=remote), load_tokenizer(cfg), None, None
+
+    problems = []
+    with (
+        exchanged(sft, "handle_long_seq_in_dataset", keep_uncut),
+        exchanged(train, "setup_trainer", keep_trainer),
+        exchanged(train, "setup_model_and_tokenizer", without_weights),
+        exchanged(Trainer, "_move_model_to_device", lambda self, model, device: None),  # there is nothing to move
+    ):
+        cfg = load_cfg(str(path))
+        data = load_datasets(cfg=cfg)
+        tokenizer = load_tokenizer(cfg)
+        try:
+            train.setup_model_and_trainer(cfg, data)
+        except WITConfigError as error:
+            if not trainers:
+                raise
+            problems.append(str(error))
+    return trainers[-1], problems, captured, tokenizer
+
+
+class _PackedRows:
+    """The rows of one epoch as Axolotl's batch sampler packs them: lists of examples."""
+
+    def __init__(self, dataset: Any, sampler: Any) -> None:
+        self.dataset = dataset
+        self.bins = [[int(i) for i in one] for batch in sampler for one in batch]
+
+    def __len__(self) -> int:
+        return len(self.bins)
+
+    def __getitem__(self, index: int) -> list[Any]:
+        return [self.dataset[i] for i in self.bins[index]]
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return (self[index] for index in range(len(self)))
+
+
+def _rows(loader: Any) -> Any:
+    sampler = loader.batch_sampler
+    return _PackedRows(loader.dataset, sampler) if hasattr(sampler, "batch_max_len") else loader.dataset
+
+
+def _beginning_as(part: Any, uncut: Any, limit: int) -> Any:
+    """The examples of `uncut` that are those of `part`, a part of them that was split off after it was cut."""
+    wanted = Counter(tuple(ids) for ids in part.select_columns(["input_ids"])["input_ids"])
+    chosen = []
+    for index, ids in enumerate(uncut.select_columns(["input_ids"])["input_ids"]):
+        key = tuple(ids[:limit])
+        if wanted[key] > 0:
+            wanted[key] -= 1
+            chosen.append(index)
+    return uncut.select(chosen)
+
+
+def _splits(trainer: Any, captured: list[Any], strategy: str, splits_off: bool) -> dict[str, Split]:
+    """The datasets as the collators get them, and where it is known what they were before long examples went.
+
+    Axolotl takes long examples out before it splits a part off for evaluation; those are counted with the training
+    data.
+    """
+    from datasets import concatenate_datasets
+
+    whole = None
+    if captured and strategy == "drop" and hasattr(trainer.train_dataset, "select_columns"):
+        limit = int(trainer.axolotl_cfg.sequence_len)
+        long = captured[0].filter(lambda ids: [len(i) > limit for i in ids], input_columns=["input_ids"], batched=True)
+        columns = ["input_ids", "labels"]
+        parts = [data.select_columns(columns) for data in (trainer.train_dataset, long)]
+        whole = concatenate_datasets([parts[0], parts[1].cast(parts[0].features)])
+    elif captured and not splits_off:
+        whole = captured[0]
+    elif captured and strategy == "truncate" and hasattr(trainer.train_dataset, "select_columns"):
+        whole = _beginning_as(trainer.train_dataset, captured[0], int(trainer.axolotl_cfg.sequence_len))
+    splits = {"train": Split(_rows(trainer.get_train_dataloader()), whole)}
+    if trainer.eval_dataset is not None:
+        splits["eval"] = Split(_rows(trainer.get_eval_dataloader()))
+    return splits

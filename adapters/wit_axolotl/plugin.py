@@ -1,0 +1,67 @@
+"""`WITPlugin`: Axolotl's own plugin interface, used to attach the weights to the trainer that Axolotl built.
+
+In the order in which Axolotl calls them: `register` sees the configuration before anything is loaded, `get_input_args`
+adds the `wit` key to its schema, `get_training_args` sets the one training argument that the paper's denominator
+needs, `post_trainer_create` attaches, and `post_train` leaves the settings beside the model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+
+from wit_axolotl.config import PLUGIN, is_listed, read_config
+from wit_axolotl.trainer import check_version
+from wit_plugins import WITConfig, WITConfigError, attach
+from wit_plugins.records import save_config
+
+
+class WITPlugin(BasePlugin):
+    """Weights on prompt and response tokens, from the `wit:` block of the configuration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._config: WITConfig | None = None
+        self._should_save = False
+
+    def register(self, cfg: Any) -> None:
+        """Check the configuration before Axolotl validates it and loads anything.
+
+        Raises:
+            WITConfigError: naming the key, its value and the way out.
+        """
+        self._config = None
+        check_version()
+        # Axolotl's plugin manager outlives a run: it also calls plugins that the present configuration does not name.
+        if is_listed(cfg):
+            self._config = read_config(cfg)
+        elif cfg.get("wit"):
+            raise WITConfigError(f"wit: there is a wit: block, but plugins does not name {PLUGIN}; add it")
+
+    def get_input_args(self) -> str:
+        """The schema of the `wit` key, by name, as Axolotl wants it."""
+        return "wit_axolotl.config.WITArgs"
+
+    def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
+        """Normalise over all ranks, as Trainer does by itself; Axolotl switches it off."""
+        return {"average_tokens_across_devices": True} if is_listed(cfg) else None
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """Attach the weights to the trainer, whatever class Axolotl or another plugin chose for it.
+
+        Raises:
+            WITConfigError: if the weights could not be exact with this trainer, model or dataset.
+        """
+        if not is_listed(cfg):
+            return
+        if self._config is None:
+            raise WITConfigError("wit: Axolotl did not register the plugin before it built the trainer")
+        attach(trainer, self._config)
+        self._should_save = trainer.args.should_save
+
+    def post_train(self, cfg: Any, model: Any) -> None:
+        """Write `wit_config.json` beside the final model, which Axolotl saves past the trainer."""
+        # Axolotl calls this twice, the second time without a process group to ask for the rank.
+        if self._config is not None and is_listed(cfg) and self._should_save:
+            save_config(self._config, cfg["output_dir"])

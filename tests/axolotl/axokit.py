@@ -1,0 +1,291 @@
+"""Real `axolotl train` runs at a tiny size: a model folder, data of every form, a configuration, one plain SGD step."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from axolotl.integrations.base import BasePlugin, PluginManager
+from support import Document, all_relative_error, documents, llama, reference_step, subprocess_env
+from words import text, tokenizer
+
+LEARNING_RATE = 0.05
+
+if not torch.cuda.is_available():
+    # Axolotl 0.18 expects of these what a CUDA build says of the one and a CPU build of the other, without a GPU.
+    def _no_gpu(*args: Any) -> Any:
+        raise RuntimeError("no GPU")
+
+    torch.cuda.get_device_capability = _no_gpu
+    torch.cuda.can_device_access_peer = lambda *args: False
+
+
+class Recorder(BasePlugin):
+    """An Axolotl plugin that remembers the trainer, the model as it was, and which examples were trained on."""
+
+    last: Recorded | None = None
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        run = Recorder.last = Recorded(cfg, trainer, weights_of(trainer.model))
+        own = trainer.data_collator
+        if own is not None:
+            trainer.data_collator = trainer.train_data_collator = lambda features: (
+                run.seen.append(features) or own(features)
+            )
+
+
+class FirstTokenMasked(BasePlugin):
+    """Takes the first label out of every example: packed, Axolotl predicts it from the document before."""
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        own = trainer.data_collator
+
+        def collate(features: Any) -> Any:
+            for example in _flat(features):
+                example["labels"] = [-100, *example["labels"][1:]]
+            return own(features)
+
+        trainer.data_collator = trainer.train_data_collator = collate
+
+
+class AttentionOnCPU(BasePlugin):
+    """The samplers and collators of an attention that needs a GPU, with SDPA in the model."""
+
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
+        self.wanted = cfg.attn_implementation
+        assert self.wanted != "sdpa"
+        cfg.attn_implementation = "sdpa"  # for the model, which is loaded next
+
+    def post_model_load(self, cfg: Any, model: Any) -> None:
+        cfg.attn_implementation = self.wanted
+
+
+class HeadReplaced(BasePlugin):
+    """What plugins such as CutCrossEntropyPlugin do (its package is on no index): another forward of the class.
+
+    Given labels it computes a loss of its own, without logits; that loss is made to stand out.
+    """
+
+    def pre_model_load(self, cfg: Any) -> None:
+        from transformers import LlamaForCausalLM
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        def forward(
+            self: Any, input_ids: Any = None, labels: Any = None, logits_to_keep: int = 0, **kwargs: Any
+        ) -> Any:
+            kwargs.pop("return_dict", None)
+            hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state
+            if labels is not None:
+                return CausalLMOutputWithPast(loss=1000 * hidden.mean())
+            return CausalLMOutputWithPast(
+                logits=self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+            )
+
+        LlamaForCausalLM.forward = forward
+
+
+class UseCPU(BasePlugin):
+    """What Axolotl lacks on a CPU: `use_cpu`, without which transformers refuses bfloat16, and no GPU for a rank."""
+
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
+        if isinstance(cfg.device_map, dict):
+            cfg.device_map = None  # Axolotl's is the GPU of this rank
+
+    def get_training_args(self, cfg: Any) -> dict[str, Any]:
+        return {"use_cpu": True}
+
+
+@dataclass
+class Recorded:
+    """One run: its trainer, the trainable parameters before, the examples that came to the collator."""
+
+    cfg: Any
+    trainer: Any
+    before: dict[str, torch.Tensor]
+    seen: list[Any] = field(default_factory=list)
+
+    @property
+    def losses(self) -> list[float]:
+        return self.logged("loss")
+
+    def logged(self, key: str) -> list[Any]:
+        return [entry[key] for entry in self.trainer.state.log_history if key in entry]
+
+    @property
+    def taken(self) -> dict[str, torch.Tensor]:
+        """The gradient of the one SGD step, from the change of the parameters."""
+        return {n: (self.before[n] - p) / LEARNING_RATE for n, p in weights_of(self.trainer.model).items()}
+
+    @property
+    def docs(self) -> list[Document]:
+        """The documents that came to the collator, with the roles that Axolotl's masking gave them."""
+        if not self.seen:  # collated in a worker
+            return from_prepared(self.trainer.train_dataset)
+        by_ids = {tuple(doc.input_ids): doc for doc in from_prepared(self.trainer.train_dataset)}
+        return [by_ids[tuple(int(i) for i in example["input_ids"])] for example in _flat(self.seen)]
+
+    @contextmanager
+    def at_start(self) -> Iterator[Any]:
+        """The model with the parameters it had before the run."""
+        model = self.trainer.model
+        after = weights_of(model)
+        model.load_state_dict(self.before, strict=False)
+        yield model
+        model.load_state_dict(after, strict=False)
+
+
+def _flat(features: Any) -> Iterator[Any]:
+    for item in features:
+        if isinstance(item, dict):
+            yield item
+        else:
+            yield from _flat(item)
+
+
+def from_prepared(rows: Any) -> list[Document]:
+    return [Document(list(row["input_ids"]), [label != -100 for label in row["labels"]]) for row in rows]
+
+
+def weights_of(model: Any) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def rows(kind: str, count: int = 8, seed: int = 0) -> list[dict[str, Any]]:
+    """The same documents in one of the forms that Axolotl reads."""
+    made: list[dict[str, Any]] = []
+    for doc in documents(count, seed, low=4, high=12):
+        cut = max(1, len(doc.input_ids) // 2)
+        prompt, completion = text(doc.input_ids[:cut]), text(doc.input_ids[cut:])
+        user, assistant = {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}
+        if kind == "chat":
+            made.append({"messages": [user, assistant]})
+        elif kind == "multi_turn":
+            system = {"role": "system", "content": text(doc.input_ids[:1])}
+            made.append({"messages": [system, user, assistant, user, assistant]})
+        elif kind == "weighted_turns":
+            off, on = {"train": False, "weight": 0}, {"train": True, "weight": 1}
+            turns = [{**user, **off}, {**assistant, **off}, {**user, **off}, {**assistant, **on}]
+            made.append({"messages": turns})
+        elif kind == "alpaca":
+            made.append({"instruction": prompt, "input": "", "output": completion})
+        elif kind == "input_output":
+            segments = [{"label": False, "text": prompt + " "}, {"label": True, "text": completion}]
+            made.append({"segments": segments})
+        elif kind == "completion":
+            made.append({"text": prompt + " " + completion})
+        elif kind == "tokenised":
+            made.append({**doc.example(), "attention_mask": [1] * len(doc.input_ids)})
+        else:
+            raise ValueError(kind)
+    return made
+
+
+CHAT = {"type": "chat_template", "chat_template": "tokenizer_default", "field_messages": "messages"}
+
+
+class Workplace:
+    """A folder as a user would have it. Axolotl's cache of prepared datasets is shared between its runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.runs = itertools.count()
+        llama(vocab_size=64).save_pretrained(folder / "model")
+        tokenizer().save_pretrained(folder / "model")
+
+    def data(self, kind: str, count: int = 8) -> Path:
+        path = self.folder / f"{kind}-{count}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows(kind, count)))
+        return path
+
+    def config(self, kind: str = "chat", count: int = 8, dataset: Any = None, **settings: Any) -> Path:
+        """A configuration for one plain SGD step over `count` documents; `None` takes a key out."""
+        if dataset is None:
+            dataset = CHAT if kind in ("chat", "multi_turn", "weighted_turns") else {"type": kind}
+        folder = self.folder / f"run-{next(self.runs)}"
+        folder.mkdir()
+        config = {
+            "base_model": str(self.folder / "model"),
+            "plugins": ["axokit.Recorder", "wit_axolotl.WITPlugin"],
+            "wit": {"prompt_weight": 0.2, "response_weight": 0.8},
+            "datasets": [{"path": str(self.data(kind, count)), "ds_type": "json", **dataset}],
+            "dataset_prepared_path": str(self.folder / "prepared"),
+            "output_dir": str(folder / "out"),
+            "sequence_len": 64,
+            "micro_batch_size": count,
+            "gradient_accumulation_steps": 1,
+            "num_epochs": 1,
+            "learning_rate": LEARNING_RATE,
+            "optimizer": "sgd",
+            "lr_scheduler": "constant",
+            "max_grad_norm": 0.0,
+            "weight_decay": 0.0,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "bf16": False,
+            "tf32": False,
+            "attn_implementation": "sdpa",
+            "sdpa_varlen": False,  # a kernel that Axolotl 0.18 takes on a CPU too, where it does not run
+            "special_tokens": {"pad_token": "<pad>"},
+            "dataset_num_proc": 1,
+            "dataloader_num_workers": 0,
+            "seed": 7,
+            **settings,
+        }
+        path = folder / "config.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in config.items() if v is not None}))
+        return path
+
+    def train(self, *args: str, **settings: Any) -> Recorded:
+        return train(self.config(**settings), *args)
+
+
+def axolotl(*args: str) -> None:
+    """What the shell's `axolotl` does, in this process."""
+    from axolotl.cli.main import cli
+
+    PluginManager.get_instance().plugins.clear()  # it outlives a run
+    cli.main([*map(str, args)], prog_name="axolotl", standalone_mode=False)
+
+
+def train(path: Path, *args: str) -> Recorded:
+    """`axolotl train CONFIG --launcher python`, and what came of it."""
+    Recorder.last = None
+    axolotl("train", str(path), "--launcher", "python", *args)
+    assert Recorder.last is not None
+    return Recorder.last
+
+
+def assert_step_is_exact(
+    run: Recorded, prompt_weight: float = 0.2, response_weight: float = 0.8, rel: float = 1e-5
+) -> None:
+    """One optimizer step was the whole run: the logged loss and the step taken are the formula's."""
+    assert run.trainer.state.global_step == 1
+    with run.at_start() as model:
+        loss, grads = reference_step(model, run.docs, prompt_weight, response_weight)
+    assert abs(run.losses[0] - loss) <= rel * abs(loss), (run.losses[0], loss)
+    assert all_relative_error(run.taken, grads) < 10 * rel
+
+
+def isolated(folder: Path, **settings: Any) -> str:
+    """[`assert_step_is_exact`] in a process of its own, for options that patch classes; returns what it printed.
+
+    The working directory is `folder`.
+    """
+    command = [sys.executable, "-c", "import axokit; axokit._main()", str(folder), json.dumps(settings)]
+    done = subprocess.run(command, env=subprocess_env(), cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+def _main() -> None:
+    torch.set_num_threads(1)
+    assert_step_is_exact(Workplace(Path(sys.argv[1])).train(**json.loads(sys.argv[2])))

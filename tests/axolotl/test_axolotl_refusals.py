@@ -1,0 +1,108 @@
+"""What cannot be exact stops `axolotl` before anything is loaded, with the way out."""
+
+import sys
+
+import pytest
+import yaml
+from axokit import CHAT, axolotl, train
+
+from wit_plugins import WITConfigError
+
+PLUGINS = ["axokit.Recorder", "wit_axolotl.WITPlugin"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train_on_inputs": True}, "train_on_inputs = True: then nothing is masked.*set it to false"),
+        ({"rl": "dpo"}, "rl = 'dpo'.*take wit out"),
+        ({"reward_model": True}, "reward_model = True"),
+        ({"process_reward_model": True}, "process_reward_model = True"),
+        ({"pretraining_dataset": [{"path": "x"}]}, "pretraining_dataset = .*has no prompt.*use datasets"),
+        ({"use_eaft": True}, "use_eaft = True: it would replace the weighted loss.*docs/strategies.md"),
+        ({"chunked_cross_entropy": True}, "chunked_cross_entropy = True.*take the option out"),
+        ({"liger_use_token_scaling": True}, r"liger_use_token_scaling = True.*strategies: \[dft\]"),
+        ({"kd_trainer": True}, "kd_trainer = True"),
+        ({"processor_type": "AutoProcessor"}, "processor_type = 'AutoProcessor': vision"),
+        ({"context_parallel_size": 2}, "context_parallel_size = 2.*set it to 1"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size = 2.*set it to 1"),
+        ({"plugins": [*PLUGINS, "axolotl.integrations.diffusion.DiffusionPlugin"]}, r"plugins: .*DiffusionPlugin"),
+        ({"plugins": [*PLUGINS, "axolotl.integrations.kd.KDPlugin"]}, r"plugins: .*KDPlugin replaces the loss"),
+        ({"wit": None}, "there is no wit: block; add"),
+        ({"wit": {"promt_weight": 0.4}}, "wit: .*unknown key 'promt_weight'; did you mean 'prompt_weight'"),
+        ({"wit": {"response_weight": 0.4}}, "wit: prompt_weight is required; add prompt_weight: 0.2"),
+        ({"wit": {"prompt_weight": -0.4}}, "wit: prompt_weight = -0.4"),
+        ({"wit": {"prompt_weight": float("nan")}}, "wit: prompt_weight = nan"),
+        ({"wit": {"prompt_weight": float("inf")}}, "wit: prompt_weight = inf"),
+        ({"wit": {"prompt_weight": "much"}}, "wit: prompt_weight = 'much'"),
+        ({"wit": {"prompt_weight": 0, "response_weight": 0}}, "are both 0"),
+        ({"wit": {"prompt_weight": 0.4, "loss_impl": "fast"}}, "wit: loss_impl = 'fast'"),
+        ({"wit": {"prompt_weight": 0.4, "strategies": ["dtf"]}}, "did you mean 'dft'"),
+        ({"wit": 0.4}, "wit: expected a mapping such as"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("command", ["train", "preprocess"])
+def test_configurations(place, command, settings, message):
+    """There is no model to load: what is refused, is refused before."""
+    path = place.config(**{**settings, "base_model": "/nowhere"})
+    with pytest.raises(WITConfigError, match=f"(?s){message}"):
+        axolotl(command, path, *(["--launcher", "python"] if command == "train" else []))
+    assert not (path.parent / "out").exists()
+
+
+def test_a_dataset_without_a_prompt(place):
+    with pytest.raises(WITConfigError, match="nothing masked in any of its 8 examples.*train_on_inputs at false"):
+        place.train(kind="completion")
+
+
+def test_a_dataset_without_a_response(place):
+    dataset = {**CHAT, "roles_to_train": ["tool"], "train_on_eos": "none"}
+    with pytest.raises(WITConfigError, match="no response in any of its 8 examples"):
+        place.train(dataset=dataset)
+
+
+def test_the_block_without_the_plugin_line_in_a_process_that_had_it(place):
+    """Axolotl's plugins outlive a run. (In a process of its own it ignores the block: docs/axolotl.md.)"""
+    from axolotl.cli.config import load_cfg
+    from axolotl.integrations.base import PluginManager
+
+    PluginManager.get_instance().plugins.clear()
+    load_cfg(str(place.config()))
+    with pytest.raises(WITConfigError, match="plugins does not name wit_axolotl.WITPlugin; add it"):
+        load_cfg(str(place.config(plugins=["axokit.Recorder"])))
+    cfg = load_cfg(str(place.config(plugins=["axokit.Recorder"], wit=None)))
+    plugin = PluginManager.get_instance().plugins["wit_axolotl.WITPlugin"]
+    assert plugin.get_training_args(cfg) is None
+    plugin.post_trainer_create(cfg, trainer=None)  # nothing to do
+
+
+def test_a_plugin_that_cannot_be_imported_stops_the_run(place, monkeypatch):
+    """Axolotl would print the ImportError and train on without it."""
+    monkeypatch.setitem(sys.modules, "wit_axolotl.plugin", None)
+    with pytest.raises(WITConfigError, match="wit_axolotl.WITPlugin cannot be imported"):
+        train(place.config())
+
+
+def test_a_mistyped_plugin(place):
+    with pytest.raises(AttributeError, match="no attribute 'WitPlugin'; the plugin is wit_axolotl.WITPlugin"):
+        train(place.config(plugins=["wit_axolotl.WitPlugin"]))
+
+
+@pytest.mark.parametrize("version", ["0.17.0", "0.20.0"])
+def test_versions_out_of_range(place, monkeypatch, version):
+    import wit_axolotl.trainer as module
+
+    own = module.importlib.metadata.version
+    monkeypatch.setattr(module.importlib.metadata, "version", lambda name: version if name == "axolotl" else own(name))
+    with pytest.raises(WITConfigError, match=rf"Axolotl {version} is not supported.*pip install"):
+        train(place.config())
+
+
+def test_options_of_strategies_survive_axolotl(place):
+    """Axolotl drops None from the configuration that it validated; `strategies: {dft: }` must not go with it."""
+    path = place.config()
+    config = yaml.safe_load(path.read_text())
+    config["wit"]["strategies"] = {"dft": None}
+    path.write_text(yaml.safe_dump(config))
+    assert train(path).trainer._wit.config.strategies == {"dft": {}}

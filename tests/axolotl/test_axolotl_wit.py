@@ -1,0 +1,189 @@
+"""The `wit` command on Axolotl's configurations: its own trainer's batches, its own run, and a sweep."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from axokit import from_prepared
+from axolotl.integrations.base import PluginManager
+from support import subprocess_env
+from wit_axolotl.driver import AxolotlDriver
+
+from wit_plugins.cli import main
+from wit_plugins.cli.documents import view
+from wit_plugins.cli.driver import Job, choose_driver
+from wit_plugins.cli.summary import summarise
+from wit_plugins.cli.text import TokenText
+
+ROOT = next(p for p in Path(__file__).parents if (p / "configs" / "axolotl").is_dir())
+
+
+def job(path, **weights):
+    return Job(path, yaml.safe_load(path.read_text()), {}, weights)
+
+
+def config(place, **settings):
+    return place.config(**{"plugins": ["wit_axolotl.WITPlugin"], **settings})
+
+
+def prepare(path):
+    PluginManager.get_instance().plugins.clear()  # it outlives a run
+    return AxolotlDriver().prepare(job(path))
+
+
+def wit(capsys, *args):
+    PluginManager.get_instance().plugins.clear()
+    capsys.readouterr()
+    code = main([str(arg) for arg in args])
+    captured = capsys.readouterr()
+    return code, " ".join(captured.out.split()), captured.err
+
+
+@pytest.mark.parametrize("kind", ["chat", "multi_turn", "alpaca", "tokenised"])
+def test_the_totals_are_those_of_what_axolotl_trains_on(place, kind):
+    dataset = {"type": None} if kind == "tokenised" else None
+    trained_on = place.train(kind=kind, **({"dataset": dataset} if dataset else {})).docs
+    prepared = prepare(config(place, kind=kind, **({"dataset": dataset} if dataset else {})))
+    assert prepared.problems == []
+    summary = summarise(prepared, prepared.splits["train"])
+    assert summary.documents == len(trained_on)
+    assert summary.tokens == sum(len(d.input_ids) for d in trained_on)
+    assert summary.response == sum(sum(d.is_response[1:]) for d in trained_on)
+    assert summary.prompt == sum(len(d.input_ids) - 1 - sum(d.is_response[1:]) for d in trained_on)
+    mass = 0.2 * summary.prompt / (0.2 * summary.prompt + 0.8 * summary.response)
+    assert summary.prompt_mass_share == pytest.approx(mass, rel=1e-6)
+
+
+def test_packed_rows_are_lists_of_examples(place):
+    prepared = prepare(config(place, count=24, sample_packing=True, micro_batch_size=1, sequence_len=48))
+    rows = prepared.splits["train"].rows
+    shown = view(list(rows), list(range(len(rows))), prepared, TokenText(prepared.tokenizer))
+    assert max(len(row.documents) for row in shown) > 1
+    for row, examples in zip(shown, rows, strict=True):
+        assert [[t.token_id for t in d.tokens] for d in row.documents] == [list(e["input_ids"]) for e in examples]
+        roles = [[t.role for t in d.tokens] for d in row.documents]
+        assert roles == [
+            [0, *(2 if response else 1 for response in doc.is_response[1:])] for doc in from_prepared(examples)
+        ]
+    summary = summarise(prepared, prepared.splits["train"])
+    assert summary.room == len(rows) * 48
+    weights = {round(t.weight, 6) for row in shown for d in row.documents for t in d.tokens}
+    assert weights == {0.0, 0.2, 0.8}
+    batch = prepared.collator([rows[0]])
+    assert np.count_nonzero(batch["weighted_labels"] >= 0) == sum(len(e["input_ids"]) - 1 for e in rows[0])
+
+
+def test_long_examples_are_counted(place):
+    path = config(place, kind="multi_turn", count=12, sequence_len=30)
+    whole = from_prepared(prepare(config(place, kind="multi_turn", count=12, sequence_len=64)).splits["train"].rows)
+    prepared = prepare(path)
+    summary = summarise(prepared, prepared.splits["train"])
+    long = [doc for doc in whole if len(doc.input_ids) > 30]
+    assert summary.long == summary.dropped == len(long) > 0
+    assert summary.lost == sum(len(doc.input_ids) for doc in long)
+
+
+def test_what_was_cut_is_known_after_a_part_was_split_off(place):
+    shape = {"kind": "multi_turn", "count": 12}
+    whole = from_prepared(prepare(config(place, **shape, sequence_len=64)).splits["train"].rows)
+    prepared = prepare(config(place, **shape, sequence_len=24, excess_length_strategy="truncate", val_set_size=0.25))
+    kept = [tuple(doc.input_ids) for doc in from_prepared(prepared.splits["train"].rows)]
+    long = [doc for doc in whole if len(doc.input_ids) > 24 and tuple(doc.input_ids[:24]) in kept]
+    assert 0 < len(long) <= len(kept) == 9
+    summary = summarise(prepared, prepared.splits["train"])
+    assert summary.long == len(long)
+    assert summary.lost == sum(len(doc.input_ids) - 24 for doc in long)
+
+
+def test_preview_and_check(place, tmp_path, capsys):
+    path = config(place, val_set_size=0.25)
+    code, out, err = wit(capsys, "preview", path, "--html", tmp_path / "o.html", "--set", "wit.prompt_weight=0.7")
+    assert code == 0, err
+    assert "Axolotl" in out
+    assert "prompt_weight=0.7" in out
+    assert (tmp_path / "o.html").is_file()
+    assert wit(capsys, "check", path)[0] == 0
+
+
+def test_a_configuration_for_machines_that_are_not_here(place, capsys):
+    settings = {"bf16": "auto", "tf32": True, "deepspeed": "zero3.json", "adapter": "lora", "lora_r": 8}
+    settings |= {"lora_target_linear": True, "lora_alpha": 16}
+    code, out, err = wit(capsys, "check", config(place, **settings))
+    assert code == 0, out + err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"plugins": None}, "there is a wit: block, but plugins does not name wit_axolotl.WITPlugin"),
+        ({"plugins": ["axolotl.integrations.liger.LigerPlugin"]}, "there is a wit: block, but plugins does not name"),
+        ({"plugins": None, "wit": None}, "there is no wit: block, and plugins does not name"),
+        ({"wit": None}, "there is no wit: block; add"),
+        ({"wit": {"prompt_weight": -1}}, "prompt_weight = -1"),
+        ({"train_on_inputs": True}, "train_on_inputs = True"),
+        ({"datasets": [{"path": "/nowhere.jsonl", "ds_type": "json", "type": "alpaca"}]}, "Axolotl refuses it"),
+    ],
+)
+def test_check_says_what_is_wrong(place, capsys, settings, message):
+    code, out, _ = wit(capsys, "check", config(place, **settings))
+    assert code == 1
+    assert message in out
+
+
+def test_files_are_recognised(place):
+    assert choose_driver(job(config(place)), None).name == "axolotl"
+
+
+def test_a_sweep(place, tmp_path, monkeypatch, capsys):
+    """Through Axolotl's launcher; the numbers are those of its own log."""
+    path = config(place, val_set_size=0.25, max_steps=4, eval_steps=2, save_strategy="steps", save_steps=2)
+    for name, value in subprocess_env().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.path.dirname(__file__), os.environ["PYTHONPATH"]]))
+    runs = tmp_path / "runs"
+    args = ["sweep", path, "--prompt-weight", "0.5", "--response-weight", "1", "--output", runs]
+    code, _, err = wit(capsys, *args)
+    log = (runs / "p0.5_r1" / "log.txt").read_text()[-3000:]
+    assert code == 0, err + log
+    (cell,) = json.loads((runs / "results.json").read_text())["cells"]
+    states = sorted((runs / "p0.5_r1" / "model").rglob("trainer_state.json"))
+    logged = [
+        entry["eval_response_loss"]
+        for entry in json.loads(states[-1].read_text())["log_history"]
+        if "eval_response_loss" in entry
+    ]
+    assert cell["metrics"]["eval_response_loss"] == logged[-1]
+    written = yaml.safe_load((runs / "p0.5_r1" / "config.yaml").read_text())
+    assert written["wit"] == {"prompt_weight": 0.5, "response_weight": 1.0}
+    driver, cell_job = AxolotlDriver(), job(path, prompt_weight=0.5, response_weight=1.0)
+    resumed = driver.files(cell_job, runs / "p0.5_r1" / "model", tmp_path / "checkpoint-2")
+    (text,) = resumed.values()
+    assert yaml.safe_load(text)["resume_from_checkpoint"] == str(tmp_path / "checkpoint-2")
+
+
+def test_a_run_that_is_not_evaluated_is_refused(place, tmp_path, capsys):
+    args = ["--prompt-weight", "0", "--response-weight", "1", "--output", tmp_path / "runs"]
+    code, out, _ = wit(capsys, "sweep", config(place), *args)
+    assert code == 2
+    assert "add val_set_size or test_datasets" in out
+
+
+def test_the_cell_s_command_is_axolotl_s(place, tmp_path):
+    command = AxolotlDriver().command(job(config(place)), tmp_path / "model", None)
+    done = subprocess.run([*command[:3], "train", "--help"], capture_output=True, text=True, env=subprocess_env())
+    assert done.returncode == 0, done.stderr
+    assert command[0] == sys.executable
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "configs" / "axolotl").glob("*.yaml")))
+def test_the_recipes_are_fine(place, monkeypatch, capsys, recipe):
+    """For GPUs, DeepSpeed, FSDP and four-bit weights, none of which is here."""
+    monkeypatch.chdir(ROOT)
+    path = ROOT / "configs" / "axolotl" / recipe
+    code, out, err = wit(capsys, "check", path, "--set", f"base_model={place.folder / 'model'}")
+    assert code == 0, out + err
