@@ -1,17 +1,19 @@
-"""Weighted losses in LLaMA-Factory: not written yet.
+"""Weighted losses in LLaMA-Factory: `llamafactory-wit train cfg.yaml`, or `WITCallback` from Python."""
 
-The package is there so that a configuration that names it stops, instead of training without weights.
-"""
+from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from wit_plugins import WITConfigError
+if TYPE_CHECKING:
+    from wit_llamafactory.callback import WITCallback
+
+__all__ = ["WITCallback"]
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("_"):
-        raise AttributeError(name)
-    raise WITConfigError(
-        f"wit_llamafactory.{name}: there is no adapter for LLaMA-Factory in this version; take it out of the "
-        "configuration to train without weights, or train in TRL (docs/trl.md)"
-    )
+    # Looked up late: the callback imports LLaMA-Factory, which the plugin and the command's first checks do not need.
+    if name == "WITCallback":
+        from wit_llamafactory.callback import WITCallback
+
+        return WITCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,70 @@
+"""`llamafactory-wit`: `llamafactory-cli` with the weights on.
+
+Every sub-command is LLaMA-Factory's own. `train` with a `wit:` block is too, launcher and all: only what its launcher
+runs in the end is exchanged, in this process or, under torchrun, in every worker.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from wit_llamafactory.checks import check_arguments, check_version
+from wit_plugins import WITConfigError
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    from llamafactory import cli
+    from llamafactory.extras.misc import is_env_enabled
+
+    try:
+        if not _is_weighted(sys.argv[1:]):
+            cli.main()
+            return 0
+        check_version()
+        if is_env_enabled("USE_V1"):
+            raise WITConfigError(
+                "USE_V1 = 1: LLaMA-Factory's new engine is not supported yet; take USE_V1 out of the environment, or "
+                "the wit block out of the configuration"
+            )
+        check_arguments({"use_mca": is_env_enabled("USE_MCA"), "use_kt": is_env_enabled("USE_KT")})
+        with _weighted_launcher():
+            cli.main()
+    except WITConfigError as error:
+        print(f"llamafactory-wit: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _is_weighted(argv: list[str]) -> bool:
+    from wit_llamafactory.train import weighted_arguments
+
+    return argv[:1] == ["train"] and weighted_arguments(argv[1:]) is not None
+
+
+@contextmanager
+def _weighted_launcher() -> Iterator[None]:
+    """While it lasts, LLaMA-Factory's launcher runs `wit_llamafactory.train` where it would run itself.
+
+    Under torchrun it starts its own file again in every worker, `__file__`; without, it imports `run_exp`.
+    """
+    from llamafactory import launcher
+    from llamafactory.train import tuner
+
+    from wit_llamafactory import train
+    from wit_llamafactory.patch import require
+
+    require(launcher.launch, "file_name=__file__", "from .train.tuner import run_exp\n", "run_exp()")
+    file, run_exp = launcher.__file__, tuner.run_exp
+
+    def weighted_run_exp() -> None:
+        tuner.run_exp = run_exp
+        train.train()
+
+    launcher.__file__, tuner.run_exp = train.__file__, weighted_run_exp
+    try:
+        yield
+    finally:
+        launcher.__file__, tuner.run_exp = file, run_exp

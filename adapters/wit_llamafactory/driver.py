@@ -1,0 +1,204 @@
+"""LLaMA-Factory for the `wit` command: its own SFT builds the trainer, with a model that has no weights.
+
+`llamafactory.train.sft.workflow.run_sft` runs as it is, up to the point where its trainer is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from wit_llamafactory.checks import OLDEST, TOO_NEW, check_arguments
+from wit_plugins import WITConfig, WITConfigError, attach
+from wit_plugins.cli.borrow import Built, exchanged, parser_errors
+from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split
+from wit_plugins.cli.empty import empty_model
+from wit_plugins.collator import WeightedCollator
+from wit_plugins.plugins import ActiveStrategies
+
+_OWN = {"stage", "finetuning_type", "template", "dataset_dir", "cutoff_len"}
+# What decides where and how a model is trained, and nothing about the data.
+_NOT_HERE: dict[str, Any] = {"use_cpu": True, "bf16": False, "fp16": False, "report_to": "none", "push_to_hub": False}
+_NOT_HERE |= {"do_train": True, "disable_tqdm": True, "overwrite_output_dir": True}
+_LEFT_OUT = {"deepspeed", "fsdp", "fsdp_config", "tf32", "pure_bf16", "quantization_bit", "quantization_method"}
+_LEFT_OUT |= {"resume_from_checkpoint", "enable_liger_kernel", "ray_run_name", "ray_num_workers", "flash_attn"}
+_WHOLE = 1 << 40  # a cutoff_len that cuts nothing
+
+
+class LlamaFactoryDriver(FrameworkDriver):
+    """`llamafactory-wit train`, from a YAML or JSON file."""
+
+    name = "llamafactory"
+    title = "LLaMA-Factory"
+    distribution = "llamafactory"
+    oldest, below = str(OLDEST), str(TOO_NEW)
+
+    def recognises(self, values: Mapping[str, Any]) -> bool:
+        """Its files name a model as TRL's do, and a dataset by a key of their own."""
+        return (
+            "model_name_or_path" in values
+            and bool({"dataset", "tokenized_path"} & set(values))
+            and bool(_OWN & set(values))
+        )
+
+    def problems(self, job: Job) -> list[str]:
+        """What the adapter refuses."""
+        try:
+            values, _ = _values(job)
+            check_arguments(values)
+        except WITConfigError as error:
+            return [str(error)]
+        return []
+
+    def sweep_problems(self, job: Job) -> list[str]:
+        """A run that is not evaluated cannot be compared."""
+        values, _ = _values(job.with_weights(0.5, 0.5))
+        if str(values.get("eval_strategy", "no")) in ("no", "False") or not (
+            values.get("eval_dataset") or values.get("val_size")
+        ):
+            return [
+                "the run is not evaluated, so there would be no eval_response_loss to compare; add eval_strategy: "
+                "epoch, and eval_dataset or val_size: 0.1"
+            ]
+        return []
+
+    def prepare(self, job: Job) -> Prepared:
+        """Run LLaMA-Factory's SFT until its trainer is there."""
+        self.check_installed()
+        values, config = _values(job)
+        check_arguments(values)
+        strategies = ActiveStrategies(config.active_strategies())
+        os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "ERROR")
+        os.environ.setdefault("ALLOW_EXTRA_ARGS", "0")
+        with tempfile.TemporaryDirectory(prefix="wit-") as folder:
+            values = {key: value for key, value in values.items() if key not in _LEFT_OUT}
+            values |= {**_NOT_HERE, "output_dir": folder}
+            if not Path(str(values.get("tokenized_path") or "")).exists():
+                values.pop("tokenized_path", None)  # it would be written there
+            # It prints whole examples, as they are.
+            with contextlib.redirect_stdout(io.StringIO()):
+                trainer, uncut, arguments = _build_trainer(values, job)
+        data_args = arguments[1]
+        problems: list[str] = []
+        try:
+            attach(trainer, config)
+            collator = trainer.data_collator
+        except WITConfigError as error:
+            problems.append(str(error))
+            collator = WeightedCollator(trainer.data_collator, strategies)
+        return Prepared(
+            framework=f"LLaMA-Factory {self.version()}",
+            config=config,
+            tokenizer=trainer.processing_class,
+            collator=collator,
+            splits=_splits(trainer, uncut),
+            max_length=data_args.cutoff_len,
+            truncation="both",
+            row_length=data_args.cutoff_len if data_args.packing else None,
+            problems=problems,
+        )
+
+    def command(self, job: Job, output: Path, resume: Path | None, port: int | None = None) -> list[str]:
+        """`llamafactory-wit train cfg.yaml key=value …`."""
+        script = Path(sys.executable).with_name("llamafactory-wit")
+        if script.exists():
+            command = [str(script), "train"]
+        else:
+            found = shutil.which("llamafactory-wit")
+            code = "import sys; from wit_llamafactory.command import main; sys.exit(main())"
+            command = [found, "train"] if found else [sys.executable, "-c", code, "train"]
+        overrides = {**job.overrides, **{f"wit.{name}": weight for name, weight in job.weights.items()}}
+        overrides["output_dir"] = str(output)
+        if resume is not None:
+            overrides["resume_from_checkpoint"] = str(resume)
+        return [*command, str(job.path), *(f"{key}={_argument(value)}" for key, value in overrides.items())]
+
+
+def _argument(value: Any) -> str:
+    """A value as OmegaConf's command line reads it, which is YAML."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _values(job: Job) -> tuple[dict[str, Any], WITConfig]:
+    """The file with its overrides as LLaMA-Factory merges them, without the `wit:` block; and the block."""
+    from omegaconf import OmegaConf
+
+    overrides = [f"{key}={_argument(value)}" for key, value in job.overrides.items()]
+    merged = OmegaConf.merge(OmegaConf.create(dict(job.values)), OmegaConf.from_dotlist(overrides))
+    values: Any = OmegaConf.to_container(merged)
+    block = values.pop("wit", None)
+    if block is None and not job.weights:
+        raise WITConfigError(
+            f"{job.name}: there is no wit block, so `llamafactory-wit train` would train without weights; add wit: "
+            "{prompt_weight: 0.2, response_weight: 0.8}, or say --prompt-weight"
+        )
+    if block is not None and not isinstance(block, dict):
+        return values, WITConfig.parse(block, "wit")
+    return values, WITConfig.parse({**(block or {}), **job.weights}, "wit")
+
+
+def _build_trainer(values: dict[str, Any], job: Job) -> tuple[Any, dict[str, Any], Any]:
+    """The trainer, the datasets before truncation and packing, and LLaMA-Factory's parsed arguments."""
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model.loader import load_config
+    from llamafactory.train.sft import workflow
+
+    with parser_errors(job.name, "LLaMA-Factory does not take these options"):
+        arguments = get_train_args(values)
+    original: Any = workflow.CustomSeq2SeqTrainer
+    get_dataset = workflow.get_dataset
+    uncut: dict[str, Any] = {}
+
+    class CustomSeq2SeqTrainer(original):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            raise Built(self)
+
+        def _move_model_to_device(self, model: Any, device: Any) -> None:
+            """There is nothing to move."""
+
+    def get_dataset_twice(
+        template: Any, model_args: Any, data_args: Any, training_args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        if data_args.tokenized_path is None:
+            whole = copy.copy(data_args)
+            whole.cutoff_len, whole.packing, whole.neat_packing = _WHOLE, False, False
+            uncut.update(get_dataset(template, model_args, whole, training_args, **kwargs))
+        return get_dataset(template, model_args, data_args, training_args, **kwargs)
+
+    def load_model(tokenizer: Any, model_args: Any, finetuning_args: Any, is_trainable: bool = False) -> Any:
+        return empty_model(load_config(model_args), "sdpa", model_args.trust_remote_code)
+
+    CustomSeq2SeqTrainer.__name__ = original.__name__
+    with (
+        exchanged(workflow, "CustomSeq2SeqTrainer", CustomSeq2SeqTrainer),
+        exchanged(workflow, "get_dataset", get_dataset_twice),
+        exchanged(workflow, "load_model", load_model),
+    ):
+        try:
+            workflow.run_sft(*arguments)
+        except Built as built:
+            return built.trainer, uncut, arguments
+    raise WITConfigError("this version of LLaMA-Factory builds no trainer; use a supported version")
+
+
+def _splits(trainer: Any, uncut: dict[str, Any]) -> dict[str, Split]:
+    """The datasets as the data loaders hand them to the collator."""
+    splits = {"train": Split(trainer.get_train_dataloader().dataset, uncut.get("train_dataset"))}
+    evaluation, whole = trainer.eval_dataset, uncut.get("eval_dataset")
+    if isinstance(evaluation, dict):
+        for name in evaluation:
+            loader = trainer.get_eval_dataloader(name)
+            splits[name] = Split(loader.dataset, whole.get(name) if isinstance(whole, dict) else None)
+    elif evaluation is not None:
+        splits["eval"] = Split(trainer.get_eval_dataloader().dataset, whole)
+    return splits

@@ -1,0 +1,104 @@
+"""What every process of a weighted run runs: LLaMA-Factory's `run_exp` with the weights of the `wit:` block.
+
+    python -m wit_llamafactory.train cfg.yaml [key=value …]
+
+`llamafactory-wit train` is the command for users; this is what it has torchrun start, and the place of LLaMA-Factory's
+`src/train.py` where another launcher is used (`accelerate launch -m wit_llamafactory.train cfg.yaml`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__" and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
+    del sys.path[0]  # torchrun starts this as a file; its neighbours must not be importable by their bare names
+
+from wit_llamafactory.checks import check_arguments
+from wit_plugins import WITConfig, WITConfigError
+from wit_plugins.plugins import ActiveStrategies
+
+WIT_KEY = "wit"
+
+
+def read_arguments(argv: list[str]) -> dict[str, Any] | None:
+    """The configuration file with its overrides, as LLaMA-Factory reads it; `None` if the arguments name no file.
+
+    Args:
+        argv (`list[str]`): what follows `train`: a YAML or JSON file, then `key=value` overrides.
+
+    Raises:
+        WITConfigError: if settings of the weights are given without a file.
+    """
+    from omegaconf import OmegaConf
+
+    if not argv or not argv[0].endswith((".yaml", ".yml", ".json")):
+        for argument in argv:
+            name = argument.lstrip("-").split("=")[0]
+            if name.split(".")[0] == WIT_KEY:
+                raise WITConfigError(
+                    f"{argument}: the weights stand in a configuration file or follow it; write "
+                    f"llamafactory-wit train cfg.yaml {name}=…"
+                )
+        return None
+    path = Path(argv[0])
+    if path.suffix == ".json":
+        loaded = OmegaConf.create(json.loads(path.read_text(encoding="utf-8")))
+    else:
+        loaded = OmegaConf.load(path)
+    merged = OmegaConf.merge(loaded, OmegaConf.from_cli(argv[1:]))
+    values: Any = OmegaConf.to_container(merged)
+    return values if isinstance(values, dict) else None
+
+
+def weighted_arguments(argv: list[str]) -> tuple[dict[str, Any], WITConfig] | None:
+    """LLaMA-Factory's arguments without the `wit:` block, and the block; `None` if there is no such block.
+
+    Raises:
+        WITConfigError: if the block is wrong, or stands beside an option that cannot be combined with it.
+    """
+    values = read_arguments(argv)
+    if values is None or WIT_KEY not in values:
+        return None
+    config = WITConfig.parse(values.pop(WIT_KEY), WIT_KEY)
+    ActiveStrategies(config.active_strategies())
+    check_arguments(values)
+    return values, config
+
+
+def train() -> None:
+    """Train with the weights of the configuration named on the command line.
+
+    Raises:
+        WITConfigError: if there is no `wit:` block, so that no worker ever trains without weights beside others that
+            train with them.
+    """
+    found = weighted_arguments(sys.argv[1:])
+    if found is None:
+        raise WITConfigError(
+            f"{' '.join(sys.argv[1:])}: no {WIT_KEY} block (wit: {{prompt_weight: 0.2, response_weight: 0.8}}) in this "
+            "process's configuration; every process needs the same file and the same overrides"
+        )
+    values, config = found
+    from llamafactory.train.tuner import run_exp
+
+    from wit_llamafactory.callback import WITCallback
+
+    run_exp(args=values, callbacks=[WITCallback(**config.model_dump())])
+
+
+def main() -> int:
+    """Train; says in one line what is wrong with a configuration. Returns the exit code."""
+    try:
+        train()
+    except WITConfigError as error:
+        print(f"llamafactory-wit: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""Two CPU processes under LLaMA-Factory's own torchrun: the same loss and the same step as one."""
+
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+from lfkit import (
+    COUNT,
+    LEARNING_RATE,
+    LLAMAFACTORY,
+    LOSS,
+    NEAT,
+    Version,
+    WITCallback,
+    alone,
+    chatml,
+    environment,
+    history,
+    in_rows,
+    layout_args,
+    lora_before,
+    place,
+    plain_copy,
+    rows_of,
+    run,
+    saved,
+    start_command,
+    step,
+    trained,
+)
+from support import all_relative_error
+
+TORCHRUN = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
+WEIGHTS = {"prompt_weight": 0.4, "response_weight": 0.6}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    return place(tmp_path_factory.mktemp("distributed"), count=COUNT)
+
+
+def scored_by(workplace, layout):
+    docs = chatml(COUNT)
+    if layout != "packing":
+        return alone(docs)
+    own = run(workplace.config(packing=True, learning_rate=0.0, output_dir=str(workplace.folder / "rows")))
+    return in_rows(rows_of(own.dataset, docs))
+
+
+@pytest.mark.parametrize(
+    ("weights", "layout", "batch", "accumulation", "tuning"),
+    [
+        ((0.4, 0.6), "unpacked", 2, 4, "full"),
+        ((0.0, 1.0), "packing", 1, 2, "full"),
+        pytest.param((1.0, 0.2), "neat_packing", 2, 1, "lora", marks=NEAT),
+    ],
+)
+def test_two_processes_take_the_step_of_one(workplace, tmp_path, weights, layout, batch, accumulation, tuning):
+    config = workplace.write(
+        f"{tmp_path.name}.yaml",
+        wit={"prompt_weight": weights[0], "response_weight": weights[1]},
+        finetuning_type=tuning,
+        lora_target="q_proj,v_proj,down_proj" if tuning == "lora" else None,
+        lora_rank=4 if tuning == "lora" else None,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        output_dir=str(tmp_path),
+        **layout_args(layout),
+    )
+    done = start_command(workplace.folder, "train", str(config), **TORCHRUN)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "distributed tasks at" in done.stdout + done.stderr  # LLaMA-Factory's own launcher
+    (entry,) = [entry for entry in history(tmp_path) if "loss" in entry]
+    before = lora_before(workplace, tmp_path) if tuning == "lora" else workplace.model()
+    loss, grads = step(plain_copy(before), scored_by(workplace, layout), *weights)
+    assert entry["loss"] == pytest.approx(loss, **LOSS)
+    docs = chatml(COUNT)
+    assert entry["response_tokens"] == sum(sum(d.is_response) for d in docs)
+    after = saved(tmp_path)
+    taken = {n: (p - after[n.replace(".default.", ".")]) / LEARNING_RATE for n, p in trained(before).items()}
+    assert all_relative_error({n: taken[n] for n in grads}, grads) < 1e-4
+
+
+FAILS_ONCE = """
+import os, sys
+if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and os.environ.get("RANK") == "1":
+    print("rank 1 is lost", file=sys.stderr)
+    os._exit(3)
+"""
+
+
+def test_an_elastic_restart_with_overrides(workplace, tmp_path):
+    """LLaMA-Factory's elastic launch: a worker dies, all are started again. The weights are only overrides here."""
+    (tmp_path / "sitecustomize.py").write_text(FAILS_ONCE)
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    config = workplace.write(f"{tmp_path.name}.yaml", per_device_train_batch_size=8, output_dir=str(tmp_path))
+    done = start_command(
+        workplace.folder,
+        *["train", str(config), "wit.prompt_weight=0.4", "wit.response_weight=0.6"],
+        **{**TORCHRUN, "RDZV_ID": "7", "MIN_NNODES": "1", "MAX_NNODES": "1", "MAX_RESTARTS": "1", "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("rank 1 is lost") == 1
+    (entry,) = [entry for entry in history(tmp_path) if "loss" in entry]
+    loss, _ = step(plain_copy(workplace.model()), alone(chatml(COUNT)), 0.4, 0.6)
+    assert entry["loss"] == pytest.approx(loss, **LOSS)
+
+
+def test_a_worker_without_weights_stops_the_run(workplace, tmp_path):
+    """What a second node with another configuration would be: nothing is trained anywhere."""
+    script = (
+        "import os, sys; from wit_llamafactory.train import main\n"
+        "sys.argv[1:] = [f'rank{os.environ[\"RANK\"]}.yaml']\n"
+        "sys.exit(main())\n"
+    )
+    (tmp_path / "worker.py").write_text(script)
+    args = {"per_device_train_batch_size": 8, "output_dir": str(tmp_path / "out")}
+    for rank, wit in enumerate((WEIGHTS, None)):
+        (tmp_path / f"rank{rank}.yaml").write_text(workplace.write("rank.yaml", wit=wit, **args).read_text())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "worker.py"]
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "rank1.yaml: no wit block" in done.stderr
+    assert not (tmp_path / "out" / "trainer_state.json").exists()
+
+
+def test_workers_with_other_weights_stop_the_run(workplace, tmp_path):
+    script = (
+        "import os, sys; from wit_llamafactory.train import main\n"
+        "sys.argv.append(f'wit.prompt_weight=0.{os.environ[\"RANK\"]}')\n"
+        "sys.exit(main())\n"
+    )
+    (tmp_path / "worker.py").write_text(script)
+    config = workplace.write(f"{tmp_path.name}.yaml", per_device_train_batch_size=8, output_dir=str(tmp_path / "out"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "worker.py"]
+    done = subprocess.run(
+        [*command, str(config)], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode != 0
+    assert "prompt_weight=0.0" in done.stderr
+    assert "prompt_weight=0.1" in done.stderr
+    assert not (tmp_path / "out" / "trainer_state.json").exists()
+
+
+RAY_WORKER = """
+import pickle, sys
+from llamafactory.train.tuner import _training_function
+
+with open(sys.argv[1], "rb") as file:
+    config = pickle.load(file)
+_training_function(config)
+"""
+
+
+def test_a_ray_worker_gets_the_weights_with_the_pickled_callback(workplace, tmp_path):
+    """What LLaMA-Factory ships to a Ray worker, in a process that has imported nothing of this project before."""
+    config = workplace.config(per_device_train_batch_size=COUNT, output_dir=str(tmp_path / "out"))
+    with open(tmp_path / "config.pkl", "wb") as file:
+        pickle.dump({"args": config, "callbacks": [WITCallback(**WEIGHTS)]}, file)
+    done = subprocess.run(
+        [sys.executable, "-c", RAY_WORKER, str(tmp_path / "config.pkl")],
+        env=environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (entry,) = [entry for entry in history(tmp_path / "out") if "loss" in entry]
+    loss, _ = step(plain_copy(workplace.model()), alone(chatml(COUNT)), 0.4, 0.6)
+    assert entry["loss"] == pytest.approx(loss, **LOSS)
+
+
+RAY_DRIVER = """
+import sys
+
+import ray
+from llamafactory.train import tuner
+from ray.util.placement_group import placement_group
+from wit_llamafactory.command import main
+
+# On a CPU LLaMA-Factory asks for ten times the cores that there are, and Ray's address from a dashboard.
+worker = tuner.get_ray_remote_config_for_worker
+tuner.get_placement_group = lambda count: (placement_group([{"CPU": 1}] * 2), {"CPU": 1})
+tuner.get_ray_remote_config_for_worker = lambda **options: {**worker(**options), "num_cpus": 1}
+sys.argv = ["llamafactory-wit", "train", sys.argv[1], f"master_addr={ray.util.get_node_ip_address()}"]
+sys.exit(main())
+"""
+
+
+@pytest.mark.skipif(
+    Version("0.9.5") > LLAMAFACTORY, reason="0.9.4 runs Ray through ray.train, which its environment does not have"
+)
+def test_two_ray_workers(workplace, tmp_path):
+    """`USE_RAY=1 llamafactory-wit train` with two workers of a Ray on this machine."""
+    config = workplace.write(
+        f"{tmp_path.name}.yaml",
+        wit=WEIGHTS,
+        per_device_train_batch_size=8,
+        output_dir=str(tmp_path / "out"),
+        ray_num_workers=2,
+        ray_init_kwargs={"num_cpus": 2, "num_gpus": 0, "include_dashboard": False, "object_store_memory": 10**8},
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", RAY_DRIVER, str(config)],
+        env=environment(USE_RAY="1", RAY_USAGE_STATS_ENABLED="0"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 workers for distributed training" in done.stdout + done.stderr
+    (entry,) = [entry for entry in history(tmp_path / "out") if "loss" in entry]
+    loss, _ = step(plain_copy(workplace.model()), alone(chatml(COUNT)), 0.4, 0.6)
+    assert entry["loss"] == pytest.approx(loss, **LOSS)
+    assert entry["response_tokens"] == sum(sum(d.is_response) for d in chatml(COUNT))

@@ -1,0 +1,192 @@
+"""The `wit` command on LLaMA-Factory's configurations: counts made by hand, its own trainer, a real sweep."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from lfkit import chatml, environment, pairs, place, run
+from wit_llamafactory.driver import LlamaFactoryDriver
+
+from wit_plugins.cli import main
+from wit_plugins.cli.documents import view
+from wit_plugins.cli.driver import Job, choose_driver
+from wit_plugins.cli.summary import summarise, warnings
+from wit_plugins.cli.text import TokenText
+
+ROOT = next(p for p in Path(__file__).parents if (p / "configs" / "llamafactory").is_dir())
+WIT = {"prompt_weight": 0.2, "response_weight": 0.8}
+SHAPES = {
+    "padded": {},
+    "packed": {"packing": True, "cutoff_len": 192},
+    "neatly packed": {"packing": True, "neat_packing": True, "cutoff_len": 192},
+}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    return place(tmp_path_factory.mktemp("wit"))
+
+
+def job(path, **weights):
+    return Job(path, yaml.safe_load(path.read_text()), {}, weights)
+
+
+def wit(capsys, *args):
+    capsys.readouterr()
+    code = main([str(arg) for arg in args])
+    captured = capsys.readouterr()
+    return code, " ".join(captured.out.split()), captured.err
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_and_totals(workplace, tmp_path, shape):
+    """The rows are those that LLaMA-Factory trains on; the totals are those of documents written by hand."""
+    prepared = LlamaFactoryDriver().prepare(job(workplace.write(wit=WIT, **SHAPES[shape])))
+    rows = prepared.splits["train"].rows
+    trained_on = run(workplace.config(max_steps=1, output_dir=str(tmp_path), **SHAPES[shape])).dataset
+    assert [list(row["input_ids"]) for row in rows] == [list(row["input_ids"]) for row in trained_on]
+    assert [list(row["labels"]) for row in rows] == [list(row["labels"]) for row in trained_on]
+
+    docs = chatml()
+    summary = summarise(prepared, prepared.splits["train"])
+    assert summary.documents == len(docs)
+    assert summary.tokens == sum(len(doc.input_ids) for doc in docs)
+    assert summary.first == len(docs)
+    assert summary.response == sum(sum(doc.is_response[1:]) for doc in docs)
+    assert summary.prompt == sum(len(doc.input_ids) - 1 - sum(doc.is_response[1:]) for doc in docs)
+    mass = 0.2 * summary.prompt / (0.2 * summary.prompt + 0.8 * summary.response)
+    assert summary.prompt_mass_share == pytest.approx(mass, rel=1e-6)
+    assert summary.padding == sum(len(row["input_ids"]) for row in rows) - summary.tokens
+    assert summary.lost == summary.long == 0
+    assert warnings(summary, prepared.config, prepared) == []
+
+    shown = view(list(rows), list(range(len(rows))), prepared, TokenText(prepared.tokenizer))
+    found = sorted([token.token_id for token in d.tokens] for row in shown for d in row.documents)
+    assert found == sorted(doc.input_ids for doc in docs)
+    if shape != "padded":
+        assert max(len(row.documents) for row in shown) > 1
+        assert summary.room == len(rows) * prepared.row_length
+
+
+def test_weights_are_those_that_the_batches_carry(workplace):
+    from torch.utils.data import DataLoader
+
+    from wit_plugins.transport import decode
+
+    prepared = LlamaFactoryDriver().prepare(job(workplace.write(wit=WIT)))
+    rows = list(prepared.splits["train"].rows)
+    shown = view(rows, list(range(len(rows))), prepared, TokenText(prepared.tokenizer))
+    for row, batch in zip(shown, DataLoader(rows, 1, collate_fn=prepared.collator), strict=True):
+        weights = decode(batch["weighted_labels"])[2].flatten().numpy()
+        own = np.array([token.weight for d in row.documents for token in d.tokens], dtype=np.float32)
+        side = slice(-len(own), None) if prepared.tokenizer.padding_side == "left" else slice(len(own))
+        assert np.array_equal(weights[side], own)
+        assert weights.sum() == pytest.approx(own.sum())
+
+
+def test_what_truncation_takes_away(workplace, tmp_path):
+    cutoff = 40
+    prepared = LlamaFactoryDriver().prepare(job(workplace.write(wit=WIT, cutoff_len=cutoff)))
+    summary = summarise(prepared, prepared.splits["train"])
+    docs = chatml()
+    kept = run(workplace.config(max_steps=1, cutoff_len=cutoff, output_dir=str(tmp_path))).docs()
+    assert summary.long == sum(len(doc.input_ids) > cutoff for doc in docs) > 0
+    assert summary.lost == sum(len(d.input_ids) for d in docs) - sum(len(d.input_ids) for d in kept) > 0
+    assert summary.lost_response == sum(sum(d.is_response) for d in docs) - sum(sum(d.is_response) for d in kept) > 0
+    (message, *_) = warnings(summary, prepared.config, prepared)
+    assert message.startswith(f"{summary.long} examples are longer than {cutoff} tokens and are cut")
+
+
+def test_preview_and_check(workplace, tmp_path, capsys):
+    config = workplace.write(wit=WIT, val_size=0.25, eval_strategy="epoch")
+    code, out, err = wit(capsys, "preview", config, "--html", tmp_path / "o.html")
+    assert code == 0, err
+    assert "LLaMA-Factory" in out
+    assert pairs(8)[0][0] not in err  # LLaMA-Factory's own printout of an example is kept off the terminal
+    assert "<title>wit preview" in (tmp_path / "o.html").read_text()
+    assert wit(capsys, "check", config, "--strict")[0] == 0
+    assert wit(capsys, "preview", config, "--split", "eval", "--set", "wit.prompt_weight=0.7")[0] == 0
+
+
+def test_weights_of_the_model_are_not_read(tmp_path, capsys):
+    made = place(tmp_path)
+    (weights,) = (tmp_path / "model").glob("*.safetensors")
+    weights.unlink()
+    config = made.write(wit=WIT, finetuning_type="lora", bf16=True, deepspeed="ds.json", flash_attn="fa2")
+    assert wit(capsys, "check", config)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"wit": None}, "there is no wit block"),
+        ({"wit": {"prompt_weight": -1}}, "prompt_weight = -1"),
+        ({"wit": WIT, "train_on_prompt": True}, "train_on_prompt = True: nothing is masked then"),
+        ({"wit": WIT, "stage": "pt"}, "stage = 'pt'"),
+        ({"wit": WIT, "dataset": "nosuch"}, "LLaMA-Factory refuses it"),
+        ({"wit": WIT, "cutof_len": 10}, "cutof_len"),
+        ({"wit": WIT, "label_smoothing_factor": 0.1}, "label_smoothing_factor = 0.1"),
+    ],
+)
+def test_check_says_what_is_wrong(workplace, capsys, changes, message):
+    code, out, _ = wit(capsys, "check", workplace.write(**changes))
+    assert code == 1
+    assert message in out
+
+
+def test_files_are_recognised(workplace):
+    assert choose_driver(job(workplace.write(wit=WIT)), None).name == "llamafactory"
+    trl = {"model_name_or_path": "m", "dataset_name": "d"}
+    assert choose_driver(Job(None, trl), None).name == "trl"
+
+
+def test_a_sweep(workplace, tmp_path, monkeypatch, capsys):
+    """Two real runs through the launcher; the numbers are those of LLaMA-Factory's own log."""
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    config = workplace.write(
+        wit=WIT, val_size=0.25, eval_strategy="steps", eval_steps=2, max_steps=4, save_strategy="steps", save_steps=2
+    )
+    args = ["sweep", config, "--prompt-weight", "0,0.5", "--response-weight", "1", "--output", tmp_path / "runs"]
+    code, out, err = wit(capsys, *args)
+    logs = [path.read_text()[-2000:] for path in (tmp_path / "runs").glob("*/log.txt")]
+    assert code == 0, (err, logs)
+    assert "(0, 1) 0 finished" in out
+    cells = json.loads((tmp_path / "runs" / "results.json").read_text())["cells"]
+    for cell, name in zip(cells, ("p0_r1", "p0.5_r1"), strict=True):
+        model = tmp_path / "runs" / name / "model"
+        history = json.loads((model / "trainer_state.json").read_text())["log_history"]
+        logged = [entry["eval_response_loss"] for entry in history if "eval_response_loss" in entry]
+        assert cell["metrics"]["eval_response_loss"] == logged[-1]
+        assert math.isfinite(cell["metrics"]["eval_prompt_loss"])
+        weights = json.loads((model / "wit_config.json").read_text())
+        assert weights["prompt_weight"] == cell["prompt_weight"]
+
+
+def test_a_sweep_goes_on_from_a_checkpoint(workplace, tmp_path):
+    driver = LlamaFactoryDriver()
+    config = workplace.write(wit=WIT)
+    command = driver.command(job(config, prompt_weight=0.5, response_weight=1.0), tmp_path, tmp_path / "checkpoint-2")
+    assert command[-4:] == [
+        "wit.prompt_weight=0.5", "wit.response_weight=1.0", f"output_dir={tmp_path}",
+        f"resume_from_checkpoint={tmp_path}/checkpoint-2",
+    ]  # fmt: skip
+
+
+def test_a_run_that_is_not_evaluated_is_refused(workplace, tmp_path, capsys):
+    args = ["--prompt-weight", "0", "--response-weight", "1", "--output", tmp_path / "runs"]
+    code, out, _ = wit(capsys, "sweep", workplace.write(wit=WIT), *args)
+    assert code == 2
+    assert "add eval_strategy: epoch, and eval_dataset or val_size: 0.1" in out
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "configs" / "llamafactory").glob("*.yaml")))
+def test_the_recipes_are_fine(workplace, monkeypatch, capsys, recipe):
+    """For GPUs, DeepSpeed, FSDP and four-bit weights, none of which is here."""
+    monkeypatch.chdir(ROOT)
+    path = ROOT / "configs" / "llamafactory" / recipe
+    code, out, err = wit(capsys, "check", path, "--set", f"model_name_or_path={workplace.folder / 'model'}")
+    assert code == 0, out + err
