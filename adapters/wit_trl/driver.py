@@ -1,0 +1,223 @@
+"""TRL for the `wit` command: `trl sft`'s own script builds the trainer, with a model that has no weights.
+
+`trl.scripts.sft.main` runs as it is, up to the point where its trainer is complete. The model is made on PyTorch's
+`meta` device from the configuration file alone, so that nothing is loaded; what reaches the loss is checked on it, by
+the same `attach` that training calls.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from wit_plugins import WITConfigError, attach
+from wit_plugins.cli.borrow import Built, exchanged, parser_errors
+from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split
+from wit_plugins.cli.empty import empty_model
+from wit_plugins.collator import WeightedCollator
+from wit_plugins.plugins import ActiveStrategies
+from wit_trl.plugin import OLDEST, TOO_NEW
+
+_OTHERS = {"base_model", "stage", "finetuning_type", "template", "wit"}  # keys of Axolotl and of LLaMA-Factory
+# What decides where and how a model is trained, and nothing about the data. A laptop must be able to show the data of
+# a configuration for eight GPUs.
+_NOT_HERE: dict[str, Any] = {"use_cpu": True, "bf16": False, "fp16": False, "report_to": "none", "push_to_hub": False}
+_NOT_HERE |= {"load_in_4bit": False, "load_in_8bit": False, "torch_compile": False, "disable_tqdm": True}
+_LEFT_OUT = {"deepspeed", "fsdp", "fsdp_config", "tf32", "accelerator_config", "parallelism_config", "hub_token"}
+_LEFT_OUT |= {"resume_from_checkpoint", "activation_offloading", "optim_args"}
+
+
+class TRLDriver(FrameworkDriver):
+    """`trl sft`, from a YAML file or from a dataset and a tokenizer."""
+
+    name = "trl"
+    title = "TRL"
+    distribution = "trl"
+    oldest, below = str(OLDEST), str(TOO_NEW)
+
+    def recognises(self, values: Mapping[str, Any]) -> bool:
+        """`trl sft` needs a model by this name and a dataset by one of these."""
+        return (
+            "model_name_or_path" in values
+            and bool({"dataset_name", "datasets"} & set(values))
+            and not (_OTHERS & set(values))
+        )
+
+    def prepare(self, job: Job) -> Prepared:
+        """Run `trl sft` until its trainer is there."""
+        self.check_installed()
+        from wit_trl.sft import make_parser
+
+        with tempfile.TemporaryDirectory(prefix="wit-") as folder:
+            values = {**job.values, **job.overrides, **job.weights}
+            values = {key: value for key, value in values.items() if value is not None and key not in _LEFT_OUT}
+            values |= {**_NOT_HERE, "output_dir": folder}
+            path = Path(folder, "config.yaml")
+            path.write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
+            parsed = _parse(make_parser(prog="wit"), ["--config", str(path)], job)
+            config = parsed[-1].config()
+            strategies = ActiveStrategies(config.active_strategies())
+            trainer, uncut = _build_trainer(parsed[:-1])
+        args = trainer.args
+        if hasattr(trainer.train_dataset, "__len__") and not len(trainer.train_dataset):
+            raise WITConfigError(
+                f"{job.name}: no training example is left: with max_length = {args.max_length} no response is reached, "
+                "and TRL drops such examples; allow more tokens"
+            )
+        problems: list[str] = []
+        try:
+            attach(trainer, config)
+            collator = trainer.data_collator
+        except WITConfigError as error:
+            problems.append(str(error))
+            collator = WeightedCollator(trainer.data_collator, strategies)
+        packed = args.packing and args.max_length is not None
+        splits_docs = args.packing and args.packing_strategy in ("bfd_split", "wrapped")
+        return Prepared(
+            framework=f"TRL {self.version()}",
+            config=config,
+            tokenizer=trainer.processing_class,
+            collator=collator,
+            splits=_splits(trainer, uncut),
+            max_length=args.max_length,
+            truncation="split"
+            if splits_docs
+            else "end"
+            if args.truncation_mode == "keep_end" and not packed
+            else "start",
+            row_length=args.max_length if packed else None,
+            problems=problems,
+        )
+
+    def problems(self, job: Job) -> list[str]:
+        """Options that `trl sft` and accelerate do not know."""
+        if self.version() is None:
+            return []
+        from wit_trl.sft import make_parser
+
+        known = {action.dest for action in make_parser(prog="wit")._actions} | _launcher_options()
+        unknown = [key for key in {**job.values, **job.overrides} if key not in known and key != "env"]
+        return [
+            f"{key}: neither `trl sft` nor accelerate nor the weights have an option of this name" for key in unknown
+        ]
+
+    def sweep_problems(self, job: Job) -> list[str]:
+        """A run that is not evaluated cannot be compared."""
+        values = {**job.values, **job.overrides}
+        if str(values.get("eval_strategy", "no")) in ("no", "False"):
+            return [
+                "eval_strategy is not set, so there would be no eval_response_loss to compare; add eval_strategy: epoch"
+            ]
+        return []
+
+    def command(self, job: Job, output: Path, resume: Path | None, port: int | None = None) -> list[str]:
+        """`python -m wit_trl sft …`, which is `trl sft …` with weights."""
+        command = [sys.executable, "-m", "wit_trl", "sft"]
+        if job.path is not None:
+            command += ["--config", str(job.path)]
+        overrides = {**job.overrides, **job.weights, "output_dir": str(output)}
+        if port is not None:
+            overrides.setdefault("main_process_port", port)
+        if resume is not None:
+            overrides["resume_from_checkpoint"] = str(resume)
+        for key, value in overrides.items():
+            if isinstance(value, list):
+                command += [f"--{key}", *map(str, value)]
+            else:
+                command.append(f"--{key}={_argument(key, value)}")
+        return command
+
+
+def _argument(key: str, value: Any) -> str:
+    if value is None:
+        raise WITConfigError(f"--set {key}=null: `trl sft` has no way to say null; take {key} out of the file instead")
+    if isinstance(value, bool):
+        return str(value).lower()
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def _parse(parser: Any, arguments: list[str], job: Job) -> list[Any]:
+    """TRL's parser leaves the process on a mistake; here it is an error like any other."""
+    with parser_errors(job.name, "trl sft does not take these options"):
+        *parsed, _ = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    return parsed
+
+
+def _launcher_options() -> set[str]:
+    from accelerate.commands.launch import launch_command_parser
+
+    return {action.dest for action in launch_command_parser()._actions} | {"accelerate_config"}
+
+
+def _build_trainer(arguments: list[Any]) -> tuple[Any, dict[str, Any]]:
+    """The trainer of `trl sft`, and the datasets before truncation and packing by the names that TRL gives them."""
+    import trl
+    from trl.scripts import sft
+    from trl.trainer import sft_trainer
+
+    original: Any = trl.SFTTrainer
+    uncut: dict[str, Any] = {}
+
+    class SFTTrainer(original):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            raise Built(self)
+
+        def _move_model_to_device(self, model: Any, device: Any) -> None:
+            """There is nothing to move."""
+
+        def _prepare_dataset(
+            self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, name: str
+        ) -> Any:
+            # First without truncation, packing and shuffling; what is tokenised already is then only cut and packed.
+            whole = copy.copy(args)
+            whole.max_length, whole.shuffle_dataset = None, False
+            uncut[name] = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, name)
+            return super()._prepare_dataset(uncut[name], processing_class, args, packing, formatting_func, name)
+
+    SFTTrainer.__name__ = SFTTrainer.__qualname__ = original.__name__
+    with exchanged(trl, "SFTTrainer", SFTTrainer), exchanged(sft_trainer, "create_model_from_path", _empty_model):
+        try:
+            sft.main(*arguments)
+        except Built as built:
+            return built.trainer, uncut
+    raise WITConfigError("this version of `trl sft` builds no SFTTrainer; use a supported version of TRL")
+
+
+def _empty_model(model_id: str, **kwargs: Any) -> Any:
+    """The model of a configuration file, without its weights.
+
+    A folder that holds a tokenizer alone gets a small decoder with the tokenizer's vocabulary: nothing about the data
+    depends on the model.
+    """
+    from transformers import AutoConfig, AutoTokenizer, LlamaConfig
+
+    where = {key: kwargs[key] for key in ("revision", "trust_remote_code") if kwargs.get(key) is not None}
+    tokenizer_alone = Path(model_id, "tokenizer_config.json").is_file() and not Path(model_id, "config.json").exists()
+    if tokenizer_alone:
+        size = len(AutoTokenizer.from_pretrained(model_id, **where))
+        shape: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8}
+        shape |= {"num_hidden_layers": 1, "num_attention_heads": 1}
+        config: Any = LlamaConfig(vocab_size=size, **shape)
+        config.name_or_path = model_id
+    else:
+        config = AutoConfig.from_pretrained(model_id, **where)
+    # TRL reads the attention off the model to decide about packing.
+    return empty_model(config, kwargs.get("attn_implementation"), bool(kwargs.get("trust_remote_code")))
+
+
+def _splits(trainer: Any, uncut: dict[str, Any]) -> dict[str, Split]:
+    """The datasets as the data loaders hand them to the collator: with the columns that the trainer keeps."""
+    splits = {"train": Split(trainer.get_train_dataloader().dataset, uncut.get("train"))}
+    evaluation = trainer.eval_dataset
+    if isinstance(evaluation, dict):
+        for name in evaluation:
+            splits[name] = Split(trainer.get_eval_dataloader(name).dataset, uncut.get(name))
+    elif evaluation is not None:
+        splits["eval"] = Split(trainer.get_eval_dataloader().dataset, uncut.get("eval"))
+    return splits

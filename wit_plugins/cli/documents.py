@@ -1,0 +1,130 @@
+"""Some rows, document by document, in runs of tokens that are shown alike: what the terminal and the page both draw."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from wit_plugins.cli.driver import Prepared
+from wit_plugins.cli.rows import read
+from wit_plugins.cli.text import TokenText
+from wit_plugins.roles import NEITHER, PROMPT, RESPONSE
+
+_SCATTERED = 3.0  # tokens a run, below which weights change too often to be named one by one
+
+
+@dataclass
+class Token:
+    """One token of a document.
+
+    Attributes:
+        token_id (`int`): its id.
+        text (`str`): what it says, raw.
+        special (`bool`): whether it is a special token, and not text that looks like one.
+        role (`int`): `PROMPT`, `RESPONSE` or `NEITHER`.
+        weight (`float`): its static weight.
+        position (`int`): in its document, from 0.
+    """
+
+    token_id: int
+    text: str
+    special: bool
+    role: int
+    weight: float
+    position: int
+
+
+@dataclass
+class Run:
+    """Neighbouring tokens of one role and, unless weights change all the time, of one weight."""
+
+    role: int
+    tokens: list[Token]
+
+    @property
+    def label(self) -> tuple[str, str]:
+        """Role and weight in words."""
+        if self.role == NEITHER:
+            return "first", "–"
+        weights = sorted({token.weight for token in self.tokens})
+        weight = f"{weights[0]:.4g}" + (f"–{weights[-1]:.4g}" if len(weights) > 1 else "")
+        return ("prompt" if self.role == PROMPT else "response"), weight
+
+
+@dataclass
+class Document:
+    """One document of a row.
+
+    Attributes:
+        index, count (`int`): its place among the documents of its row, from 1, and how many these are.
+        tokens (`list[Token]`): all of them.
+        ends_at_limit (`bool`): whether it is exactly as long as the maximum, so that it may have been cut.
+    """
+
+    index: int
+    count: int
+    tokens: list[Token]
+    ends_at_limit: bool
+
+    def runs(self) -> Iterator[Run]:
+        """Its tokens in runs."""
+        by_weight = [(t.role, t.weight) for t in self.tokens]
+        many = sum(1 for _ in itertools.groupby(by_weight)) * _SCATTERED > len(self.tokens) + 10
+        for (role, *_), group in itertools.groupby(
+            self.tokens, key=lambda t: (t.role,) if many else (t.role, t.weight)
+        ):
+            yield Run(role, list(group))
+
+    def share(self, role: int) -> float:
+        """A role's part of the predicted tokens."""
+        predicted = sum(token.role != NEITHER for token in self.tokens)
+        return sum(token.role == role for token in self.tokens) / max(1, predicted)
+
+    @property
+    def prompt_mass(self) -> float:
+        """The prompt's part of Σ weights."""
+        total = sum(token.weight for token in self.tokens)
+        return sum(token.weight for token in self.tokens if token.role == PROMPT) / (total or 1.0)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Prompt and response tokens."""
+        return sum(t.role == PROMPT for t in self.tokens), sum(t.role == RESPONSE for t in self.tokens)
+
+
+@dataclass
+class Row:
+    """One row as the collator gets it: a document, or several packed ones, and the padding that is in it."""
+
+    number: int
+    documents: list[Document]
+    padding: int
+
+
+def view(rows: list[Any], numbers: list[int], prepared: Prepared, text: TokenText) -> list[Row]:
+    """Rows ready to be drawn."""
+    made = []
+    for row, number in zip(rows, numbers, strict=False):
+        tokens = read([row], prepared.collator, prepared.tokenizer.pad_token_id)
+        end = len(tokens) - int(tokens.padding.sum())
+        starts = tokens.document_starts
+        documents = []
+        for index, piece in enumerate(np.split(np.arange(len(tokens)), starts[1:])):
+            inside = [i for i in piece.tolist() if i < end or not tokens.padding[i]]
+            if not inside:
+                continue
+            ids = tokens.input_ids[inside].tolist()
+            listed = [
+                Token(token_id, said, token_id in text.special, int(role), float(weight), position)
+                for position, (token_id, said, role, weight) in enumerate(
+                    zip(ids, text.spell(ids), tokens.roles[inside], tokens.weights[inside], strict=True)
+                )
+            ]
+            at_limit = prepared.max_length is not None and len(listed) == prepared.max_length
+            documents.append(Document(index + 1, len(starts), listed, at_limit))
+        made.append(Row(number, documents, len(tokens) - sum(len(document.tokens) for document in documents)))
+    return made

@@ -1,0 +1,205 @@
+"""What a framework adapter does for the `wit` command, and which adapter a configuration is for.
+
+A driver knows three things: which configurations are its framework's, how to have the framework build the data of one
+(with the framework's own code, without the model's weights), and the command line of one training run. All else, the
+roles and weights included, is the same for every framework, and comes from the code that training uses.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from packaging.version import Version
+
+from wit_plugins.collator import WeightedCollator
+from wit_plugins.config import WITConfig, did_you_mean
+from wit_plugins.errors import WITConfigError
+from wit_plugins.plugins import plugin_manager
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WEIGHTS = ("prompt_weight", "response_weight")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A configuration, and what the command line says on top of it.
+
+    Attributes:
+        path (`Path | None`): the configuration file; `None` if everything was said on the command line.
+        values (`Mapping`): the file's content.
+        overrides (`Mapping`): `--set key=value`, by the framework's own names; a value of `None` was written `null`.
+        weights (`Mapping`): `prompt_weight`, `response_weight` where the command line gives them.
+    """
+
+    path: Path | None
+    values: Mapping[str, Any]
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What to call it in a message."""
+        return str(self.path) if self.path else "the command line"
+
+    def with_weights(self, prompt_weight: float, response_weight: float) -> Job:
+        """The same job at other weights."""
+        return replace(self, weights={"prompt_weight": prompt_weight, "response_weight": response_weight})
+
+
+@dataclass
+class Split:
+    """One dataset of a run, as the framework prepared it.
+
+    Attributes:
+        rows (`Iterable`): what the collator will be given. Each is an example (a mapping with `input_ids` and
+            `labels`; a packed row says where its documents are, see `wit_plugins.roles.document_starts`), or a list of
+            examples that a batch sampler packs into one row. It must be possible to iterate over it again; with
+            `__len__` there is a progress bar that knows its end.
+        uncut (`Iterable | None`): the same examples before truncation and packing; `None` if the framework does not
+            say.
+    """
+
+    rows: Iterable[Any]
+    uncut: Iterable[Any] | None = None
+
+
+@dataclass
+class Prepared:
+    """A run's data, ready to be looked at.
+
+    Attributes:
+        framework (`str`): name and version.
+        config ([`WITConfig`]): the weights.
+        tokenizer (`PreTrainedTokenizerBase`): the framework's, as it configured it.
+        collator ([`WeightedCollator`]): the one that training uses; it gives roles and weights.
+        splits (`dict[str, Split]`): `train`, and `eval` or several of them by name.
+        max_length (`int | None`): how many tokens of an example are kept.
+        truncation (`str`): what happens to a longer example: its `start` or its `end` is kept, parts of `both` its
+            prompts and its responses, it is `split` into several, or `dropped`.
+        row_length (`int | None`): how many tokens a packed row has room for; `None` if nothing is packed.
+        problems (`list[str]`): why training would refuse to start, each with the way out.
+    """
+
+    framework: str
+    config: WITConfig
+    tokenizer: PreTrainedTokenizerBase
+    collator: WeightedCollator
+    splits: dict[str, Split]
+    max_length: int | None = None
+    truncation: Literal["start", "end", "both", "split", "dropped"] = "start"
+    row_length: int | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+class FrameworkDriver:
+    """What one framework's adapter does for the command. Adapters subclass it and offer it by `framework_driver`.
+
+    Attributes:
+        name (`str`): what `--framework` takes.
+        title (`str`): the framework's name, for messages.
+        distribution (`str`): what pip installs.
+        oldest, below (`str`): the supported versions: `oldest` ≤ version < `below`.
+    """
+
+    name = ""
+    title = ""
+    distribution = ""
+    oldest = "0"
+    below = "0"
+
+    def recognises(self, values: Mapping[str, Any]) -> bool:
+        """Whether this is a configuration of this framework. The framework need not be installed."""
+        raise NotImplementedError
+
+    def problems(self, job: Job) -> list[str]:
+        """What is wrong with a configuration that can be said without the framework, each with the way out."""
+        return []
+
+    def prepare(self, job: Job) -> Prepared:
+        """Have the framework build the data, without loading the model's weights.
+
+        Raises:
+            WITConfigError: if it cannot be built. Other exceptions are the framework's own.
+        """
+        raise NotImplementedError
+
+    def sweep_problems(self, job: Job) -> list[str]:
+        """What is wrong with a configuration of which several runs are to be compared."""
+        return []
+
+    def command(self, job: Job, output: Path, resume: Path | None, port: int | None = None) -> list[str]:
+        """The command line of one training run, through the framework's own launcher.
+
+        Args:
+            job ([`Job`]): with both weights.
+            output (`Path`): where the run is to write its model and its checkpoints.
+            resume (`Path | None`): the checkpoint to go on from.
+            port (`int | None`): a free port for the processes of this run to meet on, where runs go side by side.
+        """
+        raise NotImplementedError
+
+    def files(self, job: Job, output: Path, resume: Path | None) -> dict[Path, str]:
+        """Files that the command of [`command`] reads, if it needs some of its own: written before it is started."""
+        return {}
+
+    def version(self) -> Version | None:
+        """The installed version, or `None`."""
+        try:
+            return Version(importlib.metadata.version(self.distribution))
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    def supports(self, version: Version) -> bool:
+        """Whether this version is in the supported range."""
+        return Version(self.oldest) <= version < Version(self.below)
+
+    def check_installed(self) -> None:
+        """Raise [`WITConfigError`] unless a supported version is installed."""
+        version = self.version()
+        wanted = f"pip install '{self.distribution}>={self.oldest},<{self.below}'"
+        if version is None:
+            raise WITConfigError(f"{self.title} is not installed in this environment; {wanted}")
+        if not self.supports(version):
+            raise WITConfigError(f"{self.title} {version} is not supported; {wanted}")
+
+
+def drivers() -> list[FrameworkDriver]:
+    """The drivers of all adapters, by name."""
+    found = plugin_manager().hook.framework_driver()
+    return sorted(found, key=lambda driver: driver.name)
+
+
+def choose_driver(job: Job, name: str | None) -> FrameworkDriver:
+    """The driver for a configuration.
+
+    Args:
+        job ([`Job`]): the configuration.
+        name (`str | None`): what `--framework` says.
+
+    Raises:
+        WITConfigError: if the framework is unknown, or cannot be told from the configuration.
+    """
+    by_name = {driver.name: driver for driver in drivers()}
+    if name is not None:
+        if name not in by_name:
+            raise WITConfigError(f"--framework = {name!r}: no adapter has that name{did_you_mean(name, by_name)}")
+        return by_name[name]
+    found = [driver for driver in by_name.values() if driver.recognises(job.values)]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(by_name)
+    if not found:
+        keys = ", ".join(sorted(map(str, job.values))[:8])
+        raise WITConfigError(
+            f"{job.name}: the framework cannot be told from its keys ({keys}, …); say --framework, one of: {names}"
+        )
+    raise WITConfigError(
+        f"{job.name}: could be a configuration of {' or of '.join(driver.title for driver in found)}; "
+        f"say --framework, one of: {', '.join(driver.name for driver in found)}"
+    )

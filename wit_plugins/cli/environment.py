@@ -1,0 +1,59 @@
+"""`wit env`: what is installed and what can be used, to paste into a bug report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+
+import torch
+
+import wit_plugins
+from wit_plugins.cli.driver import drivers
+from wit_plugins.linear_cross_entropy import usable_implementations
+from wit_plugins.plugins import strategy_names
+
+_LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "tokenizers", "numpy", "pydantic", "pluggy")
+_OPTIONAL = ("liger-kernel", "triton", "deepspeed", "flash-attn", "bitsandbytes", "rich", "matplotlib")
+
+
+def report() -> str:
+    """Markdown, as short as it can be."""
+    lines = [
+        f"- wit-plugins {wit_plugins.__version__}, Python {platform.python_version()} ({sys.executable})",
+        f"- {platform.platform()}",
+        f"- {_devices()}",
+        "- frameworks:",
+    ]
+    for driver in drivers():
+        version = driver.version()
+        wanted = f"supported: {driver.oldest} and above, below {driver.below}"
+        if version is None:
+            lines.append(f"  - {driver.title}: not installed ({wanted})")
+        else:
+            lines.append(
+                f"  - {driver.title} {version}: {'supported' if driver.supports(version) else f'NOT {wanted}'}"
+            )
+    lines.append("- loss backends:")
+    for name, obstacle in usable_implementations().items():
+        lines.append(f"  - {name}: {'usable' if obstacle is None else f'not usable: {obstacle}'}")
+    lines.append(f"- strategies: {', '.join(strategy_names())}")
+    lines.append(f"- libraries: {', '.join(_version(name) for name in _LIBRARIES)}")
+    lines.append(f"- optional: {', '.join(_version(name) for name in _OPTIONAL)}")
+    return "\n".join(lines) + "\n"
+
+
+def _version(name: str) -> str:
+    try:
+        return f"{name} {importlib.metadata.version(name)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{name} –"
+
+
+def _devices() -> str:
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        return f"GPUs (CUDA {torch.version.cuda or torch.version.hip}): {', '.join(names)}"
+    if torch.backends.mps.is_available():
+        return "GPU: Apple (MPS)"
+    return f"no GPU; {torch.get_num_threads()} threads"

@@ -1,0 +1,100 @@
+"""The cells of a sweep: their weights, their folders, and which of them Adam cannot tell apart."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from wit_plugins.config import WITConfig
+from wit_plugins.errors import WITConfigError
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One pair of weights, exactly as written (0.2 is one fifth, not the float next to it)."""
+
+    prompt: Fraction
+    response: Fraction
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """λp and λr."""
+        return float(self.prompt), float(self.response)
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        return "p{:g}_r{:g}".format(*self.weights)
+
+    @property
+    def label(self) -> str:
+        """How it is written in tables."""
+        return "({:g}, {:g})".format(*self.weights)
+
+    @property
+    def ratio(self) -> Fraction | None:
+        """λp/λr, or `None` where there is no response weight."""
+        return self.prompt / self.response if self.response else None
+
+    def folder(self, output: Path) -> Path:
+        """Where its run is kept."""
+        return output / self.name
+
+
+def parse_weights(text: str, key: str) -> list[Fraction]:
+    """Weights as `0,0.2,0.4`, ascending, each once.
+
+    Raises:
+        WITConfigError: if one is no weight.
+    """
+    weights = []
+    for part in text.split(","):
+        try:
+            weight = Fraction(part.strip())
+            WITConfig.parse({"prompt_weight": float(weight), "response_weight": 1.0}, key)
+        except (ValueError, ZeroDivisionError, OverflowError):
+            raise WITConfigError(f"{key}: {part.strip()!r} is not a finite number >= 0; write e.g. 0,0.2,0.4") from None
+        weights.append(weight)
+    return sorted(set(weights))
+
+
+def cells(prompt_weights: Sequence[Fraction], response_weights: Sequence[Fraction]) -> list[Cell]:
+    """The grid without (0, 0), which trains nothing."""
+    made = [Cell(*pair) for pair in itertools.product(prompt_weights, response_weights) if pair != (0, 0)]
+    if not made:
+        raise WITConfigError("the grid has no cell: (0, 0) trains nothing; give other weights")
+    return made
+
+
+def same_ratio(grid: Sequence[Cell]) -> list[list[Cell]]:
+    """Groups of cells that differ only in scale, by falling size of the ratio."""
+    groups: dict[Fraction | None, list[Cell]] = {}
+    for cell in sorted(grid):
+        groups.setdefault(cell.ratio, []).append(cell)
+    several = [(ratio, group) for ratio, group in groups.items() if len(group) > 1]
+    several.sort(key=lambda item: math.inf if item[0] is None else float(item[0]))
+    return [group for _, group in several]
+
+
+def one_per_ratio(grid: Sequence[Cell]) -> list[Cell]:
+    """The grid with one cell a ratio: the one of the largest weights."""
+    kept: dict[Fraction | None, Cell] = {}
+    for cell in sorted(grid):
+        kept[cell.ratio] = cell
+    return sorted(kept.values())
+
+
+def ratio_note(grid: Sequence[Cell]) -> str | None:
+    """What to know about cells that differ only in scale."""
+    groups = same_ratio(grid)
+    if not groups:
+        return None
+    listed = "; ".join(" ".join(cell.label for cell in group) for group in groups)
+    return (
+        f"These cells differ only in scale: {listed}. Under Adam and its relatives the ratio of the weights is what "
+        "counts (up to gradient clipping and epsilon), so expect them to come out alike."
+    )

@@ -1,0 +1,287 @@
+"""The command line itself."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import wit_plugins
+from wit_plugins.errors import WITConfigError, WITError
+
+if TYPE_CHECKING:
+    from wit_plugins.cli.driver import FrameworkDriver, Job
+
+_EXIT_CODES = (
+    "exit codes: 0 all is well; 1 a problem was found, or a run failed; 2 the command line or the configuration cannot "
+    "be used; 130 interrupted"
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = make_parser().parse_args(argv)
+    try:
+        if importlib.util.find_spec("rich") is None:
+            raise WITConfigError("`wit` needs the package rich; pip install 'wit-plugins[cli]'")
+        # The progress bars of the libraries underneath stay; their chatter about devices and caches goes.
+        logging.getLogger().setLevel(logging.ERROR)
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        return int(options.run(options))
+    except WITError as error:
+        print(f"wit: {_one_line(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("wit: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `wit … | head`
+        sys.stdout = None
+        return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command."""
+    parser = argparse.ArgumentParser(
+        prog="wit", description="Weighted instruction tuning: see the weights, and choose them.", epilog=_EXIT_CODES
+    )
+    parser.add_argument("--version", action="version", version=f"wit {wit_plugins.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    command = _command(commands, "preview", "show what each token of the training data weighs", _run_preview)
+    _job_arguments(command, required=False)
+    _weight_arguments(command)
+    source = command.add_argument_group("instead of a configuration (TRL)")
+    source.add_argument("--dataset", help="a JSON Lines file, a folder, or a dataset of the hub")
+    source.add_argument("--tokenizer", help="a tokenizer's or a model's folder, or its name on the hub")
+    command.add_argument("--split", default="train", help="which dataset: train, eval, … (default: %(default)s)")
+    command.add_argument("--rows", type=_numbers, default=[0, 1, 2], help="which rows to show, from 0 (default: 0,1,2)")
+    command.add_argument(
+        "--max-tokens", type=_positive, default=400, help="of a document in the terminal (default: %(default)s)"
+    )
+    command.add_argument("--html", type=Path, metavar="FILE", help="write a page as well")
+    command.add_argument("--no-summary", action="store_true", help="leave the summary of the whole dataset out")
+    command.add_argument("--limit", type=_positive, metavar="N", help="summarise the first N rows only")
+    command.add_argument("--color", choices=("auto", "always", "never"), default="auto")
+
+    command = _command(commands, "check", "validate a configuration and its data", _run_check)
+    _job_arguments(command)
+    _weight_arguments(command)
+    command.add_argument("--strict", action="store_true", help="count warnings as problems")
+    command.add_argument("--limit", type=_positive, metavar="N", help="look at the first N rows of each dataset only")
+
+    command = _command(commands, "sweep", "train a grid of weights, one run a cell, and draw what came out", _run_sweep)
+    _job_arguments(command)
+    command.add_argument("--prompt-weight", required=True, metavar="0,0.2,0.4", help="the grid's prompt weights")
+    command.add_argument("--response-weight", required=True, metavar="0.6,0.8,1.0", help="the grid's response weights")
+    command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where all runs are kept")
+    command.add_argument("--jobs", type=_positive, metavar="N", help="cells side by side (default: one a device)")
+    command.add_argument(
+        "--devices", metavar="0,1", help="GPUs: each cell gets one; 0+1,2+3 gives each cell two (default: all to each)"
+    )
+    command.add_argument("--dry-run", action="store_true", help="say what would be run")
+    command.add_argument(
+        "--eval-command",
+        metavar="COMMAND",
+        help="run on each finished model, in a shell; {model}, {output}, {prompt_weight} and {response_weight} are "
+        "filled in; its JSON (in {output}, or printed) is collected",
+    )
+    command.add_argument("--unique-ratios", action="store_true", help="of cells that differ only in scale, run one")
+    _metric_argument(command)
+
+    command = _command(commands, "report", "draw a sweep's results again from what is there", _run_report)
+    command.add_argument("output", type=Path, metavar="FOLDER", help="the --output of `wit sweep`")
+    _metric_argument(command)
+
+    _command(commands, "env", "what is installed, for a bug report", _run_env)
+    return parser
+
+
+def _command(commands: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", epilog=_EXIT_CODES
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _job_arguments(command: argparse.ArgumentParser, required: bool = True) -> None:
+    command.add_argument(
+        "config", type=Path, metavar="CONFIG", nargs=None if required else "?", help="the framework's own YAML file"
+    )
+    command.add_argument("--framework", metavar="NAME", help="trl, axolotl or llamafactory; recognised by itself")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=_assignment,
+        metavar="KEY=VALUE",
+        help="another value for a key of the configuration; may be repeated",
+    )
+
+
+def _weight_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--prompt-weight", type=float, metavar="λp", help="instead of the configuration's")
+    command.add_argument("--response-weight", type=float, metavar="λr", help="instead of the configuration's")
+
+
+def _metric_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="NAME[:min|:max]",
+        help="a panel of the heat map and a column of the table; may be repeated (default: all, at most six)",
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [-1]
+    if min(numbers) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} are not row numbers such as 0,5,17")
+    return numbers
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    import yaml
+
+    key, found, value = text.partition("=")
+    if not found or not key:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return key, value
+    # To YAML 1.1 `no` is false, but here somebody wrote eval_strategy=no.
+    word = isinstance(parsed, bool) and value.lower() not in ("true", "false")
+    return key, value if word else parsed
+
+
+def _job(options: argparse.Namespace) -> tuple[FrameworkDriver, Job]:
+    """The configuration, read, and whose it is."""
+    from wit_plugins.cli.driver import WEIGHTS, Job, choose_driver
+
+    given = {name: getattr(options, name, None) for name in WEIGHTS}
+    weights = {name: float(value) for name, value in given.items() if value is not None}
+    dataset, tokenizer = getattr(options, "dataset", None), getattr(options, "tokenizer", None)
+    if options.config is not None:
+        if dataset or tokenizer:
+            raise WITConfigError("a configuration and --dataset or --tokenizer were given; give one or the other")
+        values = read_config(options.config)
+    elif dataset and tokenizer:
+        values = {"model_name_or_path": tokenizer, **_dataset_values(dataset)}
+        options.framework = options.framework or "trl"
+    else:
+        raise WITConfigError("nothing to look at: name a configuration file, or --dataset and --tokenizer")
+    overrides = dict(options.set)
+    taken = [name for name in WEIGHTS if name in overrides]
+    if taken:
+        raise WITConfigError(f"--set {taken[0]}=…: write --{taken[0].replace('_', '-')} instead")
+    job = Job(options.config, values, overrides, weights)
+    return choose_driver(job, options.framework), job
+
+
+def _dataset_values(dataset: str) -> dict[str, Any]:
+    path = Path(dataset)
+    if path.is_file():
+        kinds = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+        if path.suffix not in kinds:
+            raise WITConfigError(f"--dataset = {dataset!r}: not a file of a known kind ({', '.join(kinds)})")
+        return {"datasets": [{"path": kinds[path.suffix], "data_files": str(path)}]}
+    return {"dataset_name": dataset}
+
+
+def read_config(path: Path) -> Mapping[str, Any]:
+    """A YAML or JSON file that holds a mapping.
+
+    Raises:
+        WITConfigError: if it cannot be read, or is no mapping.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WITConfigError(f"{path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise WITConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise WITConfigError(f"{path}: holds no mapping of keys to values")
+    return values
+
+
+def _run_preview(options: argparse.Namespace) -> int:
+    from wit_plugins.cli.preview import Options, preview
+
+    driver, job = _job(options)
+    return preview(
+        driver,
+        job,
+        Options(
+            options.rows, options.split, options.max_tokens, options.limit, not options.no_summary, options.html,
+            options.color,
+        ),
+    )  # fmt: skip
+
+
+def _run_check(options: argparse.Namespace) -> int:
+    from wit_plugins.cli.preview import check
+
+    driver, job = _job(options)
+    return check(driver, job, options.strict, options.limit)
+
+
+def _run_sweep(options: argparse.Namespace) -> int:
+    from wit_plugins.cli.grid import cells, parse_weights
+    from wit_plugins.cli.sweep import SweepOptions, sweep
+
+    prompts = parse_weights(options.prompt_weight, "--prompt-weight")
+    responses = parse_weights(options.response_weight, "--response-weight")
+    options.prompt_weight = options.response_weight = None  # the grid's, and not one run's
+    driver, job = _job(options)
+    devices = [group.replace("+", ",") for group in options.devices.split(",")] if options.devices else []
+    jobs = options.jobs or max(1, len(devices))
+    if devices and jobs > len(devices):
+        raise WITConfigError(f"--jobs = {jobs} is more than the {len(devices)} in --devices; each job needs its own")
+    return sweep(
+        driver,
+        job,
+        cells(prompts, responses),
+        SweepOptions(
+            options.output, jobs, devices, options.dry_run, options.eval_command, options.metric, options.unique_ratios
+        ),
+    )
+
+
+def _run_report(options: argparse.Namespace) -> int:
+    from wit_plugins.cli.sweep import report
+
+    return report(options.output, options.metric)
+
+
+def _run_env(options: argparse.Namespace) -> int:
+    from wit_plugins.cli.environment import report
+
+    print(report(), end="")
+    return 0
+
+
+def _one_line(text: str) -> str:
+    from wit_plugins.cli.text import visible
+
+    return visible(" ".join(text.split()))

@@ -1,0 +1,138 @@
+"""`wit preview --html`: one page, complete in itself.
+
+There is no script in it and nothing to load, and its own policy forbids both; jinja2 escapes every value. So text from
+the dataset can at most look odd.
+"""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+import wit_plugins
+from wit_plugins.cli.documents import Row, Token
+from wit_plugins.cli.driver import Prepared
+from wit_plugins.cli.summary import BINS, Summary
+from wit_plugins.cli.terminal import shade, summary_facts
+from wit_plugins.cli.text import visible
+from wit_plugins.roles import NEITHER, PROMPT, RESPONSE
+
+MAX_TOKENS = 4000  # of one document; a browser gets slow with more
+_NAMES = {PROMPT: "prompt", RESPONSE: "response", NEITHER: "first token, not predicted"}
+
+
+def write_page(
+    path: Path,
+    title: str,
+    prepared: Prepared,
+    split: str,
+    rows: list[Row],
+    summary: Summary | None,
+    problems: list[str],
+    warnings: list[str],
+) -> None:
+    """Write the page.
+
+    Args:
+        path (`Path`): the file.
+        title (`str`): the configuration's name.
+        prepared ([`Prepared`]): the run.
+        split (`str`): the dataset's name.
+        rows (`list[Row]`): what to show token by token.
+        summary ([`Summary`] | None): of the whole dataset.
+        problems, warnings (`list[str]`): what to say at the top.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("wit_plugins.cli"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    heaviest = max((t.weight for row in rows for d in row.documents for t in d.tokens), default=0.0)
+    page = environment.get_template("preview.html.jinja").render(
+        title=visible(title),
+        split=visible(split),
+        framework=prepared.framework,
+        version=wit_plugins.__version__,
+        when=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
+        config=prepared.config,
+        strategies=", ".join(prepared.config.strategies),
+        rows=[_row(row, heaviest) for row in rows],
+        summary=summary,
+        facts=summary_facts(summary, prepared) if summary else [],
+        histogram=_histogram(summary) if summary else None,
+        problems=[visible(problem) for problem in problems],
+        warnings=[visible(warning) for warning in warnings],
+        samples=[
+            (
+                "prompt",
+                f"{prepared.config.prompt_weight:g}",
+                *_colours(PROMPT, prepared.config.prompt_weight, heaviest),
+            ),
+            (
+                "response",
+                f"{prepared.config.response_weight:g}",
+                *_colours(RESPONSE, prepared.config.response_weight, heaviest),
+            ),
+        ],
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def _row(row: Row, heaviest: float) -> dict[str, Any]:
+    documents = []
+    for document in row.documents:
+        prompt, response = document.counts
+        documents.append(
+            {
+                "name": f"document {document.index} of {document.count}" if document.count > 1 else "",
+                "facts": f"{len(document.tokens):,} tokens, {prompt:,} prompt, {response:,} response; prompt is "
+                f"{document.share(PROMPT):.0%} of them, {document.prompt_mass:.0%} of the loss"
+                + ("; as long as is allowed, so perhaps cut" if document.ends_at_limit else ""),
+                "tokens": [_token(token, heaviest) for token in document.tokens[:MAX_TOKENS]],
+                "more": max(0, len(document.tokens) - MAX_TOKENS),
+            }
+        )
+    return {"number": row.number, "padding": row.padding, "documents": documents}
+
+
+def _token(token: Token, heaviest: float) -> dict[str, Any]:
+    background, foreground = _colours(token.role, token.weight, heaviest)
+    weight = "" if token.role == NEITHER else f" · weight {token.weight:.4g}"
+    kind = " · special token" if token.special else ""
+    return {
+        "text": visible(token.text),
+        "breaks": token.text.count("\n") if not token.special else 0,
+        "special": token.special,
+        "neither": token.role == NEITHER,
+        "background": background,
+        "foreground": foreground,
+        "hover": f"id {token.token_id} · position {token.position} · {_NAMES[token.role]}{weight}{kind}",
+    }
+
+
+def _colours(role: int, weight: float, heaviest: float) -> tuple[str, str]:
+    if role == NEITHER:
+        return "#ffffff", "#767676"
+    colour, white = shade(role, weight, heaviest)
+    return "#{:02x}{:02x}{:02x}".format(*colour), "#ffffff" if white else "#111111"
+
+
+def _histogram(summary: Summary) -> dict[str, Any]:
+    """Bars of documents by prompt share, in the picture's coordinates: 600 wide, 160 high."""
+    tallest = max(1, int(summary.histogram.max()))
+    width = 600 / BINS
+    bars = [
+        {
+            "x": round(index * width + 1, 2),
+            "width": round(width - 2, 2),
+            "height": round(150 * int(count) / tallest, 2),
+            "count": f"{int(count):,} examples: {index * 100 // BINS} to {(index + 1) * 100 // BINS} % prompt",
+        }
+        for index, count in enumerate(summary.histogram)
+    ]
+    return {"bars": bars, "tallest": f"{tallest:,}"}

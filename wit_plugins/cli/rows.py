@@ -1,0 +1,133 @@
+"""Rows of a prepared dataset, read in blocks: documents with their roles and weights.
+
+Roles and weights come from `WeightedCollator.codes`, which is what training calls; nothing here decides them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from wit_plugins.collator import WeightedCollator
+from wit_plugins.roles import document_starts, token_array
+from wit_plugins.transport import decode
+
+BLOCK = 512
+# Columns that only this package reads; they are handed over as arrays, which spares millions of Python integers.
+_ARRAY_COLUMNS = {"input_ids", "labels", "attention_mask", "position_ids", "seq_lengths"}
+
+
+@dataclass
+class Tokens:
+    """The tokens of some rows, one after another.
+
+    Attributes:
+        input_ids (`np.ndarray`): int64 `[N]`.
+        roles (`np.ndarray`): uint8 `[N]`: `PROMPT`, `RESPONSE` or `NEITHER`.
+        weights (`np.ndarray`): float32 `[N]`.
+        document_starts (`np.ndarray`): int64, indices of each document's first token, ascending.
+        row_starts (`np.ndarray`): int64, indices of each row's first token, ascending.
+        padding (`np.ndarray`): bool `[N]`: padding that the framework put into the row itself.
+    """
+
+    input_ids: np.ndarray
+    roles: np.ndarray
+    weights: np.ndarray
+    document_starts: np.ndarray
+    row_starts: np.ndarray
+    padding: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def read(rows: list[Any], collator: WeightedCollator, pad_id: int | None) -> Tokens:
+    """The tokens of some rows.
+
+    Args:
+        rows (`list`): examples, or lists of examples that are packed into one row.
+        collator ([`WeightedCollator`]): gives roles and weights.
+        pad_id (`int | None`): the padding token's id.
+    """
+    ids, codes, documents, row_starts, padding = [], [], [], [], []
+    position = 0
+    for row in rows:
+        row_starts.append(position)
+        for example in row if isinstance(row, list) else [row]:
+            own_ids, own_codes = token_array(example["input_ids"]), collator.codes(example)
+            starts = document_starts(example, len(own_ids)) if len(own_ids) else np.zeros(0, dtype=np.int64)
+            pad = _trailing_padding(own_ids, own_codes, pad_id)
+            ids.append(own_ids)
+            codes.append(own_codes)
+            documents.append(position + starts[starts < len(own_ids) - pad])
+            padding.append(np.arange(len(own_ids)) >= len(own_ids) - pad)
+            position += len(own_ids)
+    if not ids:
+        empty = np.zeros(0, dtype=np.int64)
+        return Tokens(empty, empty.astype(np.uint8), empty.astype(np.float32), empty, empty, empty.astype(bool))
+    _, roles, weights = decode(torch.from_numpy(np.concatenate(codes)))
+    return Tokens(
+        np.concatenate(ids),
+        roles.numpy(),
+        weights.numpy(),
+        np.concatenate(documents).astype(np.int64),
+        np.array(row_starts, dtype=np.int64),
+        np.concatenate(padding),
+    )
+
+
+def _trailing_padding(input_ids: np.ndarray, codes: np.ndarray, pad_id: int | None) -> int:
+    """How many tokens at the end are padding: neither prompt nor response, and the padding token."""
+    if not len(codes) or codes[-1] >= 0 or pad_id is None:
+        return 0
+    kept = np.flatnonzero((codes >= 0) | (input_ids != pad_id))
+    return len(codes) - (int(kept[-1]) + 1 if len(kept) else 0)
+
+
+def blocks(rows: Iterable[Any], limit: int | None = None, as_arrays: bool = True) -> Iterator[list[Any]]:
+    """Rows in lists of up to 512, never more in memory.
+
+    Args:
+        rows (`Iterable`): see `Split.rows`.
+        limit (`int | None`): how many rows to read at most.
+        as_arrays (`bool`): whether token columns of a `datasets.Dataset` may be arrays instead of lists, which is
+            several times as fast. Not when a strategy looks at an example's columns itself.
+    """
+    source = _arrow_rows(rows) if as_arrays and hasattr(rows, "with_format") and hasattr(rows, "data") else iter(rows)
+    source = itertools.islice(source, limit)
+    while block := list(itertools.islice(source, BLOCK)):
+        yield block
+
+
+def _arrow_rows(dataset: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a `datasets.Dataset`, its integer lists as views of Arrow's memory."""
+    for table in dataset.with_format("arrow").iter(batch_size=BLOCK):
+        columns = {name: _column(name, table[name].combine_chunks()) for name in table.column_names}
+        for index in range(table.num_rows):
+            yield {name: column[index] for name, column in columns.items()}
+
+
+def _column(name: str, column: Any) -> list[Any]:
+    import pyarrow as pa
+
+    if hasattr(column, "chunks"):  # an empty chunked array stays one
+        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    if name not in _ARRAY_COLUMNS or not is_list or column.null_count or column.values.null_count:
+        return column.to_pylist()
+    offsets, values = column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=False)
+    return [values[start:end] for start, end in itertools.pairwise(offsets.tolist())]
+
+
+def first_rows(rows: Any, wanted: list[int]) -> list[Any]:
+    """The rows with these numbers, counted from 0; those beyond the end are left out."""
+    if hasattr(rows, "__getitem__") and hasattr(rows, "__len__"):
+        return [rows[index] for index in wanted if index < len(rows)]
+    last = max(wanted, default=-1)
+    found = {index: row for index, row in enumerate(itertools.islice(rows, last + 1)) if index in set(wanted)}
+    return [found[index] for index in wanted if index in found]

@@ -1,0 +1,255 @@
+"""What `wit` prints: tokens coloured by role and shaded by weight, and the summary.
+
+Everything is said in words as well: a margin names role and weight of every run of tokens, so that nothing is lost
+without colours, in a pipe or to a reader who does not see them. Lines are broken here, to the width of the terminal.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TextIO
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.segment import Segment, Segments
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from wit_plugins.cli.documents import Document, Row, Token
+from wit_plugins.cli.driver import Prepared
+from wit_plugins.cli.summary import Summary
+from wit_plugins.cli.text import visible
+from wit_plugins.roles import NEITHER, PROMPT, RESPONSE
+
+# Okabe and Ito's blue and vermillion, which colour-blind readers can tell apart.
+HUES = {PROMPT: (0, 114, 178), RESPONSE: (213, 94, 0)}
+_MARGIN = 16
+_BAR = "│ "
+
+
+def console(file: TextIO | None = None, color: str = "auto") -> Console:
+    """A console for data: no markup, no highlighting, nothing of the data interpreted."""
+    file = file or sys.stdout
+    if hasattr(file, "reconfigure"):
+        file.reconfigure(errors="backslashreplace")  # a terminal of another encoding must not stop the command
+    forced = {"always": True, "never": False}.get(color)
+    return Console(
+        file=file, markup=False, highlight=False, emoji=False, force_terminal=forced, no_color=color == "never" or None
+    )
+
+
+def shade(role: int, weight: float, heaviest: float) -> tuple[tuple[int, int, int], bool]:
+    """Background colour of a token, and whether its text is white: the heavier, the stronger."""
+    part = 0.0 if heaviest <= 0 else min(1.0, weight / heaviest)
+    strength = 0.0 if weight == 0 else 0.22 + 0.78 * part
+    colour = tuple(round(255 + (channel - 255) * strength) for channel in HUES[role])
+    red, green, blue = colour
+    linear = [(c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4) for c in (red, green, blue)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return (red, green, blue), luminance < 0.18  # where white has more contrast than black
+
+
+def token_style(out: Console, token: Token, heaviest: float) -> Style:
+    """How a token looks in this terminal."""
+    underline = token.special
+    if token.role == NEITHER:
+        return Style(dim=True, italic=True, underline=underline)
+    if token.weight == 0:
+        return Style(color="blue" if token.role == PROMPT else "red", underline=underline)
+    if out.color_system not in ("256", "truecolor"):  # sixteen colours, two shades of each
+        colour = "cyan" if token.role == PROMPT else "yellow"
+        return Style(color="black", bgcolor=f"{'bright_' * (token.weight < heaviest / 2)}{colour}", underline=underline)
+    (red, green, blue), white = shade(token.role, token.weight, heaviest)
+    foreground = "white" if white else "black"
+    return Style(color=foreground, bgcolor=f"rgb({red},{green},{blue})", underline=underline)
+
+
+def token_text(token: Token) -> str:
+    """A token as it is printed: special ones in brackets, so that text which only looks like one is told apart."""
+    if token.special:
+        return f"⟦{visible(token.text)}⟧"
+    return visible(token.text, line_breaks=True)
+
+
+def print_rows(out: Console, rows: list[Row], heaviest: float, max_tokens: int) -> None:
+    """Rows with their documents."""
+    for row in rows:
+        room = f", then {row.padding:,} of padding" if row.padding else ""
+        packed = f": {len(row.documents)} documents packed" if len(row.documents) > 1 else ""
+        _line(out, Text(f"Row {row.number}{packed}{room}", style="bold"))
+        for document in row.documents:
+            print_document(out, document, heaviest, max_tokens)
+        out.print()
+
+
+def print_document(out: Console, document: Document, heaviest: float, max_tokens: int) -> None:
+    """One document: what it consists of, then its tokens."""
+    prompt, response = document.counts
+    name = f"document {document.index} of {document.count}: " if document.count > 1 else ""
+    facts = f"{name}{len(document.tokens):,} tokens, {prompt:,} prompt, {response:,} response"
+    facts += f"; prompt is {document.share(PROMPT):.0%} of them, {document.prompt_mass:.0%} of the loss"
+    if document.ends_at_limit:
+        facts += "; as long as is allowed, so perhaps cut"
+    rule = "── " + facts
+    for text in _fold(rule, out.width):
+        _line(out, Text(text, style="dim"))
+    for line in _document_lines(out, document, heaviest, max_tokens):
+        out.print(Segments([*line, Segment.line()]), end="", no_wrap=True, crop=False, overflow="ignore")
+
+
+def _line(out: Console, text: Text) -> None:
+    out.print(text, no_wrap=True, crop=False, overflow="ignore")
+
+
+def _fold(text: str, width: int) -> list[str]:
+    lines, line = [], ""
+    for word in text.split(" "):
+        if line and cell_len(line) + 1 + cell_len(word) > width:
+            lines.append(line)
+            line = "   " + word
+        else:
+            line = f"{line} {word}" if line else word
+    return [*lines, line]
+
+
+def _document_lines(out: Console, document: Document, heaviest: float, max_tokens: int) -> Iterator[list[Segment]]:
+    """The lines of a document: margin, bar, tokens."""
+    dim = Style(dim=True)
+    width = max(out.width, _MARGIN + 12)
+    shown, tail = len(document.tokens), 0
+    if shown > max_tokens:
+        shown, tail = (max_tokens + 1) // 2, max_tokens // 2
+    skipped = range(shown, len(document.tokens) - tail)
+    for run in document.runs():
+        role, weight = run.label
+        margin = f"{role:<9}{weight:>5}"[: _MARGIN - 1].ljust(_MARGIN)
+        line: list[Segment] = []
+        used = 0
+        margins = iter([margin])
+
+        def flush() -> list[Segment]:
+            nonlocal line, used
+            full = [Segment(next(margins, " " * _MARGIN)), Segment(_BAR, dim), *line]  # noqa: B023
+            line, used = [], 0
+            return full
+
+        for token in run.tokens:
+            if token.position in skipped:
+                if token.position == skipped.start or token is run.tokens[0]:
+                    count = sum(t.position in skipped for t in run.tokens)
+                    if used:
+                        yield flush()
+                    line.append(Segment(f"… {count:,} tokens not shown …", dim))
+                    yield flush()
+                continue
+            style, text = token_style(out, token, heaviest), token_text(token)
+            room = width - _MARGIN - len(_BAR)
+            if used and room - used < cell_len(text.split("\n")[0]) <= room:
+                yield flush()  # break between tokens, and in one only if it is longer than a line
+            for char in text:
+                size = cell_len(char)
+                if char == "\n" or used + size > room:
+                    yield flush()
+                    if char == "\n":
+                        continue
+                if line and line[-1].style == style:  # one escape sequence a run, not one a letter
+                    char = line.pop().text + char
+                line.append(Segment(char, style))
+                used += size
+        if used:
+            yield flush()
+
+
+def print_legend(out: Console, prepared: Prepared, heaviest: float) -> None:
+    """What colours and signs mean."""
+    config = prepared.config
+    legend = Text()
+    for role, name, weight in (
+        (PROMPT, "prompt", config.prompt_weight),
+        (RESPONSE, "response", config.response_weight),
+    ):
+        sample = Token(0, "", False, role, weight, 1)
+        legend.append(f" {name} {weight:g} ", token_style(out, sample, heaviest))
+        legend.append("  ")
+    legend.append("first", Style(dim=True, italic=True))
+    legend.append(": a first token, predicted by nothing")
+    out.print(legend)
+    out.print(Text("⟦…⟧ special   ⏎ line break   · rest of a character   <U+202E> not printable", style="dim"))
+    if config.strategies:
+        names = ", ".join(config.strategies)
+        out.print(Text(f"strategies: {names}; weights that depend on the model are not shown", style="dim"))
+    out.print()
+
+
+def print_summary(out: Console, name: str, summary: Summary, prepared: Prepared) -> None:
+    """The whole dataset in numbers."""
+    config = prepared.config
+    packed = f", packed into {summary.rows:,} rows" if summary.rows != summary.documents else ""
+    first = "" if summary.complete else f" (its first {summary.rows:,} rows)"
+    out.print(Text(f"Dataset {name}{first}: {summary.documents:,} examples{packed}, {summary.tokens:,} tokens", "bold"))
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for heading in ("", "tokens", "share", "weight", "share of the loss"):
+        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
+    mass = summary.prompt_mass_share
+    for role, count, weight, part in (
+        ("prompt", summary.prompt, config.prompt_weight, mass),
+        ("response", summary.response, config.response_weight, 1 - mass if summary.weighted else 0.0),
+    ):
+        shown = f"{weight:g}" if not config.strategies else f"{weight:g} × …"
+        table.add_row(role, f"{count:,}", f"{count / max(1, summary.predicted):.1%}", shown, f"{part:.1%}")
+    table.add_row("first tokens", f"{summary.first:,}", "–", "–", "–")
+    out.print(table)
+    out.print()
+    for label, value in summary_facts(summary, prepared):
+        for index, line in enumerate(_fold(value, max(30, out.width - 28))):
+            _line(out, Text(f"{label if index == 0 else '':<26}  {line.strip()}"))
+
+
+def summary_facts(summary: Summary, prepared: Prepared) -> list[tuple[str, str]]:
+    """What else there is to say, label and value."""
+    documents = max(1, summary.documents)
+
+    def part(count: int) -> str:
+        return f"{count:,} ({count / documents:.1%})" if count else "0"
+
+    facts = [
+        ("without prompt", part(summary.no_prompt)),
+        ("without response", part(summary.no_response)),
+        ("prompt share above 95 %", part(summary.high_share)),
+    ]
+    limit = prepared.max_length
+    if limit is None:
+        facts.append(("cut by truncation", "0 (no maximum length)"))
+    elif summary.long >= 0:
+        lost = f"; {summary.lost:,} tokens lost, {summary.lost_response:,} of them response" if summary.lost > 0 else ""
+        dropped = f"; {summary.dropped:,} examples left out" if summary.dropped else ""
+        verb = {"split": "split", "dropped": "dropped"}.get(prepared.truncation, "cut")
+        facts.append((f"{verb} at {limit:,} tokens", f"{summary.long:,}{lost}{dropped}"))
+    else:
+        facts.append((f"cut at {limit:,} tokens", "not known"))
+    if summary.room:
+        empty = summary.room - summary.tokens
+        facts.append(
+            (
+                "left empty by packing",
+                f"{empty:,} of {summary.room:,} places ({empty / summary.room:.1%}), in {summary.rows:,} rows",
+            )
+        )
+    if summary.padding:
+        facts.append(("padding inside the rows", f"{summary.padding:,} tokens"))
+    facts.append(("predicted, weight not 0", f"{summary.weighted:,} tokens: what the loss is divided by"))
+    return facts
+
+
+def print_messages(out: Console, kind: str, messages: list[str]) -> None:
+    """Warnings or problems, one a paragraph, folded to the width."""
+    style = "bold red" if kind == "problem" else "bold yellow"
+    for message in messages:
+        head = f"{kind}: "
+        for index, line in enumerate(_fold(head + visible(" ".join(message.split())), out.width)):
+            text = Text(line)
+            if index == 0:
+                text.stylize(style, 0, len(head))
+            _line(out, text)

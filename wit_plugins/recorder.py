@@ -1,0 +1,118 @@
+"""What a run tells `wit sweep`: how far it is, and every metric it logs.
+
+Frameworks write their logs in different places and forms, or only with their checkpoints. A callback sees the same
+entries in all of them. It is added when the environment variable `WIT_RUN_FOLDER` names a folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+RUN_FOLDER = "WIT_RUN_FOLDER"
+SWEEP_PID = "WIT_SWEEP_PID"
+METRICS_NAME, PROGRESS_NAME = "metrics.jsonl", "progress.json"
+_SECONDS = 0.5  # between two writings of the progress
+
+
+class RunRecorder(TrainerCallback):
+    """Appends what is logged to `metrics.jsonl`, and keeps `progress.json` up to date.
+
+    A run whose sweep is gone (its process was killed) ends at its next step: nobody waits for it, and the sweep that is
+    started again must find the device free.
+
+    Args:
+        folder (`Path`): where to write.
+        sweep_pid (`int | None`): the process that waits for this run.
+    """
+
+    def __init__(self, folder: Path, sweep_pid: int | None = None) -> None:
+        self.folder = folder
+        self.sweep_pid = sweep_pid
+        self._last = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say how many steps there are."""
+        self._progress(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say how far it is, at most twice a second."""
+        if time.monotonic() - self._last >= _SECONDS:
+            if self.sweep_pid is not None and not is_running(self.sweep_pid):
+                raise SystemExit("wit: the sweep that started this run is gone; it goes on when the sweep does")
+            self._progress(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say that it is done."""
+        self._progress(state)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Keep every number that is logged."""
+        if not state.is_world_process_zero or not logs:
+            return
+        numbers = {key: value for key, value in logs.items() if isinstance(value, (int, float))}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / METRICS_NAME, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **numbers}) + "\n")
+
+    def _progress(self, state: Any) -> None:
+        self._last = time.monotonic()
+        if state.is_world_process_zero:
+            write_json(self.folder / PROGRESS_NAME, {"step": state.global_step, "max_steps": state.max_steps})
+
+
+def recorder() -> RunRecorder | None:
+    """The recorder that the environment asks for, or `None`."""
+    folder = os.environ.get(RUN_FOLDER)
+    host, _, pid = os.environ.get(SWEEP_PID, "").rpartition(":")
+    # On another machine, or in a container of its own, the number means another process.
+    here = pid.isdigit() and host == socket.gethostname()
+    return RunRecorder(Path(folder), int(pid) if here else None) if folder else None
+
+
+def sweep_process() -> str:
+    """This process, as `WIT_SWEEP_PID` names it."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is a process with this id."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file so that a reader, or a crash, finds the old content or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The entries of a `metrics.jsonl`; a line that a killed run left unfinished is skipped."""
+    entries = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(entry, dict):
+                entries.append(entry)
+    return entries
