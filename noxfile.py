@@ -20,24 +20,44 @@ ROOT = Path(__file__).parent
 CACHE = Path(os.environ.get("WIT_CACHE", Path.home() / ".cache" / "wit-plugins"))
 
 TORCH = ["torch==2.13.0", "numpy==2.4.6"]
+# LLaMA-Factory needs torchaudio, which ends at 2.11.0 and fails to import beside a torch of another CUDA version.
+TORCH_LLAMAFACTORY = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0", "numpy==2.4.6"]
 CORE = ["pluggy==1.7.0", "pydantic==2.14.3", "accelerate==1.15.0", "setuptools==84.2.1", "wheel==0.48.0"]
 TEST = ["pytest==9.2.0", "pytest-xdist==3.8.0", "hypothesis==6.170.15"]
+SETUPTOOLS = ["setuptools==81.0.0", "wheel==0.48.0"]
 LINT = ["ruff==0.17.5", "mypy==2.4.1"]
+CLI = ["matplotlib==3.11.2", "rich==15.0.0"]
 LIGER = ["liger-kernel==0.8.5", "triton==3.9.0"]
+GENERATION_METRICS = ["jieba==0.42.1", "nltk==3.10.4", "rouge-chinese==1.0.3"]  # for predict_with_generate
 
 PINS = {
     "core": [*TORCH, *CORE, *TEST, "transformers==5.23.0"],
     "trl-1.16": [
-        *[*TORCH, *CORE, *TEST, *LINT, *LIGER],
-        *["trl==1.16.0", "transformers==5.23.0", "datasets==5.2.0", "peft==0.21.0", "matplotlib==3.11.2"],
+        *[*TORCH, *CORE, *CLI, *TEST, *LINT, *LIGER],
+        *["trl==1.16.0", "transformers==5.23.0", "datasets==5.2.0", "peft==0.21.0"],
     ],
     "trl-1.9": [
-        *[*TORCH, *CORE, *TEST, *LIGER],
-        *["trl==1.9.0", "transformers==5.16.1", "datasets==5.2.0", "peft==0.20.0", "matplotlib==3.11.2"],
+        *[*TORCH, *CORE, *CLI, *TEST, *LIGER],
+        *["trl==1.9.0", "transformers==5.16.1", "datasets==5.2.0", "peft==0.20.0"],
+    ],
+    "axolotl-0.19": [*TEST, "axolotl==0.19.0", "torch==2.13.0", "numpy==2.3.5", "pluggy==1.7.0", *SETUPTOOLS, *CLI],
+    "axolotl-0.18": [*TEST, "axolotl==0.18.0", "torch==2.12.1", "numpy==2.3.5", "pluggy==1.7.0", *SETUPTOOLS, *CLI],
+    "llamafactory-0.9.5": [
+        *[*TORCH_LLAMAFACTORY, *TEST, *GENERATION_METRICS, "liger-kernel==0.8.5", "pluggy==1.7.0"],
+        *["llamafactory==0.9.5", "transformers==5.6.0", "datasets==4.0.0", "trl==0.24.0", "peft==0.18.1"],
+        *["accelerate==1.11.0", "pydantic==2.12.3", "setuptools==81.0.0", "wheel==0.48.0", *CLI],
+        *["ray==2.60.0", "bitsandbytes==0.50.2"],
+    ],
+    "llamafactory-0.9.4": [
+        *[*TORCH_LLAMAFACTORY, *TEST, *GENERATION_METRICS, "liger-kernel==0.6.4", "pluggy==1.7.0"],
+        *["llamafactory==0.9.4", "transformers==4.57.1", "datasets==4.0.0", "trl==0.24.0", "peft==0.17.1"],
+        *["accelerate==1.11.0", "pydantic==2.12.3", "setuptools==81.0.0", "wheel==0.48.0", *CLI],
     ],
 }
 
-nox.options.sessions = ["lint", "core", "trl"]
+PINS["zero3"] = [*PINS["core"], "einops==0.8.2", "hjson==3.1.0", "ninja==1.13.2", "msgpack==1.2.4", "py-cpuinfo==9.0.0"]
+
+nox.options.sessions = ["lint", "core", "trl", "axolotl", "llamafactory"]
 nox.options.default_venv_backend = "none"
 
 
@@ -95,8 +115,41 @@ def core(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("version", ["1.16", "1.9"])
 def trl(session: nox.Session, version: str) -> None:
-    """The TRL adapter, and the core on the transformers that goes with it, at both ends of the supported range."""
-    pytest(session, f"trl-{version}", "tests/trl", "tests/core")
+    """The TRL adapter, the command, and the core on its transformers, at both ends of the supported range."""
+    pytest(session, f"trl-{version}", "tests/trl", "tests/cli", "tests/core")
+
+
+@nox.session
+def axolotl(session: nox.Session) -> None:
+    """The Axolotl adapter."""
+    pytest(session, "axolotl-0.19", "tests/axolotl")
+
+
+@nox.session
+def axolotl_oldest(session: nox.Session) -> None:
+    """The Axolotl adapter with the oldest release that works. Not a default session."""
+    pytest(session, "axolotl-0.18", "tests/axolotl")
+
+
+@nox.session
+def llamafactory(session: nox.Session) -> None:
+    """The LLaMA-Factory adapter."""
+    pytest(session, "llamafactory-0.9.5", "tests/llamafactory")
+
+
+@nox.session
+def llamafactory_oldest(session: nox.Session) -> None:
+    """The LLaMA-Factory adapter with the oldest release that works. Not a default session."""
+    pytest(session, "llamafactory-0.9.4", "tests/llamafactory")
+
+
+@nox.session
+def zero3(session: nox.Session) -> None:
+    """The head under DeepSpeed's ZeRO-3. Not a default session: DeepSpeed is built from source."""
+    pip = [str(environment(session, "zero3") / "pip"), "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    env = {"DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}
+    session.run(*pip, "--no-build-isolation", "deepspeed==0.19.8", env=env, external=True)
+    pytest(session, "zero3", "tests/zero3")
 
 
 @nox.session

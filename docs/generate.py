@@ -20,7 +20,8 @@ _HEAD = """# Configuration reference
 
 <!-- Written by docs/generate.py from wit_plugins.WITConfig; edit the descriptions there. -->
 
-The same settings everywhere: arguments of `WITCallback` and of `WITConfig`, arguments of `python -m wit_trl sft`.
+The same settings everywhere: keys of the `wit:` block (Axolotl, LLaMA-Factory), arguments of `WITCallback` and of
+`WITConfig`, arguments of `python -m wit_trl sft`.
 Unknown keys, wrong types and values out of range are errors that name the key, the value and the way out.
 
 | key | type | default | |
