@@ -153,7 +153,7 @@ def role_losses(model: torch.nn.Module, docs: Sequence[Document]) -> dict[str, f
 def subprocess_env(**changes: str) -> dict[str, str]:
     """Variables for a script that imports what tests import, whatever is on the path already."""
     here = Path(__file__).parent
-    paths = [str(path) for path in (here, here / "trl", here / "axolotl")] + [os.environ.get("PYTHONPATH", "")]
+    paths = [str(here), *(str(here / name) for name in ("exit", "trl", "axolotl")), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths)), **changes}
 
 

@@ -977,7 +977,7 @@ dist.destroy_process_group()
 @pytest.mark.parametrize("precision", ["single", "half"])
 def test_fsdp2_head(precision, tmp_path):
     """Two processes with different batches: the sharded gradient is the mean of both, as FSDP2 itself makes it."""
-    env = subprocess_env(CUDA_VISIBLE_DEVICES="")
+    env = subprocess_env(CUDA_VISIBLE_DEVICES="", WORLD_SIZE="2")
     env["PYTHONPATH"] += os.pathsep + str(Path(__file__).parent)
     script = tmp_path / "fsdp.py"
     script.write_text(FSDP)

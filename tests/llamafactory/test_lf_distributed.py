@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from lfkit import (
@@ -93,7 +94,8 @@ if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and os.environ.get("RANK"
 
 def test_an_elastic_restart_with_overrides(workplace, tmp_path):
     """LLaMA-Factory's elastic launch: a worker dies, all are started again. The weights are only overrides here."""
-    (tmp_path / "sitecustomize.py").write_text(FAILS_ONCE)
+    at_exit = Path(__file__).parents[1] / "exit" / "sitecustomize.py"  # there can only be one of that name
+    (tmp_path / "sitecustomize.py").write_text(at_exit.read_text() + FAILS_ONCE)
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     config = workplace.write(f"{tmp_path.name}.yaml", per_device_train_batch_size=8, output_dir=str(tmp_path))
     done = start_command(
@@ -175,6 +177,7 @@ def test_a_ray_worker_gets_the_weights_with_the_pickled_callback(workplace, tmp_
 
 RAY_DRIVER = """
 import sys
+from pathlib import Path
 
 import ray
 from llamafactory.train import tuner
