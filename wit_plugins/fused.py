@@ -22,6 +22,7 @@ from torch import nn
 
 from wit_plugins.linear_cross_entropy import linear_nll_sums
 from wit_plugins.loss import Score
+from wit_plugins.sharding import refuse_tensor_parallel
 
 _CHECKED_POSITIONS = 16
 
@@ -48,6 +49,9 @@ class FusedHead:
         """The linear layer that computes the logits, or `None` with `obstacle` set.
 
         Looked up at every call, since PEFT and FSDP may exchange it after the weights were attached.
+
+        Raises:
+            WITConfigError: if the head is sharded by tensor parallelism.
         """
         head = self.model.get_output_embeddings()
         saved = getattr(head, "modules_to_save", None)
@@ -58,6 +62,7 @@ class FusedHead:
         if not isinstance(head, nn.Linear) or hasattr(head, "base_layer") or not head.weight.is_floating_point():
             self.obstacle = f"its head is a {type(head).__name__}, not a plain linear layer"
             return None
+        refuse_tensor_parallel(head.weight, self.model)
         return head
 
     def score(self, hidden: torch.Tensor, linear: nn.Linear, metrics: bool) -> Score:

@@ -36,23 +36,50 @@ def gathered(
         yield _full(weight, dtype), None if bias is None else _full(bias, dtype)
 
 
+def refuse_tensor_parallel(parameter: Any, model: Any = None) -> None:
+    """Make sure that a head's weight or bias is not split by tensor parallelism.
+
+    Args:
+        parameter (`torch.Tensor`): the weight or bias.
+        model (`torch.nn.Module`, *optional*): what it belongs to. Older transformers leave the mesh of tensor
+            parallelism without names; there, what is sharded in a model without FSDP2 is taken for it.
+
+    Raises:
+        WITConfigError: if it is, naming the ways out.
+    """
+    for name, placement in _placements(parameter):
+        if placement.is_replicate():
+            continue
+        if name == "tp" or (name is None and model is not None and not _fully_sharded(model)):
+            raise WITConfigError(
+                f"the language-model head is sharded by tensor parallelism ({placement}), which the fused weighted "
+                "loss does not support; set loss_impl to logits, leave lm_head out of the tensor-parallel plan, or "
+                "use FSDP"
+            )
+
+
+def _fully_sharded(model: Any) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def _placements(parameter: Any) -> list[tuple[str | None, Any]]:
+    """The name of each mesh dimension and how a DTensor lies along it; nothing for a plain tensor."""
+    if not hasattr(parameter, "full_tensor"):
+        return []
+    mesh = parameter.device_mesh
+    return list(zip(mesh.mesh_dim_names or (None,) * mesh.ndim, parameter.placements, strict=True))
+
+
 def _full(parameter: Any, dtype: torch.dtype) -> torch.Tensor:
     if not hasattr(parameter, "full_tensor"):  # not a DTensor
         return parameter
     from torch.distributed.tensor import Partial, Replicate
 
-    mesh = parameter.device_mesh
-    names = mesh.mesh_dim_names or (None,) * mesh.ndim
-    grad_placements = []
-    for name, placement in zip(names, parameter.placements, strict=True):
-        if name == "tp" and not placement.is_replicate():
-            raise WITConfigError(
-                f"the language-model head is sharded by tensor parallelism ({placement} over the mesh dimension 'tp'), "
-                "which the fused weighted loss does not support; leave lm_head out of the tensor-parallel plan, or "
-                "use FSDP"
-            )
-        # Ranks of a data-parallel dimension see different tokens; those of a tensor-parallel one the same.
-        grad_placements.append(Replicate() if name == "tp" else Partial("avg"))
+    refuse_tensor_parallel(parameter)
+    # Ranks of a data-parallel dimension see different tokens; those of a tensor-parallel one the same.
+    grad_placements = [Replicate() if name == "tp" else Partial("avg") for name, _ in _placements(parameter)]
     if parameter.dtype != dtype and not torch.is_autocast_enabled(parameter.device.type):
         parameter = parameter.to(dtype)
     return parameter.full_tensor(grad_placements=grad_placements)

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from support import all_relative_error, from_dataset, reference_step, role_losses, subprocess_env
 from trlkit import LEARNING_RATE, dataset, sft_trainer, weights_of
 
@@ -29,8 +31,8 @@ if trainer.accelerator.is_main_process:
 """
 
 
-def launch(tmp_path, arguments, *flags):
-    (tmp_path / "run.py").write_text(SCRIPT)
+def launch(tmp_path, arguments, *flags, script=SCRIPT):
+    (tmp_path / "run.py").write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "run.py"]
     command += [str(tmp_path), json.dumps(arguments), *flags]
     return subprocess.run(command, env=subprocess_env(), cwd=tmp_path, capture_output=True, text=True)
@@ -78,3 +80,54 @@ def test_gradients_that_are_not_averaged_stop_the_run(tmp_path):
     done = launch(tmp_path, {"per_device_train_batch_size": 4}, "--evaluate-first")
     assert done.returncode != 0
     assert "not wrapped in DistributedDataParallel" in done.stderr
+
+
+TENSOR_PARALLEL = """
+import os, pathlib, sys, torch
+import torch.distributed as dist
+from accelerate import ParallelismConfig
+from support import all_relative_error, from_dataset, llama, reference_step
+from transformers import AutoModelForCausalLM
+from trlkit import LEARNING_RATE, sft_trainer
+from wit_plugins import WITConfigError
+from wit_trl import WITCallback
+
+ParallelismConfig._validate_accelerator = lambda self, accelerator: None  # it wants GPUs for tensor parallelism
+folder = pathlib.Path(sys.argv[1])
+whole = llama(vocab_size=64)  # older transformers split only what can be halved
+if os.environ["RANK"] == "0":
+    whole.save_pretrained(folder / "model")
+dist.init_process_group("gloo")
+dist.barrier()
+model = AutoModelForCausalLM.from_pretrained(folder / "model", tp_plan="auto")
+trainer = sft_trainer(folder, model=model)
+for loss_impl in ("auto", "fused"):
+    try:
+        trainer.add_callback(WITCallback(trainer, prompt_weight=0.2, response_weight=0.8, loss_impl=loss_impl))
+    except WITConfigError as error:
+        assert "tensor parallelism" in str(error) and "set loss_impl to logits" in str(error), error
+    else:
+        raise AssertionError(f"{loss_impl} was taken")
+print("refused", flush=True)
+if trainer.get_tp_size() == 1:
+    sys.exit()  # this transformers does not train such a model, with weights or without
+docs = from_dataset(trainer.train_dataset)
+loss, grads = reference_step(whole, docs, 0.2, 0.8)
+before = {n: p.detach().clone() for n, p in whole.named_parameters()}
+trainer.add_callback(WITCallback(trainer, prompt_weight=0.2, response_weight=0.8, loss_impl="logits"))
+trainer.train()
+logged = trainer.state.log_history[0]["loss"]
+assert abs(logged - loss) <= 1e-5 * loss, (logged, loss)
+after = {n: getattr(p, "full_tensor", lambda p=p: p)().detach() for n, p in trainer.model.named_parameters()}
+error = all_relative_error({n: (before[n] - after[n]) / LEARNING_RATE for n in grads}, grads)
+assert error < 1e-4, error
+print("exact", flush=True)
+"""
+
+
+def test_a_tensor_parallel_head_is_refused_and_its_logits_are_not(tmp_path):
+    done = launch(tmp_path, {}, script=TENSOR_PARALLEL)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("refused") == 2
+    trained = version.parse(transformers.__version__) >= version.parse("5.23")
+    assert done.stdout.count("exact") == (2 if trained else 0)
