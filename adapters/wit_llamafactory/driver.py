@@ -18,19 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from wit_llamafactory.checks import OLDEST, TOO_NEW, check_arguments
-from wit_plugins import WITConfig, WITConfigError, attach
-from wit_plugins.cli.borrow import Built, exchanged, parser_errors
+from wit_plugins import WITConfig, WITConfigError
+from wit_plugins.cli.borrow import Built, exchanged, for_looking, parser_errors, stopping, weighted_collator
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split
 from wit_plugins.cli.empty import empty_model
-from wit_plugins.collator import WeightedCollator
 from wit_plugins.plugins import ActiveStrategies
 
 _OWN = {"stage", "finetuning_type", "template", "dataset_dir", "cutoff_len"}
-# What decides where and how a model is trained, and nothing about the data.
-_NOT_HERE: dict[str, Any] = {"use_cpu": True, "bf16": False, "fp16": False, "report_to": "none", "push_to_hub": False}
-_NOT_HERE |= {"do_train": True, "disable_tqdm": True, "overwrite_output_dir": True}
-_LEFT_OUT = {"deepspeed", "fsdp", "fsdp_config", "tf32", "pure_bf16", "quantization_bit", "quantization_method"}
-_LEFT_OUT |= {"resume_from_checkpoint", "enable_liger_kernel", "ray_run_name", "ray_num_workers", "flash_attn"}
+_NOT_HERE = {"do_train": True, "overwrite_output_dir": True}
+_LEFT_OUT = {"pure_bf16", "quantization_bit", "quantization_method", "enable_liger_kernel", "flash_attn"}
+_LEFT_OUT |= {"ray_run_name", "ray_num_workers"}
 _WHOLE = 1 << 40  # a cutoff_len that cuts nothing
 
 
@@ -80,21 +77,14 @@ class LlamaFactoryDriver(FrameworkDriver):
         os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "ERROR")
         os.environ.setdefault("ALLOW_EXTRA_ARGS", "0")
         with tempfile.TemporaryDirectory(prefix="wit-") as folder:
-            values = {key: value for key, value in values.items() if key not in _LEFT_OUT}
-            values |= {**_NOT_HERE, "output_dir": folder}
+            values = for_looking(values, folder, _LEFT_OUT, **_NOT_HERE)
             if not Path(str(values.get("tokenized_path") or "")).exists():
                 values.pop("tokenized_path", None)  # it would be written there
             # It prints whole examples, as they are.
             with contextlib.redirect_stdout(io.StringIO()):
                 trainer, uncut, arguments = _build_trainer(values, job)
         data_args = arguments[1]
-        problems: list[str] = []
-        try:
-            attach(trainer, config)
-            collator = trainer.data_collator
-        except WITConfigError as error:
-            problems.append(str(error))
-            collator = WeightedCollator(trainer.data_collator, strategies)
+        collator, problems = weighted_collator(trainer, config, strategies)
         return Prepared(
             framework=f"LLaMA-Factory {self.version()}",
             config=config,
@@ -154,17 +144,8 @@ def _build_trainer(values: dict[str, Any], job: Job) -> tuple[Any, dict[str, Any
 
     with parser_errors(job.name, "LLaMA-Factory does not take these options"):
         arguments = get_train_args(values)
-    original: Any = workflow.CustomSeq2SeqTrainer
     get_dataset = workflow.get_dataset
     uncut: dict[str, Any] = {}
-
-    class CustomSeq2SeqTrainer(original):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            raise Built(self)
-
-        def _move_model_to_device(self, model: Any, device: Any) -> None:
-            """There is nothing to move."""
 
     def get_dataset_twice(
         template: Any, model_args: Any, data_args: Any, training_args: Any, **kwargs: Any
@@ -178,9 +159,8 @@ def _build_trainer(values: dict[str, Any], job: Job) -> tuple[Any, dict[str, Any
     def load_model(tokenizer: Any, model_args: Any, finetuning_args: Any, is_trainable: bool = False) -> Any:
         return empty_model(load_config(model_args), "sdpa", model_args.trust_remote_code)
 
-    CustomSeq2SeqTrainer.__name__ = original.__name__
     with (
-        exchanged(workflow, "CustomSeq2SeqTrainer", CustomSeq2SeqTrainer),
+        exchanged(workflow, "CustomSeq2SeqTrainer", stopping(workflow.CustomSeq2SeqTrainer)),
         exchanged(workflow, "get_dataset", get_dataset_twice),
         exchanged(workflow, "load_model", load_model),
     ):

@@ -15,21 +15,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wit_plugins import WITConfigError, attach
-from wit_plugins.cli.borrow import Built, exchanged, parser_errors
+from wit_plugins import WITConfigError
+from wit_plugins.cli.borrow import Built, exchanged, for_looking, parser_errors, stopping, weighted_collator
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split
 from wit_plugins.cli.empty import empty_model
-from wit_plugins.collator import WeightedCollator
 from wit_plugins.plugins import ActiveStrategies
 from wit_trl.plugin import OLDEST, TOO_NEW
 
 _OTHERS = {"base_model", "stage", "finetuning_type", "template", "wit"}  # keys of Axolotl and of LLaMA-Factory
-# What decides where and how a model is trained, and nothing about the data. A laptop must be able to show the data of
-# a configuration for eight GPUs.
-_NOT_HERE: dict[str, Any] = {"use_cpu": True, "bf16": False, "fp16": False, "report_to": "none", "push_to_hub": False}
-_NOT_HERE |= {"load_in_4bit": False, "load_in_8bit": False, "torch_compile": False, "disable_tqdm": True}
-_LEFT_OUT = {"deepspeed", "fsdp", "fsdp_config", "tf32", "accelerator_config", "parallelism_config", "hub_token"}
-_LEFT_OUT |= {"resume_from_checkpoint", "activation_offloading", "optim_args"}
+_NOT_HERE = {"load_in_4bit": False, "load_in_8bit": False, "torch_compile": False}
+_LEFT_OUT = {"accelerator_config", "parallelism_config", "hub_token", "activation_offloading", "optim_args"}
 
 
 class TRLDriver(FrameworkDriver):
@@ -55,8 +50,8 @@ class TRLDriver(FrameworkDriver):
 
         with tempfile.TemporaryDirectory(prefix="wit-") as folder:
             values = {**job.values, **job.overrides, **job.weights}
-            values = {key: value for key, value in values.items() if value is not None and key not in _LEFT_OUT}
-            values |= {**_NOT_HERE, "output_dir": folder}
+            values = {key: value for key, value in values.items() if value is not None}
+            values = for_looking(values, folder, _LEFT_OUT, **_NOT_HERE)
             path = Path(folder, "config.yaml")
             path.write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
             parsed = _parse(make_parser(prog="wit"), ["--config", str(path)], job)
@@ -69,13 +64,7 @@ class TRLDriver(FrameworkDriver):
                 f"{job.name}: no training example is left: with max_length = {args.max_length} no response is reached, "
                 "and TRL drops such examples; allow more tokens"
             )
-        problems: list[str] = []
-        try:
-            attach(trainer, config)
-            collator = trainer.data_collator
-        except WITConfigError as error:
-            problems.append(str(error))
-            collator = WeightedCollator(trainer.data_collator, strategies)
+        collator, problems = weighted_collator(trainer, config, strategies)
         packed = args.packing and args.max_length is not None
         splits_docs = args.packing and args.packing_strategy in ("bfd_split", "wrapped")
         return Prepared(
@@ -163,14 +152,7 @@ def _build_trainer(arguments: list[Any]) -> tuple[Any, dict[str, Any]]:
     original: Any = trl.SFTTrainer
     uncut: dict[str, Any] = {}
 
-    class SFTTrainer(original):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            raise Built(self)
-
-        def _move_model_to_device(self, model: Any, device: Any) -> None:
-            """There is nothing to move."""
-
+    class SFTTrainer(stopping(original)):  # type: ignore[misc]
         def _prepare_dataset(
             self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, name: str
         ) -> Any:

@@ -75,7 +75,7 @@ def preview(driver: FrameworkDriver, job: Job, options: Options) -> int:
         from wit_plugins.cli.page import write_page
 
         write_page(options.html, job.name, prepared, options.split, shown, summary, prepared.problems, found)
-        out.print(Text(f"\nWritten: {options.html}"))
+        out.print(Text(f"\nWritten: {options.html}"), soft_wrap=True)
     return 1 if prepared.problems else 0
 
 
@@ -97,10 +97,12 @@ def check(driver: FrameworkDriver, job: Job, strict: bool, limit: int | None = N
     print_messages(out, "problem", problems)
     print_messages(out, "warning", list(dict.fromkeys(found)))
     if problems:
-        out.print(Text(f"{job.name}: {len(problems)} {'problem' if len(problems) == 1 else 'problems'}"))
+        out.print(
+            Text(f"{job.name}: {len(problems)} {'problem' if len(problems) == 1 else 'problems'}"), soft_wrap=True
+        )
         return 1
     assert prepared is not None
-    out.print(Text(f"{job.name}: fine for {prepared.framework}, {prepared.config.summary()}"))
+    out.print(Text(f"{job.name}: fine for {prepared.framework}, {prepared.config.summary()}"), soft_wrap=True)
     return 1 if strict and found else 0
 
 
