@@ -350,7 +350,8 @@ def plot(path: Path, measured: dict[str, list[Result]], title: str) -> None:
             (column[1], [r.peak / 1e6 for r in shown], "extra memory, MB"),
         ):
             bars = axis.barh([r.method for r in shown], values, color=colors)
-            axis.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
+            labels = [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values]
+            axis.bar_label(bars, labels, padding=2, fontsize=8)
             axis.invert_yaxis()
             axis.margins(x=0.2)
             axis.set_xlabel(label)
