@@ -111,7 +111,7 @@ class Clock:
 
 def time_collators() -> list[float]:
     """Seconds that each call of `WeightedCollator` adds to the collator that it wraps."""
-    from wit_plugins.collator import WeightedCollator
+    from wit_plugins.tokens.collator import WeightedCollator
 
     added: list[float] = []
     original = WeightedCollator.__call__

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from wit_plugins.reference import reference_loss
+from wit_plugins.loss.reference import reference_loss
 
 VOCAB_SIZE = 61
 GRID = [round(0.2 * i, 1) for i in range(6)]

@@ -16,8 +16,8 @@ import torch
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from wit_plugins.adapter import TrainerAdapter
     from wit_plugins.cli.driver import FrameworkDriver
+    from wit_plugins.training.adapter import TrainerAdapter
 
 PROJECT_NAME = "wit_plugins"
 

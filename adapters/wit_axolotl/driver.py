@@ -21,8 +21,8 @@ from wit_plugins import WITConfigError, attached
 from wit_plugins.cli.borrow import exchanged
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split
 from wit_plugins.cli.empty import empty_model
-from wit_plugins.collator import WeightedCollator
 from wit_plugins.plugins import ActiveStrategies
+from wit_plugins.tokens.collator import WeightedCollator
 
 # What decides where and how a model is trained, and nothing about the data.
 _NOT_HERE: dict[str, Any] = {"bf16": False, "fp16": False, "tf32": False}

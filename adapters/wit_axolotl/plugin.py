@@ -14,7 +14,7 @@ from axolotl.integrations.base import BasePlugin
 from wit_axolotl.config import PLUGIN, is_listed, read_config
 from wit_axolotl.trainer import check_version
 from wit_plugins import WITConfig, WITConfigError, attach
-from wit_plugins.records import save_config
+from wit_plugins.training.records import save_config
 
 
 class WITPlugin(BasePlugin):

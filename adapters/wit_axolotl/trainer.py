@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.version import Version
 
 from wit_plugins import WITConfigError, hookimpl
-from wit_plugins.adapter import TrainerAdapter
+from wit_plugins.training.adapter import TrainerAdapter
 
 if TYPE_CHECKING:
     from wit_plugins.cli.driver import FrameworkDriver

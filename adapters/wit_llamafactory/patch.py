@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from wit_llamafactory.checks import check_arguments, check_model, check_version
 from wit_plugins import WeightsNotAppliedError, WITConfigError
-from wit_plugins.records import add_to_model_card
+from wit_plugins.training.records import add_to_model_card
 
 if TYPE_CHECKING:
     from wit_llamafactory.callback import WITCallback

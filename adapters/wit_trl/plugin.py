@@ -16,7 +16,7 @@ from packaging.version import Version
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from wit_plugins import WITConfigError, hookimpl
-from wit_plugins.adapter import TrainerAdapter
+from wit_plugins.training.adapter import TrainerAdapter
 
 if TYPE_CHECKING:
     from wit_plugins.cli.driver import FrameworkDriver

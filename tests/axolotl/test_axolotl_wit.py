@@ -15,9 +15,9 @@ from support import subprocess_env
 from wit_axolotl.driver import AxolotlDriver
 
 from wit_plugins.cli import main
-from wit_plugins.cli.documents import view
 from wit_plugins.cli.driver import Job, choose_driver
-from wit_plugins.cli.summary import summarise
+from wit_plugins.cli.preview.documents import view
+from wit_plugins.cli.preview.summary import summarise
 from wit_plugins.cli.text import TokenText
 
 ROOT = next(p for p in Path(__file__).parents if (p / "configs" / "axolotl").is_dir())

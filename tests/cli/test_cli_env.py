@@ -34,7 +34,7 @@ def test_a_version_out_of_range_stands_out(capsys, monkeypatch):
 
 
 def test_loss_backends_say_why_not(capsys, monkeypatch):
-    from wit_plugins import linear_cross_entropy
+    from wit_plugins.linear_cross_entropy import interface as linear_cross_entropy
 
     out = wit("env", capsys=capsys)[1]
     assert "torch: usable" in out

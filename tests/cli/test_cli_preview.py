@@ -14,12 +14,12 @@ from support import from_dataset
 from trlkit import sft_trainer, tokenizer
 from wit_trl.driver import TRLDriver
 
-from wit_plugins.cli.documents import view
 from wit_plugins.cli.driver import Job, Split
-from wit_plugins.cli.rows import blocks, read
-from wit_plugins.cli.summary import summarise, warnings
+from wit_plugins.cli.preview.documents import view
+from wit_plugins.cli.preview.rows import blocks, read
+from wit_plugins.cli.preview.summary import summarise, warnings
 from wit_plugins.cli.text import TokenText
-from wit_plugins.transport import decode
+from wit_plugins.tokens.transport import decode
 
 SHAPES = {
     "padded": {},

@@ -15,9 +15,9 @@ from clikit import processes_of, read_json, run, start, wit, workplace
 
 from wit_plugins import WITConfigError
 from wit_plugins.cli.driver import FrameworkDriver, Job
-from wit_plugins.cli.grid import Cell, cells, one_per_ratio, parse_weights, ratio_note, same_ratio
-from wit_plugins.cli.results import choose_metrics, collect, format_value, numbers
-from wit_plugins.cli.sweep import SweepOptions, last_checkpoint, log_tail, report, sweep
+from wit_plugins.cli.sweep.command import SweepOptions, last_checkpoint, log_tail, report, sweep
+from wit_plugins.cli.sweep.grid import Cell, cells, one_per_ratio, parse_weights, ratio_note, same_ratio
+from wit_plugins.cli.sweep.results import choose_metrics, collect, format_value, numbers
 
 # --- the grid ---------------------------------------------------------------------------------------------------------
 

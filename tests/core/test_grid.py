@@ -8,7 +8,7 @@ from support import CELLS, all_relative_error, documents, llama, reference_step
 from transformers import Trainer, TrainingArguments
 
 from wit_plugins import WITConfig, attach, detach
-from wit_plugins.reference import reference_loss
+from wit_plugins.loss.reference import reference_loss
 
 DOCS = documents(9, seed=3)
 # Float64 against float64; float32 accumulates about 1e-6 over these two layers and 80 tokens.

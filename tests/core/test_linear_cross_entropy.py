@@ -33,8 +33,8 @@ from hypothesis import strategies as st
 from support import subprocess_env
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wit_plugins import linear_cross_entropy as lce
 from wit_plugins.errors import WITConfigError  # noqa: F401 (the scripts below use it)
+from wit_plugins.linear_cross_entropy import interface as lce
 from wit_plugins.linear_cross_entropy import linear_nll_sums, weighted_linear_cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -752,7 +752,7 @@ def test_missing_or_old_libraries(broken, monkeypatch, caplog):
     old = types.ModuleType("liger_kernel.ops.fused_linear_cross_entropy")
     old.fused_linear_cross_entropy_forward = lambda _input, weight, target: None
     monkeypatch.setitem(sys.modules, old.__name__, old if broken == "old" else None)
-    monkeypatch.setitem(sys.modules, "wit_plugins.softmax_kernel", None)
+    monkeypatch.setitem(sys.modules, "wit_plugins.linear_cross_entropy.triton_softmax", None)
     caches = lce._liger_forward, lce._triton_works, lce._warn
     for cache in caches:
         cache.cache_clear()
@@ -781,7 +781,7 @@ def test_triton_kernel_interpreted():
     out = in_subprocess(
         """
         import torch, test_linear_cross_entropy as t
-        from wit_plugins import linear_cross_entropy as lce, softmax_kernel
+        from wit_plugins.linear_cross_entropy import interface as lce, triton_softmax as softmax_kernel
         lce._CHUNK_ELEMENTS, lce._MIN_CHUNK_TOKENS = 0, 8
         for block in (8192, 32):  # all of the vocabulary at once, then in blocks
             softmax_kernel._BLOCK = block
@@ -824,7 +824,7 @@ def test_triton_kernel_compiles_for_gpus():
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
-        from wit_plugins.softmax_kernel import _softmax_kernel, _WARPS, _BLOCK
+        from wit_plugins.linear_cross_entropy.triton_softmax import _softmax_kernel, _WARPS, _BLOCK
         pointers = {"targets_ptr": "*i64", "weights_ptr": "*fp32", "nll_ptr": "*fp32", "correct_ptr": "*u8",
                     "entropy_ptr": "*fp32", "logits_stride": "i64", "vocab_size": "i32", "logit_scale": "fp32",
                     "softcap": "fp32"}
@@ -846,7 +846,7 @@ def test_liger_interpreted():
     out = in_subprocess(
         """
         import logging, torch, test_linear_cross_entropy as t
-        from wit_plugins import linear_cross_entropy as lce
+        from wit_plugins.linear_cross_entropy import interface as lce
         if lce._liger_forward() is None:
             raise SystemExit("too old")
         seen = []

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback, __version__
 from wit_llamafactory import WITCallback, command
 
-from wit_plugins.reference import reference_loss
+from wit_plugins.loss.reference import reference_loss
 
 LEARNING_RATE = 0.05
 LLAMAFACTORY = Version(VERSION)

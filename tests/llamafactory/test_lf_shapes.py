@@ -40,10 +40,10 @@ from transformers import Trainer
 from wit_llamafactory import WITCallback
 
 from wit_plugins import WITConfig, WITConfigError, attach, detach
-from wit_plugins.collator import CODES_KEY, WeightedCollator
+from wit_plugins.loss.reference import reference_loss
 from wit_plugins.plugins import ActiveStrategies
-from wit_plugins.reference import reference_loss
-from wit_plugins.transport import decode
+from wit_plugins.tokens.collator import CODES_KEY, WeightedCollator
+from wit_plugins.tokens.transport import decode
 
 WEIGHTS = (0.4, 0.6)
 

@@ -12,9 +12,9 @@ from packaging.version import Version
 from wit_llamafactory.driver import LlamaFactoryDriver
 
 from wit_plugins.cli import main
-from wit_plugins.cli.documents import view
 from wit_plugins.cli.driver import Job, choose_driver
-from wit_plugins.cli.summary import summarise, warnings
+from wit_plugins.cli.preview.documents import view
+from wit_plugins.cli.preview.summary import summarise, warnings
 from wit_plugins.cli.text import TokenText
 
 ROOT = next(p for p in Path(__file__).parents if (p / "configs" / "llamafactory").is_dir())
@@ -75,7 +75,7 @@ def test_rows_and_totals(workplace, tmp_path, shape):
 def test_weights_are_those_that_the_batches_carry(workplace):
     from torch.utils.data import DataLoader
 
-    from wit_plugins.transport import decode
+    from wit_plugins.tokens.transport import decode
 
     prepared = LlamaFactoryDriver().prepare(job(workplace.write(wit=WIT)))
     rows = list(prepared.splits["train"].rows)

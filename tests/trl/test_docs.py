@@ -12,8 +12,8 @@ from trlkit import logs, sft_trainer, tokenizer
 from wit_trl import WITCallback
 
 import wit_plugins
+from wit_plugins.loss.reference import reference_loss
 from wit_plugins.plugins import plugin_manager
-from wit_plugins.reference import reference_loss
 
 DOCS = next(p / "docs" for p in Path(__file__).parents if (p / "docs" / "trl.md").is_file())
 

@@ -27,7 +27,7 @@ from trlkit import LEARNING_RATE, assert_step_is_exact, dataset, logs, one_step,
 from wit_trl import WITCallback
 
 from wit_plugins import attach
-from wit_plugins.reference import reference_loss
+from wit_plugins.loss.reference import reference_loss
 
 TRL = Version(trl.__version__)
 

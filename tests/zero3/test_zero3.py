@@ -14,9 +14,9 @@ SCRIPT = """
 import json, os, pathlib, sys
 import deepspeed, torch
 from support import all_relative_error, documents, llama, reference_step
-from wit_plugins.adapter import TrainerAdapter
-from wit_plugins.collator import WeightedCollator
-from wit_plugins.head import Step, WeightedHead
+from wit_plugins.training.adapter import TrainerAdapter
+from wit_plugins.tokens.collator import WeightedCollator
+from wit_plugins.loss.head import Step, WeightedHead
 from wit_plugins.plugins import ActiveStrategies
 
 deepspeed.init_distributed("gloo")

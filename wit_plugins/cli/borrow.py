@@ -7,11 +7,11 @@ import io
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from wit_plugins.attach import attach
-from wit_plugins.collator import WeightedCollator
 from wit_plugins.config import WITConfig
 from wit_plugins.errors import WITConfigError
 from wit_plugins.plugins import ActiveStrategies
+from wit_plugins.tokens.collator import WeightedCollator
+from wit_plugins.training.attach import attach
 
 # What decides where and how transformers' trainer trains, and nothing about the data. A laptop must be able to show
 # the data of a configuration for eight GPUs.

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from packaging.version import Version
 
-from wit_plugins.collator import WeightedCollator
 from wit_plugins.config import WITConfig, did_you_mean
 from wit_plugins.errors import WITConfigError
 from wit_plugins.plugins import plugin_manager
+from wit_plugins.tokens.collator import WeightedCollator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,9 +58,9 @@ class Split:
 
     Attributes:
         rows (`Iterable`): what the collator will be given. Each is an example (a mapping with `input_ids` and
-            `labels`; a packed row says where its documents are, see `wit_plugins.roles.document_starts`), or a list of
-            examples that a batch sampler packs into one row. It must be possible to iterate over it again; with
-            `__len__` there is a progress bar that knows its end.
+            `labels`; a packed row says where its documents are, see
+            `wit_plugins.tokens.roles.document_starts`), or a list of examples that a batch sampler packs into one row.
+            It must be possible to iterate over it again; with `__len__` there is a progress bar that knows its end.
         uncut (`Iterable | None`): the same examples before truncation and packing; `None` if the framework does not
             say.
     """

@@ -226,7 +226,7 @@ def read_config(path: Path) -> Mapping[str, Any]:
 
 
 def _run_preview(options: argparse.Namespace) -> int:
-    from wit_plugins.cli.preview import Options, preview
+    from wit_plugins.cli.preview.command import Options, preview
 
     driver, job = _job(options)
     return preview(
@@ -240,15 +240,15 @@ def _run_preview(options: argparse.Namespace) -> int:
 
 
 def _run_check(options: argparse.Namespace) -> int:
-    from wit_plugins.cli.preview import check
+    from wit_plugins.cli.preview.command import check
 
     driver, job = _job(options)
     return check(driver, job, options.strict, options.limit)
 
 
 def _run_sweep(options: argparse.Namespace) -> int:
-    from wit_plugins.cli.grid import cells, parse_weights
-    from wit_plugins.cli.sweep import SweepOptions, sweep
+    from wit_plugins.cli.sweep.command import SweepOptions, sweep
+    from wit_plugins.cli.sweep.grid import cells, parse_weights
 
     prompts = parse_weights(options.prompt_weight, "--prompt-weight")
     responses = parse_weights(options.response_weight, "--response-weight")
@@ -269,7 +269,7 @@ def _run_sweep(options: argparse.Namespace) -> int:
 
 
 def _run_report(options: argparse.Namespace) -> int:
-    from wit_plugins.cli.sweep import report
+    from wit_plugins.cli.sweep.command import report
 
     return report(options.output, options.metric)
 

@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from wit_plugins.cli.documents import view
+from wit_plugins.cli.console import console, print_messages
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split
-from wit_plugins.cli.rows import first_rows
-from wit_plugins.cli.summary import Summary, summarise, warnings
-from wit_plugins.cli.terminal import console, print_legend, print_messages, print_rows, print_summary
+from wit_plugins.cli.preview.documents import view
+from wit_plugins.cli.preview.rows import first_rows
+from wit_plugins.cli.preview.summary import Summary, summarise, warnings
+from wit_plugins.cli.preview.terminal import print_legend, print_rows, print_summary
 from wit_plugins.cli.text import TokenText
 from wit_plugins.errors import WITConfigError, WITError
 
@@ -72,7 +73,7 @@ def preview(driver: FrameworkDriver, job: Job, options: Options) -> int:
     print_messages(out, "problem", prepared.problems)
     print_messages(out, "warning", found)
     if options.html is not None:
-        from wit_plugins.cli.page import write_page
+        from wit_plugins.cli.preview.page import write_page
 
         write_page(options.html, job.name, prepared, options.split, shown, summary, prepared.problems, found)
         out.print(Text(f"\nWritten: {options.html}"), soft_wrap=True)

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from wit_plugins.adapter import TrainerAdapter
-from wit_plugins.collator import WeightedCollator
 from wit_plugins.config import WITConfig
-from wit_plugins.datasets import check_dataset
 from wit_plugins.errors import WITConfigError
-from wit_plugins.head import WeightedHead
+from wit_plugins.loss.head import WeightedHead
 from wit_plugins.plugins import ActiveStrategies, plugin_manager
-from wit_plugins.trainer import Attachment, WeightedTrainerMixin
+from wit_plugins.tokens.collator import WeightedCollator
+from wit_plugins.tokens.dataset_check import check_dataset
+from wit_plugins.training.adapter import TrainerAdapter
+from wit_plugins.training.trainer import Attachment, WeightedTrainerMixin
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -25,10 +25,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from wit_plugins.cli.console import console, print_messages
 from wit_plugins.cli.driver import FrameworkDriver, Job
-from wit_plugins.cli.grid import Cell, one_per_ratio, ratio_note
-from wit_plugins.cli.heatmap import can_draw, draw
-from wit_plugins.cli.results import (
+from wit_plugins.cli.sweep.grid import Cell, one_per_ratio, ratio_note
+from wit_plugins.cli.sweep.heatmap import can_draw, draw
+from wit_plugins.cli.sweep.results import (
     CELL_NAME,
     MAIN_METRIC,
     SWEEP_NAME,
@@ -41,10 +42,9 @@ from wit_plugins.cli.results import (
     read_json,
     write_tables,
 )
-from wit_plugins.cli.terminal import console, print_messages
 from wit_plugins.cli.text import visible
 from wit_plugins.errors import WITConfigError
-from wit_plugins.recorder import (
+from wit_plugins.training.recorder import (
     METRICS_NAME,
     PROGRESS_NAME,
     RUN_FOLDER,

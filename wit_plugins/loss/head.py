@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from wit_plugins.adapter import TrainerAdapter
-from wit_plugins.collator import CODES_KEY
 from wit_plugins.errors import WeightsNotAppliedError, WITConfigError
-from wit_plugins.fused import FusedHead, exchanged_forward, forward_name
-from wit_plugins.loss import Score, WeightedLoss, score_logits, weighted_loss
+from wit_plugins.loss.fused import FusedHead, exchanged_forward, forward_name
+from wit_plugins.loss.weighted import Score, WeightedLoss, score_logits, weighted_loss
 from wit_plugins.plugins import ActiveStrategies
-from wit_plugins.roles import IGNORE_INDEX
-from wit_plugins.transport import MAX_VOCAB_SIZE, framework_labels
+from wit_plugins.tokens.collator import CODES_KEY
+from wit_plugins.tokens.roles import IGNORE_INDEX
+from wit_plugins.tokens.transport import MAX_VOCAB_SIZE, framework_labels
+from wit_plugins.training.adapter import TrainerAdapter
 
 logger = logging.getLogger(__name__)
 

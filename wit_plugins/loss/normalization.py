@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from wit_plugins.collator import CODES_KEY
-from wit_plugins.transport import decode
+from wit_plugins.tokens.collator import CODES_KEY
+from wit_plugins.tokens.transport import decode
 
 
 def predicted_weights(codes: torch.Tensor) -> torch.Tensor:
@@ -20,7 +20,7 @@ def denominator(codes: torch.Tensor, normalization: str) -> torch.Tensor:
     """A batch's share of the denominator, a scalar on the codes' device.
 
     Args:
-        codes (`torch.Tensor`): int64 `[B, L]`, see `wit_plugins.transport`.
+        codes (`torch.Tensor`): int64 `[B, L]`, see `wit_plugins.tokens.transport`.
         normalization (`str`): `nonzero_tokens` (an int64 count) or `weight_sum` (a float64 sum).
     """
     weights = predicted_weights(codes)

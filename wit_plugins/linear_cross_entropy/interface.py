@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
-from wit_plugins.roles import IGNORE_INDEX
-from wit_plugins.sharding import gathered
+from wit_plugins.linear_cross_entropy.sharding import gathered
+from wit_plugins.tokens.roles import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
@@ -565,7 +565,7 @@ class _TritonSoftmax:
     def __init__(
         self, buffer: torch.Tensor, targets: torch.Tensor, token_weights: torch.Tensor, call: _Call, sums: _Sums
     ) -> None:
-        from wit_plugins.softmax_kernel import softmax_
+        from wit_plugins.linear_cross_entropy.triton_softmax import softmax_
 
         self.targets, self.token_weights, self.call, self.sums = targets.contiguous(), token_weights, call, sums
         self.softmax_ = softmax_
@@ -655,7 +655,7 @@ def _walk_liger(
 def _triton_works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the Triton kernel is there and right on this device: it is tried on four tokens."""
     try:
-        from wit_plugins.softmax_kernel import self_test
+        from wit_plugins.linear_cross_entropy.triton_softmax import self_test
 
         self_test(device, dtype)
     except Exception as error:  # no Triton, no compiler, a GPU it does not know: all are reasons to do without

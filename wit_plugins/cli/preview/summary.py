@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from wit_plugins.cli.driver import Prepared, Split
-from wit_plugins.cli.rows import Tokens, blocks, read
+from wit_plugins.cli.preview.rows import Tokens, blocks, read
 from wit_plugins.cli.text import TokenText, visible
 from wit_plugins.config import WITConfig
-from wit_plugins.roles import PROMPT, RESPONSE, example_roles
+from wit_plugins.tokens.roles import PROMPT, RESPONSE, example_roles
 
 BINS = 20
 HIGH_SHARE = 0.95

@@ -15,9 +15,9 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from wit_plugins.cli.grid import Cell
+from wit_plugins.cli.sweep.grid import Cell
 from wit_plugins.errors import WITConfigError
-from wit_plugins.recorder import METRICS_NAME, read_metrics, write_json
+from wit_plugins.training.recorder import METRICS_NAME, read_metrics, write_json
 
 SWEEP_NAME, CELL_NAME = "sweep.json", "cell.json"
 MAIN_METRIC = "eval_response_loss"

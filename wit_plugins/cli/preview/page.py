@@ -13,12 +13,12 @@ from typing import Any
 import jinja2
 
 import wit_plugins
-from wit_plugins.cli.documents import Row, Token
 from wit_plugins.cli.driver import Prepared
-from wit_plugins.cli.summary import BINS, Summary
-from wit_plugins.cli.terminal import shade, summary_facts
+from wit_plugins.cli.preview.documents import Row, Token
+from wit_plugins.cli.preview.summary import BINS, Summary
+from wit_plugins.cli.preview.terminal import shade, summary_facts
 from wit_plugins.cli.text import visible
-from wit_plugins.roles import NEITHER, PROMPT, RESPONSE
+from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
 
 MAX_TOKENS = 4000  # of one document; a browser gets slow with more
 _NAMES = {PROMPT: "prompt", RESPONSE: "response", NEITHER: "first token, not predicted"}
@@ -46,7 +46,7 @@ def write_page(
         problems, warnings (`list[str]`): what to say at the top.
     """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("wit_plugins.cli"),
+        loader=jinja2.PackageLoader("wit_plugins.cli.preview"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

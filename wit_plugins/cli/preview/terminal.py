@@ -6,9 +6,7 @@ without colours, in a pipe or to a reader who does not see them. Lines are broke
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from typing import TextIO
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -17,27 +15,17 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from wit_plugins.cli.documents import Document, Row, Token
+from wit_plugins.cli.console import fold, print_line
 from wit_plugins.cli.driver import Prepared
-from wit_plugins.cli.summary import Summary
+from wit_plugins.cli.preview.documents import Document, Row, Token
+from wit_plugins.cli.preview.summary import Summary
 from wit_plugins.cli.text import visible
-from wit_plugins.roles import NEITHER, PROMPT, RESPONSE
+from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
 
 # Okabe and Ito's blue and vermillion, which colour-blind readers can tell apart.
 HUES = {PROMPT: (0, 114, 178), RESPONSE: (213, 94, 0)}
 _MARGIN = 16
 _BAR = "│ "
-
-
-def console(file: TextIO | None = None, color: str = "auto") -> Console:
-    """A console for data: no markup, no highlighting, nothing of the data interpreted."""
-    file = file or sys.stdout
-    if hasattr(file, "reconfigure"):
-        file.reconfigure(errors="backslashreplace")  # a terminal of another encoding must not stop the command
-    forced = {"always": True, "never": False}.get(color)
-    return Console(
-        file=file, markup=False, highlight=False, emoji=False, force_terminal=forced, no_color=color == "never" or None
-    )
 
 
 def shade(role: int, weight: float, heaviest: float) -> tuple[tuple[int, int, int], bool]:
@@ -78,7 +66,7 @@ def print_rows(out: Console, rows: list[Row], heaviest: float, max_tokens: int) 
     for row in rows:
         room = f", then {row.padding:,} of padding" if row.padding else ""
         packed = f": {len(row.documents)} documents packed" if len(row.documents) > 1 else ""
-        _line(out, Text(f"Row {row.number}{packed}{room}", style="bold"))
+        print_line(out, Text(f"Row {row.number}{packed}{room}", style="bold"))
         for document in row.documents:
             print_document(out, document, heaviest, max_tokens)
         out.print()
@@ -93,25 +81,10 @@ def print_document(out: Console, document: Document, heaviest: float, max_tokens
     if document.ends_at_limit:
         facts += "; as long as is allowed, so perhaps cut"
     rule = "── " + facts
-    for text in _fold(rule, out.width):
-        _line(out, Text(text, style="dim"))
+    for text in fold(rule, out.width):
+        print_line(out, Text(text, style="dim"))
     for line in _document_lines(out, document, heaviest, max_tokens):
         out.print(Segments([*line, Segment.line()]), end="", no_wrap=True, crop=False, overflow="ignore")
-
-
-def _line(out: Console, text: Text) -> None:
-    out.print(text, no_wrap=True, crop=False, overflow="ignore")
-
-
-def _fold(text: str, width: int) -> list[str]:
-    lines, line = [], ""
-    for word in text.split(" "):
-        if line and cell_len(line) + 1 + cell_len(word) > width:
-            lines.append(line)
-            line = "   " + word
-        else:
-            line = f"{line} {word}" if line else word
-    return [*lines, line]
 
 
 def _document_lines(out: Console, document: Document, heaviest: float, max_tokens: int) -> Iterator[list[Segment]]:
@@ -203,8 +176,8 @@ def print_summary(out: Console, name: str, summary: Summary, prepared: Prepared)
     out.print(table)
     out.print()
     for label, value in summary_facts(summary, prepared):
-        for index, line in enumerate(_fold(value, max(30, out.width - 28))):
-            _line(out, Text(f"{label if index == 0 else '':<26}  {line.strip()}"))
+        for index, line in enumerate(fold(value, max(30, out.width - 28))):
+            print_line(out, Text(f"{label if index == 0 else '':<26}  {line.strip()}"))
 
 
 def summary_facts(summary: Summary, prepared: Prepared) -> list[tuple[str, str]]:
@@ -241,15 +214,3 @@ def summary_facts(summary: Summary, prepared: Prepared) -> list[tuple[str, str]]
         facts.append(("padding inside the rows", f"{summary.padding:,} tokens"))
     facts.append(("predicted, weight not 0", f"{summary.weighted:,} tokens: what the loss is divided by"))
     return facts
-
-
-def print_messages(out: Console, kind: str, messages: list[str]) -> None:
-    """Warnings or problems, one a paragraph, folded to the width."""
-    style = "bold red" if kind == "problem" else "bold yellow"
-    for message in messages:
-        head = f"{kind}: "
-        for index, line in enumerate(_fold(head + visible(" ".join(message.split())), out.width)):
-            text = Text(line)
-            if index == 0:
-                text.stylize(style, 0, len(head))
-            _line(out, text)

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from wit_plugins.collator import WeightedCollator
-from wit_plugins.roles import document_starts, token_array
-from wit_plugins.transport import decode
+from wit_plugins.tokens.collator import WeightedCollator
+from wit_plugins.tokens.roles import document_starts, token_array
+from wit_plugins.tokens.transport import decode
 
 BLOCK = 512
 # Columns that only this package reads; they are handed over as arrays, which spares millions of Python integers.

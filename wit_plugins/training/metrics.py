@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from accelerate import Accelerator
 
-from wit_plugins.loss import WeightedLoss
+from wit_plugins.loss.weighted import WeightedLoss
 
 
 class RoleMetrics:

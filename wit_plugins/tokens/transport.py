@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from wit_plugins.roles import IGNORE_INDEX, NEITHER, PROMPT, RESPONSE
+from wit_plugins.tokens.roles import IGNORE_INDEX, NEITHER, PROMPT, RESPONSE
 
 TARGET_BITS = 21
 WEIGHT_BITS = 31

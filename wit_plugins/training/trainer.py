@@ -17,15 +17,15 @@ from accelerate.utils import gather_object
 from torch.nn.parallel import DistributedDataParallel
 from transformers.trainer_utils import get_last_checkpoint
 
-from wit_plugins import records
-from wit_plugins.adapter import TrainerAdapter
-from wit_plugins.collator import CODES_KEY
 from wit_plugins.config import WITConfig
 from wit_plugins.errors import WeightsNotAppliedError, WITConfigError
-from wit_plugins.head import Step, WeightedHead
-from wit_plugins.metrics import RoleMetrics
-from wit_plugins.normalization import step_denominator
-from wit_plugins.recorder import RunRecorder, recorder
+from wit_plugins.loss.head import Step, WeightedHead
+from wit_plugins.loss.normalization import step_denominator
+from wit_plugins.tokens.collator import CODES_KEY
+from wit_plugins.training import records
+from wit_plugins.training.adapter import TrainerAdapter
+from wit_plugins.training.metrics import RoleMetrics
+from wit_plugins.training.recorder import RunRecorder, recorder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer

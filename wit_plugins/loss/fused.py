@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from wit_plugins.linear_cross_entropy import linear_nll_sums
-from wit_plugins.loss import Score
-from wit_plugins.sharding import refuse_tensor_parallel
+from wit_plugins.linear_cross_entropy.sharding import refuse_tensor_parallel
+from wit_plugins.loss.weighted import Score
 
 _CHECKED_POSITIONS = 16
 

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from wit_plugins.errors import WITConfigError
-from wit_plugins.roles import PROMPT, RESPONSE, example_roles
+from wit_plugins.tokens.roles import PROMPT, RESPONSE, example_roles
 
 _FIRST = 100
 

@@ -14,8 +14,8 @@ import torch
 
 from wit_plugins.errors import WeightsNotAppliedError
 from wit_plugins.plugins import ActiveStrategies
-from wit_plugins.roles import IGNORE_INDEX, example_roles
-from wit_plugins.transport import encode, framework_labels, restore_codes
+from wit_plugins.tokens.roles import IGNORE_INDEX, example_roles
+from wit_plugins.tokens.transport import encode, framework_labels, restore_codes
 
 CODES_KEY = "weighted_labels"
 
@@ -25,7 +25,7 @@ class WeightedCollator:
 
     The batch keeps what the wrapped collator made of it, with `labels` as the framework would have had them (int64,
     -100 on everything but the response) and one more tensor of the same shape, `weighted_labels`: int64 codes (see
-    `wit_plugins.transport`).
+    `wit_plugins.tokens.transport`).
 
     Args:
         collator (`Callable`): the framework's collator. It gets the examples as they are, labels exchanged: a list of

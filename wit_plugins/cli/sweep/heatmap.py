@@ -12,8 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from wit_plugins.cli.grid import Cell
-from wit_plugins.cli.results import CellResult, Direction, best, format_value
+from wit_plugins.cli.sweep.grid import Cell
+from wit_plugins.cli.sweep.results import CellResult, Direction, best, format_value
 
 _UNITS = {"eval_response_loss": "nats per token", "eval_prompt_loss": "nats per token"}
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from wit_plugins.normalization import denominator, safe
+from wit_plugins.loss.normalization import denominator, safe
 from wit_plugins.plugins import ActiveStrategies
-from wit_plugins.roles import PROMPT, RESPONSE
-from wit_plugins.transport import decode
+from wit_plugins.tokens.roles import PROMPT, RESPONSE
+from wit_plugins.tokens.transport import decode
 
 _CHUNK_ELEMENTS = 1 << 24  # of float32: 64 MiB of logits at a time
 
@@ -125,7 +125,7 @@ def weighted_loss(
     Args:
         score (`Score`): how tokens are scored, see [`score_logits`]. Its rows count through `[B, L]`, the position
             that predicts a token, which is the one before it.
-        codes (`torch.Tensor`): int64 `[B, L]`, see `wit_plugins.transport`, on the device that scores.
+        codes (`torch.Tensor`): int64 `[B, L]`, see `wit_plugins.tokens.transport`, on the device that scores.
         strategies ([`ActiveStrategies`]): for the dynamic weights.
         normalization (`str`): `nonzero_tokens` or `weight_sum`; used if `num_items` is `None`.
         num_items (`torch.Tensor`, *optional*): the whole step's denominator, a scalar.

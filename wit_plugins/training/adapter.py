@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from transformers import Trainer
     from transformers.utils import ModelOutput
 
-    from wit_plugins.attach import Changes
-    from wit_plugins.head import Step
-    from wit_plugins.loss import WeightedLoss
+    from wit_plugins.loss.head import Step
+    from wit_plugins.loss.weighted import WeightedLoss
+    from wit_plugins.training.attach import Changes
 
 
 class TrainerAdapter:

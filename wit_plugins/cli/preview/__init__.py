@@ -1,0 +1,1 @@
+"""`wit preview` and `wit check`: what every token weighs, before training."""

@@ -1,0 +1,1 @@
+"""`wit sweep` and `wit report`: a grid of weights, trained and drawn."""

@@ -1,0 +1,1 @@
+"""A trainer with weights: attached to it, checked while it runs, logged and recorded."""
