@@ -187,7 +187,6 @@ METHODS = [
 ]
 GPU_METHODS = [  # on a CPU there is nothing to choose from
     Method("wit torch", wit("torch")),
-    Method("wit liger", wit("liger"), ("liger_kernel",)),
 ]
 
 

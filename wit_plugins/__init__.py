@@ -4,12 +4,18 @@
 weights; the packages `wit_trl`, `wit_axolotl` and `wit_llamafactory` do it in their framework's own way.
 """
 
-from wit_plugins.config import WITConfig
-from wit_plugins.errors import WeightsNotAppliedError, WITConfigError, WITError
-from wit_plugins.hookspecs import hookimpl
-from wit_plugins.plugins import register
-from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
-from wit_plugins.training.attach import attach, attached, detach
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wit_plugins.config import WITConfig
+    from wit_plugins.errors import WeightsNotAppliedError, WITConfigError, WITError
+    from wit_plugins.hookspecs import hookimpl, per_token
+    from wit_plugins.plugins import register
+    from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
+    from wit_plugins.training.attach import attach, attached, detach
 
 __version__ = "0.1.0"
 
@@ -25,5 +31,25 @@ __all__ = [
     "attached",
     "detach",
     "hookimpl",
+    "per_token",
     "register",
 ]
+
+# Looked up when they are first used: a command that only reads a file must not wait for torch.
+_MODULES = {
+    "tokens.roles": ("NEITHER", "PROMPT", "RESPONSE"),
+    "config": ("WITConfig",),
+    "errors": ("WITConfigError", "WITError", "WeightsNotAppliedError"),
+    "training.attach": ("attach", "attached", "detach"),
+    "hookspecs": ("hookimpl", "per_token"),
+    "plugins": ("register",),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

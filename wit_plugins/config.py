@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
+import struct
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from wit_plugins.errors import WITConfigError
@@ -70,8 +70,10 @@ class WITConfig(BaseModel):
     @classmethod
     def _survives_float32(cls, value: float) -> float:
         # Weights travel and multiply as float32, so a value that turns into 0 or inf there would not be applied.
-        with np.errstate(over="ignore", under="ignore"):
-            as_float32 = float(np.float32(value))
+        try:
+            (as_float32,) = struct.unpack("f", struct.pack("f", value))
+        except OverflowError:
+            as_float32 = math.inf
         if math.isinf(as_float32) or (value != 0 and as_float32 == 0):
             raise ValueError("out of the range of float32; use a value such as 0.2")
         return value

@@ -2,27 +2,37 @@
 
 A strategy is a plugin (a module or an object) with a registered name and any of the first three hooks, marked with
 `wit_plugins.hookimpl`. The weights of all active strategies are multiplied. WIT itself is the strategy `wit`.
+An implementation names the arguments that it needs and leaves the others out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import pluggy
-import torch
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
     from transformers import Trainer
-
-    from wit_plugins.cli.driver import FrameworkDriver
-    from wit_plugins.training.adapter import TrainerAdapter
 
 PROJECT_NAME = "wit_plugins"
 
 hookspec = pluggy.HookspecMarker(PROJECT_NAME)
 hookimpl = pluggy.HookimplMarker(PROJECT_NAME)
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def per_token(function: _Function) -> _Function:
+    """Mark a `dynamic_weights` whose factor for a token depends on nothing but that token's own arguments.
+
+    It is then asked for some tokens at a time, which saves one pass over the head. That it keeps the promise is
+    checked when it is first called.
+    """
+    function.wit_per_token = True  # type: ignore[attr-defined]
+    return function
 
 
 @hookspec(firstresult=True)
@@ -39,14 +49,17 @@ def static_weights(
 
 @hookspec(firstresult=True)
 def dynamic_weights(log_probs: torch.Tensor, roles: torch.Tensor, options: Mapping[str, Any]) -> torch.Tensor | None:
-    """Factors `[N]` ≥ 0 for `N` predicted tokens, on the device, from their detached log-probabilities and roles."""
+    """Factors `[N]` ≥ 0 for the `N` predicted tokens of a micro-batch, from their detached log-probabilities and roles.
+
+    The tokens are those that are computed: with a weight other than 0, and what is reported beside them.
+    """
 
 
 @hookspec(firstresult=True)
-def adapt_trainer(trainer: Trainer) -> TrainerAdapter | None:
-    """For framework adapters: what this framework's trainer needs beyond `transformers.Trainer`, or `None`."""
+def adapt_trainer(trainer: Trainer) -> object | None:
+    """For framework adapters: a `wit_plugins.training.adapter.TrainerAdapter` for a trainer of theirs, or `None`."""
 
 
 @hookspec
-def framework_driver() -> FrameworkDriver | None:
-    """For framework adapters: what the `wit` command needs to know about this framework."""
+def framework_driver() -> object | None:
+    """For framework adapters: a `wit_plugins.cli.driver.FrameworkDriver`, what the `wit` command needs to know."""

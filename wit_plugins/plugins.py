@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import os
 import sys
-import types
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pluggy
-import torch
 
 from wit_plugins import hookspecs
 from wit_plugins.config import did_you_mean
 from wit_plugins.errors import WITConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 ENTRY_POINT_GROUP = "wit_plugins"
 
@@ -27,7 +29,49 @@ DEFAULT_STRATEGIES = {
     "wit": "wit_plugins.strategies.wit",
     "dft": "wit_plugins.strategies.dft",
 }
-_HOOKS_OF_A_STRATEGY = ("static_weights", "dynamic_weights")
+HOOKS_OF_A_STRATEGY = ("static_weights", "dynamic_weights")
+
+
+class _Manager(pluggy.PluginManager):
+    """Looks at a plugin before it takes it: what pluggy passes over in silence is an error here."""
+
+    def register(self, plugin: Any, name: str | None = None) -> str | None:
+        """Register a plugin.
+
+        Raises:
+            pluggy.PluginValidationError: if it has no hook of ours, a misspelt one, one without `@hookimpl` or one
+                that asks for arguments that do not exist.
+        """
+        own = self._hooks_of(plugin)
+        known = [hook for hook in vars(hookspecs) if getattr(vars(hookspecs)[hook], f"{self.project_name}_spec", None)]
+        for hook, attribute in own.items():
+            if hook not in known:
+                self._refuse(plugin, f"{attribute} is marked as a hook, but there is none of this name", hook, known)
+        for hook in known:
+            if hook not in own and callable(getattr(plugin, hook, None)):
+                self._refuse(plugin, f"{hook} is not marked, so it would never be called; put @hookimpl above it")
+        if not own:
+            self._refuse(plugin, f"it implements no hook; the hooks are {', '.join(known)}")
+        try:
+            return super().register(plugin, name)
+        except pluggy.PluginValidationError:
+            if self.is_registered(plugin):  # older versions of pluggy keep what they have just refused
+                self.unregister(plugin)
+            raise
+
+    def _hooks_of(self, plugin: Any) -> dict[str, str]:
+        """The names of the hooks that a plugin implements, and of its functions that do."""
+        found = {}
+        for attribute in dir(plugin):
+            options = self.parse_hookimpl_opts(plugin, attribute)
+            if options is not None:
+                if options["hookwrapper"] or options["wrapper"]:
+                    self._refuse(plugin, f"{attribute} is a wrapper; strategies are called one by one, without any")
+                found[options["specname"] or attribute] = attribute
+        return found
+
+    def _refuse(self, plugin: Any, reason: str, name: str = "", known: Sequence[str] = ()) -> None:
+        raise pluggy.PluginValidationError(plugin, reason + (did_you_mean(name, known) if name else ""))
 
 
 @functools.cache
@@ -36,31 +80,40 @@ def plugin_manager() -> pluggy.PluginManager:
 
     With the environment variable `WIT_TRACE_HOOKS=1`, every hook call is printed to stderr.
     """
-    manager = pluggy.PluginManager(hookspecs.PROJECT_NAME)
+    manager = _Manager(hookspecs.PROJECT_NAME)
     manager.add_hookspecs(hookspecs)
     for name, module in DEFAULT_STRATEGIES.items():
         manager.register(importlib.import_module(module), name=name)
     for entry_point in entry_points(group=ENTRY_POINT_GROUP):
+        where = f"wit_plugins: the plugin {entry_point.name!r} ({entry_point.value})"
         if manager.has_plugin(entry_point.name):
+            if entry_point.value != DEFAULT_STRATEGIES.get(entry_point.name):
+                warnings.warn(f"{where} is off: another plugin has its name", stacklevel=2)
             continue
+        # One broken package must not stop runs that do not name it; those that do are told that it is not registered.
         try:
             plugin = entry_point.load()
-        except Exception as error:  # one broken package must not stop runs that do not name it
-            warnings.warn(
-                f"wit_plugins: the plugin {entry_point.name!r} ({entry_point.value}) failed to import and is off: "
-                f"{type(error).__name__}: {error}",
-                stacklevel=2,
-            )
+        except Exception as error:
+            warnings.warn(f"{where} failed to import and is off: {type(error).__name__}: {error}", stacklevel=2)
             continue
-        manager.register(plugin, name=entry_point.name)
-    if os.environ.get("WIT_TRACE_HOOKS"):
-        manager.add_hookcall_monitoring(_print_call, lambda *_: None)
+        try:
+            manager.register(plugin, name=entry_point.name)
+        except (pluggy.PluginValidationError, ValueError) as error:
+            warnings.warn(f"{where} is off: {error}", stacklevel=2)
+    if _traced():
+        manager.add_hookcall_monitoring(
+            lambda hook, impls, arguments: _print_call(hook, [impl.plugin_name for impl in impls], arguments),
+            lambda *_: None,
+        )
     return manager
 
 
-def _print_call(hook_name: str, impls: Sequence[pluggy.HookImpl], arguments: Mapping[str, Any]) -> None:
-    names = ", ".join(impl.plugin_name for impl in impls)
-    print(f"wit_plugins: {hook_name}({', '.join(arguments)}) -> {names or 'nobody'}", file=sys.stderr)
+def _traced() -> bool:
+    return bool(os.environ.get("WIT_TRACE_HOOKS"))
+
+
+def _print_call(hook: str, plugins: Sequence[str], arguments: Mapping[str, Any]) -> None:
+    print(f"wit_plugins: {hook}({', '.join(arguments)}) -> {', '.join(plugins) or 'nobody'}", file=sys.stderr)
 
 
 def register(plugin: Any, name: str) -> None:
@@ -69,24 +122,59 @@ def register(plugin: Any, name: str) -> None:
     Packages use an entry point in the group `wit_plugins` instead, which also reaches every other process.
 
     Raises:
-        WITConfigError: if the name is taken by another plugin.
+        WITConfigError: if the name is taken by another plugin, or the plugin has no hook, a misspelt one, one that is
+            not marked with `hookimpl`, or one that asks for arguments that do not exist.
     """
     manager = plugin_manager()
     if manager.get_plugin(name) is plugin:
         return
     if manager.has_plugin(name):
         raise WITConfigError(f"a strategy named {name!r} is registered already; choose another name")
-    manager.register(plugin, name=name)
+    try:
+        manager.register(plugin, name=name)
+    except (pluggy.PluginValidationError, ValueError) as error:
+        raise WITConfigError(f"the strategy {name!r} cannot be registered: {error}") from error
 
 
 def strategy_names() -> list[str]:
     """Names of all registered strategies, sorted."""
     manager = plugin_manager()
     return sorted(
-        name
-        for name, plugin in manager.list_name_plugin()
-        if plugin is not None and any(hasattr(plugin, hook) for hook in _HOOKS_OF_A_STRATEGY)
+        impl.plugin_name for hook in HOOKS_OF_A_STRATEGY for impl in getattr(manager.hook, hook).get_hookimpls()
     )
+
+
+class _Strategy:
+    """One active strategy: its own hooks, its options, and nobody who could answer in its place."""
+
+    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
+        self.name, self.options = name, dict(options)
+        manager = plugin_manager()
+        self.plugin = manager.get_plugin(name)
+        self._hooks: dict[str, pluggy.HookImpl] = {}
+        for hook in ("validate_options", *HOOKS_OF_A_STRATEGY):
+            for impl in getattr(manager.hook, hook).get_hookimpls():
+                if impl.plugin is self.plugin:
+                    self._hooks[hook] = impl
+
+    def has(self, hook: str) -> bool:
+        """Whether the strategy implements a hook."""
+        return hook in self._hooks
+
+    def call(self, hook: str, **arguments: Any) -> Any:
+        """The result of a hook, called with the arguments that it names; `None` without one."""
+        impl = self._hooks.get(hook)
+        if impl is None:
+            return None
+        if _traced():
+            _print_call(hook, [self.name], arguments)
+        arguments["options"] = self.options
+        return impl.function(*(arguments[name] for name in impl.argnames))
+
+    @property
+    def per_token(self) -> bool:
+        """Whether its `dynamic_weights` may be asked for some tokens at a time."""
+        return bool(getattr(self._hooks["dynamic_weights"].function, "wit_per_token", False))
 
 
 class ActiveStrategies:
@@ -103,31 +191,21 @@ class ActiveStrategies:
 
     def __init__(self, options_by_name: Mapping[str, Mapping[str, Any]]):
         self.options_by_name = {name: dict(options) for name, options in options_by_name.items()}
-        known = strategy_names()
-        for name, options in self.options_by_name.items():
+        known = sorted(set(strategy_names()))
+        for name in self.options_by_name:
             if name not in known:
                 raise WITConfigError(f"strategies: {name!r} is not a registered strategy{did_you_mean(name, known)}")
-            try:
-                self._caller(name, "validate_options")(options=options)
-            except ValueError as error:
-                raise WITConfigError(f"strategies: {name}: {error}") from error
         self._bind()
+        for strategy in self._strategies:
+            try:
+                strategy.call("validate_options")
+            except ValueError as error:
+                raise WITConfigError(f"strategies: {strategy.name}: {error}") from error
 
     def _bind(self) -> None:
-        plugins = {name: plugin_manager().get_plugin(name) for name in self.options_by_name}
-        self._static = {
-            n: self._caller(n, "static_weights") for n, p in plugins.items() if hasattr(p, "static_weights")
-        }
-        self._dynamic = {
-            n: self._caller(n, "dynamic_weights") for n, p in plugins.items() if hasattr(p, "dynamic_weights")
-        }
-
-    @staticmethod
-    def _caller(name: str, hook: str) -> pluggy.HookCaller:
-        # One strategy at a time, since each has options of its own.
-        manager = plugin_manager()
-        plugin = manager.get_plugin(name)
-        return manager.subset_hook_caller(hook, remove_plugins=[p for p in manager.get_plugins() if p is not plugin])
+        self._strategies = [_Strategy(name, options) for name, options in self.options_by_name.items()]
+        self._dynamic = [strategy for strategy in self._strategies if strategy.has("dynamic_weights")]
+        self._seen: set[str] = set()  # dynamic strategies whose first answer was looked at
 
     def static_weights(self, input_ids: np.ndarray, roles: np.ndarray, example: Mapping[str, Any]) -> np.ndarray:
         """The product of the strategies' static weights for one document, float32 `[T]`, 0 where the role is neither.
@@ -135,16 +213,20 @@ class ActiveStrategies:
         Raises:
             ValueError: if a strategy returns the wrong shape, or weights that are negative or not finite.
         """
+        import numpy as np
+
         weights = (roles != 0).astype(np.float32)
-        for name, call in self._static.items():
-            own = call(input_ids=input_ids, roles=roles, example=example, options=self.options_by_name[name])
+        for strategy in self._strategies:
+            own = strategy.call("static_weights", input_ids=input_ids, roles=roles, example=example)
             if own is None:
                 continue
             own = np.asarray(own, dtype=np.float32)
             if own.shape != weights.shape:
-                raise ValueError(f"strategy {name!r} returned weights of shape {own.shape} for {len(roles)} tokens")
+                raise ValueError(
+                    f"strategy {strategy.name!r} returned weights of shape {own.shape} for {len(roles)} tokens"
+                )
             if not np.isfinite(own).all() or (own < 0).any():
-                raise ValueError(f"strategy {name!r} returned weights that are negative or not finite")
+                raise ValueError(f"strategy {strategy.name!r} returned weights that are negative or not finite")
             weights *= own
         return weights
 
@@ -153,33 +235,62 @@ class ActiveStrategies:
         """Whether any strategy rescales weights on the device."""
         return bool(self._dynamic)
 
+    @property
+    def per_token(self) -> bool:
+        """Whether every factor depends on its own token alone, so that they may be asked for piece by piece."""
+        return all(strategy.per_token for strategy in self._dynamic)
+
     def dynamic_weights(self, log_probs: torch.Tensor, roles: torch.Tensor) -> torch.Tensor | None:
         """The product of the strategies' factors, shaped like `log_probs` `[N]`, or `None` if there is none.
 
         Args:
-            log_probs (`torch.Tensor`): detached log-probabilities of the targets, `[N]`, float32 or float64.
+            log_probs (`torch.Tensor`): detached log-probabilities of the targets, `[N]`, float32 or float64: all of a
+                micro-batch, or any of its tokens if `per_token`.
             roles (`torch.Tensor`): uint8 `[N]`.
 
         Raises:
-            ValueError: if a strategy returns the wrong shape.
+            ValueError: if a strategy returns the wrong shape, or, in its first answer, factors that are negative or
+                not finite, or that it says to be per token and are not.
         """
+        import torch
+
         product: torch.Tensor | None = None
-        for name, call in self._dynamic.items():
-            factor = call(log_probs=log_probs, roles=roles, options=self.options_by_name[name])
+        for strategy in self._dynamic:
+            factor = strategy.call("dynamic_weights", log_probs=log_probs, roles=roles)
             if factor is None:
                 continue
             if factor.shape != log_probs.shape:
                 raise ValueError(
-                    f"strategy {name!r} returned factors of shape {tuple(factor.shape)} for {tuple(log_probs.shape)}"
+                    f"strategy {strategy.name!r} returned factors of shape {tuple(factor.shape)} for "
+                    f"{tuple(log_probs.shape)}"
                 )
             factor = factor.detach().to(log_probs.dtype)
-            product = factor if product is None else product * factor
+            if strategy.name not in self._seen and len(factor):  # once, since looking makes the device wait
+                self._look_at(strategy, factor, log_probs, roles)
+                self._seen.add(strategy.name)
+            product = factor if product is None else torch.mul(product, factor)
         return product
 
+    @staticmethod
+    def _look_at(strategy: _Strategy, factor: torch.Tensor, log_probs: torch.Tensor, roles: torch.Tensor) -> None:
+        import torch
+
+        if not bool((torch.isfinite(factor) & (factor >= 0)).all()) and bool(torch.isfinite(log_probs).all()):
+            raise ValueError(f"strategy {strategy.name!r} returned factors that are negative or not finite")
+        if not strategy.per_token:
+            return
+        each = [slice(index, index + 1) for index in range(min(len(factor), 8))]
+        own = [strategy.call("dynamic_weights", log_probs=log_probs[one], roles=roles[one]) for one in each]
+        alone = torch.cat([torch.ones_like(log_probs[:1]) if one is None else one.detach() for one in own])
+        if not torch.allclose(alone.to(factor.dtype), factor[: len(alone)], rtol=1e-4, atol=1e-6, equal_nan=True):
+            raise ValueError(
+                f"strategy {strategy.name!r} is marked per_token, but its factor for a token depends on other tokens; "
+                "take the mark off, and it is asked for a whole micro-batch at a time"
+            )
+
     def __getstate__(self) -> dict[str, Any]:
-        plugins = {name: plugin_manager().get_plugin(name) for name in self.options_by_name}
         # Modules do not pickle; their names do.
-        refs = {n: p.__name__ if isinstance(p, types.ModuleType) else p for n, p in plugins.items()}
+        refs = {s.name: s.plugin.__name__ if inspect.ismodule(s.plugin) else s.plugin for s in self._strategies}
         return {"options_by_name": self.options_by_name, "plugins": refs}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

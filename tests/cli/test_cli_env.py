@@ -14,7 +14,7 @@ from trlkit import tokenizer
 from wit_plugins.cli.driver import FrameworkDriver, Job, choose_driver, drivers
 from wit_plugins.cli.text import TokenText, visible
 from wit_plugins.errors import WITConfigError
-from wit_plugins.linear_cross_entropy import usable_implementations
+from wit_plugins.linear_cross_entropy import choice, usable_implementations
 
 
 def test_what_is_installed(capsys):
@@ -34,19 +34,15 @@ def test_a_version_out_of_range_stands_out(capsys, monkeypatch):
 
 
 def test_loss_backends_say_why_not(capsys, monkeypatch):
-    from wit_plugins.linear_cross_entropy import interface as linear_cross_entropy
-
     out = wit("env", capsys=capsys)[1]
     assert "torch: usable" in out
     assert "triton: not usable: it needs a GPU" in out
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(linear_cross_entropy, "_triton_works", lambda device, dtype: False)
-    monkeypatch.setattr(linear_cross_entropy, "_liger_forward", lambda: None)
+    monkeypatch.setattr(choice, "triton_works", lambda device, dtype: False)
     assert usable_implementations() == {
         "torch": None,
         "logits": None,
         "triton": "its kernel fails on this device; the log says why",
-        "liger": "Liger Kernel is missing or older than 0.8.5",
     }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from wit_plugins import PROMPT, RESPONSE, WITConfigError, hookimpl, register
+from wit_plugins import PROMPT, RESPONSE, WITConfigError, hookimpl, per_token, register
 from wit_plugins.plugins import ActiveStrategies, plugin_manager, strategy_names
 
 ROLES = np.array([0, PROMPT, RESPONSE, RESPONSE], dtype=np.uint8)
@@ -133,6 +133,144 @@ def test_strategies_that_return_nonsense(registered, result, message):
     registered(Broken(result), "broken")
     with pytest.raises(ValueError, match=f"'broken'.*{message}"):
         ActiveStrategies({"wit": WIT, "broken": {}}).static_weights(IDS, ROLES, {})
+
+
+def test_nobody_answers_in_the_place_of_a_strategy(registered):
+    """Registered later, never named: pluggy would ask it first."""
+    before = ActiveStrategies({"wit": WIT, "dft": {}})
+
+    class Loud:
+        @hookimpl(tryfirst=True)
+        def static_weights(self, roles):
+            return np.full(len(roles), 7.0)
+
+        @hookimpl(tryfirst=True)
+        def dynamic_weights(self, log_probs):
+            return torch.full_like(log_probs, 7.0)
+
+        @hookimpl(tryfirst=True)
+        def validate_options(self, options):
+            raise ValueError("asked")
+
+    registered(Loud(), "loud")
+    log_probs = torch.tensor([0.1, 0.2]).log()
+    for active in (before, ActiveStrategies({"wit": WIT, "dft": {}})):
+        assert active.static_weights(IDS, ROLES, {}).tolist() == [0, 0.25, 0.5, 0.5]
+        factors = active.dynamic_weights(log_probs, torch.tensor([PROMPT, RESPONSE], dtype=torch.uint8))
+        assert torch.allclose(factors, log_probs.exp())
+
+
+class Unmarked:
+    def static_weights(self, roles):
+        return np.ones(len(roles))
+
+
+class Misspelt:
+    @hookimpl
+    def static_weight(self, roles):
+        return np.ones(len(roles))
+
+
+class WrongArgument:
+    @hookimpl
+    def static_weights(self, rolls):
+        return np.ones(len(rolls))
+
+
+class Wrapper:
+    @hookimpl(wrapper=True)
+    def static_weights(self):
+        return (yield)
+
+
+class Empty:
+    pass
+
+
+WRONG = [
+    (Unmarked(), "static_weights is not marked, so it would never be called; put @hookimpl above it"),
+    (Misspelt(), "there is none of this name; did you mean 'static_weights'"),
+    (WrongArgument(), "rolls"),
+    (Wrapper(), "static_weights is a wrapper"),
+    (Empty(), "implements no hook; the hooks are validate_options, static_weights, dynamic_weights"),
+]
+
+
+@pytest.mark.parametrize(("plugin", "message"), WRONG)
+def test_hooks_that_would_never_be_called_are_refused(plugin, message):
+    for _ in range(2):  # and nothing of the first attempt is left
+        with pytest.raises(WITConfigError, match=f"(?s)'mine' cannot be registered.*{message}"):
+            register(plugin, "mine")
+    assert not plugin_manager().has_plugin("mine")
+    assert ActiveStrategies({"wit": WIT}).static_weights(IDS, ROLES, {}).tolist() == [0, 0.25, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(("plugin", "message"), WRONG)
+def test_a_wrong_entry_point_stops_no_run_that_does_not_name_it(plugin, message, monkeypatch):
+    import wit_plugins.plugins as plugins
+
+    class EntryPoint:
+        name, value = "bad", "bad_package.plugin"
+
+        def load(self):
+            return plugin
+
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [EntryPoint()])
+    with pytest.warns(UserWarning, match=f"(?s)'bad'.*is off.*{message}"):
+        manager = plugins.plugin_manager.__wrapped__()
+    assert not manager.has_plugin("bad")
+    assert manager.has_plugin("wit")
+
+
+def test_an_entry_point_with_a_taken_name_is_said_to_be_off(monkeypatch):
+    import wit_plugins.plugins as plugins
+
+    class EntryPoint:
+        name, value = "dft", "their_package.dft"
+
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [EntryPoint()])
+    with pytest.warns(UserWarning, match="'dft' \\(their_package.dft\\) is off: another plugin has its name"):
+        plugins.plugin_manager.__wrapped__()
+
+
+class Relative:
+    """p / mean(p): a factor that depends on the whole micro-batch."""
+
+    @hookimpl
+    def dynamic_weights(self, log_probs):
+        return log_probs.exp() / log_probs.exp().mean()
+
+
+class SaysPerToken(Relative):
+    @hookimpl
+    @per_token
+    def dynamic_weights(self, log_probs):
+        return super().dynamic_weights(log_probs)
+
+
+def test_per_token_is_a_promise_that_is_checked(registered):
+    registered(Relative(), "relative")
+    registered(SaysPerToken(), "says_per_token")
+    log_probs, roles = torch.tensor([0.1, 0.4]).log(), torch.full((2,), RESPONSE, dtype=torch.uint8)
+    assert ActiveStrategies({"wit": WIT, "dft": {}}).per_token
+    active = ActiveStrategies({"wit": WIT, "dft": {}, "relative": {}})
+    assert not active.per_token
+    assert torch.allclose(active.dynamic_weights(log_probs, roles), torch.tensor([0.1 * 0.4, 0.4 * 1.6]))
+    with pytest.raises(ValueError, match="'says_per_token' is marked per_token, but .* depends on other tokens"):
+        ActiveStrategies({"wit": WIT, "says_per_token": {}}).dynamic_weights(log_probs, roles)
+
+
+def test_dynamic_weights_that_are_no_weights(registered):
+    class Negative:
+        @hookimpl
+        def dynamic_weights(self, log_probs):
+            return log_probs
+
+    registered(Negative(), "negative")
+    with pytest.raises(ValueError, match="'negative' returned factors that are negative or not finite"):
+        ActiveStrategies({"wit": WIT, "negative": {}}).dynamic_weights(
+            torch.tensor([-0.5]), torch.tensor([RESPONSE], dtype=torch.uint8)
+        )
 
 
 def test_a_name_is_taken_once(registered):

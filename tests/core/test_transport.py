@@ -150,7 +150,8 @@ def test_collators_carry_everything(drawn, collator, prompt_weight, response_wei
         assert roles[r].tolist() == [role for role, _ in row]
         assert weights[r].tolist() == [by_role[role] for role, _ in row]
         assert targets[r].tolist() == [-100 if role == 0 else token for role, token in row]
-        assert batch["labels"][r].tolist() == [token if role == 2 else -100 for role, token in row]
+    # What the framework would have had, the label of a document's first token included.
+    assert torch.equal(batch["labels"], collator(given_examples)["labels"].to(torch.int64))
 
 
 def wit(prompt_weight=0.4, response_weight=0.6):
@@ -174,6 +175,27 @@ def test_padding_inside_an_example_is_neither():
     example = {"input_ids": [5, 6, 7, 0, 0], "labels": [-100, 6, -100, -100, -100], "attention_mask": [1, 1, 1, 0, 0]}
     batch = WeightedCollator(PaddingCollator(), wit())([example])
     assert decode(batch[CODES_KEY])[1].tolist() == [[0, 2, 1, 0, 0]]
+
+
+def test_padding_with_a_label_is_trained_on_as_in_the_framework():
+    example = {"input_ids": [5, 6, 0], "labels": [-100, 6, 0], "attention_mask": [1, 1, 0]}
+    batch = WeightedCollator(PaddingCollator(), wit())([example])
+    assert decode(batch[CODES_KEY])[1].tolist() == [[0, 2, 2]]
+
+
+class FirstTokenMasked(PaddingCollator):
+    """Masks the labels at the starts of documents itself, as TRL's does where it flattens."""
+
+    def __call__(self, examples):
+        batch = super().__call__(examples)
+        batch["labels"][:, 0] = -100
+        return batch
+
+
+def test_a_collator_may_mask_what_is_never_predicted():
+    batch = WeightedCollator(FirstTokenMasked(), wit())([{"input_ids": [5, 6, 7], "labels": [5, -100, 7]}])
+    assert batch["labels"].tolist() == [[-100, -100, 7]]
+    assert decode(batch[CODES_KEY])[1].tolist() == [[0, 1, 2]]
 
 
 class OverwritingCollator:

@@ -16,7 +16,8 @@ import deepspeed, torch
 from support import all_relative_error, documents, llama, reference_step
 from wit_plugins.training.adapter import TrainerAdapter
 from wit_plugins.tokens.collator import WeightedCollator
-from wit_plugins.loss.head import Step, WeightedHead
+from wit_plugins.loss.head import WeightedHead
+from wit_plugins.loss.step import Step
 from wit_plugins.plugins import ActiveStrategies
 
 deepspeed.init_distributed("gloo")

@@ -1,6 +1,6 @@
 """A Triton kernel that turns a chunk of logits into its nll and, in place, into its gradient: one program a token.
 
-The counterpart of the plain PyTorch in `linear_cross_entropy` for GPUs, where passes over a chunk of logits are what
+The counterpart of `softmax.TorchSoftmax` for GPUs, where passes over a chunk of logits are what
 a fused head is slow by. It does what Liger Kernel's kernel does and, in the same two passes, what that leaves out:
 the weight, taken in float32 before the gradient is rounded (Liger rounds the weight, then the product, in a pass of
 its own), the logit scale, entropy, and factors that are only known after the first pass.
@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
+from wit_plugins.linear_cross_entropy.softmax import Scores
 
 _BLOCK = 8192
 _WARPS = 16
@@ -136,6 +138,26 @@ def softmax_(
         BLOCK=min(_BLOCK, triton.next_power_of_2(vocab_size)),
         num_warps=_WARPS,
     )
+
+
+class TritonSoftmax:
+    """The kernel over the chunks of one pass; takes what `TorchSoftmax` takes."""
+
+    def __init__(
+        self, scores: Scores, buffer: torch.Tensor, logit_scale: float, softcap: float | None, with_grad: bool
+    ) -> None:
+        self.scores, self.logit_scale, self.softcap, self.with_grad = scores, logit_scale, softcap, with_grad
+
+    def __call__(self, logits: torch.Tensor, chunk: slice) -> None:
+        """Turn `logits` `[n, V]`, of the tokens of the slice `chunk`, into w · ∂nll/∂logits; fill their scores."""
+        scores, scale, cap = self.scores, self.logit_scale, self.softcap
+        targets, nll = scores.targets[chunk], scores.nll[chunk]
+        correct = None if scores.correct is None else scores.correct[chunk]
+        entropy = None if scores.entropy is None else scores.entropy[chunk]
+        if scores.rescale is not None:  # the factors need the nll, so the kernel runs once for it and once with them
+            softmax_(logits, targets, None, nll, None, None, scale, cap)
+        weights = scores.weigh(chunk)
+        softmax_(logits, targets, weights if self.with_grad else None, nll, correct, entropy, scale, cap)
 
 
 def self_test(device: torch.device, dtype: torch.dtype) -> None:

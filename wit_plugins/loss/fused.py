@@ -7,7 +7,9 @@ model's own: output class, auxiliary loss, hidden states, hooks of FSDP, DeepSpe
 
 What the model does to the logits afterwards (a scale, a soft cap) is read off its configuration and *checked*: in the
 first call the exchanged head returns the real logits of a few positions, the model's own code post-processes them, and
-they are compared with what the fused head computes for them. If they differ, the logits are used from then on.
+they are compared with what the fused head computes for them. What is trained on the way from these logits to the
+model's output is found in the graph that autograd made of it, whatever its value is by now. If anything differs, the
+logits are used from then on.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from wit_plugins.linear_cross_entropy import linear_nll_sums
+from wit_plugins.linear_cross_entropy import Head
 from wit_plugins.linear_cross_entropy.sharding import refuse_tensor_parallel
-from wit_plugins.loss.weighted import Score
+from wit_plugins.loss.weighted import MicroBatch, WeightedLoss
 
 _CHECKED_POSITIONS = 16
 
@@ -35,14 +37,13 @@ class FusedHead:
 
     Attributes:
         obstacle (`str | None`): why the fused loss cannot be used with this model, or `None`.
-        checked (`bool`): whether a batch was compared with the model's own logits.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.scale, self.softcap = logit_postprocessing(model.config)
         self.obstacle: str | None = None
-        self.checked = False
+        self._checked: tuple[nn.Linear, bool] | None = None  # the head, and whether it could be trained
         self.linear()
 
     def linear(self) -> nn.Linear | None:
@@ -62,51 +63,99 @@ class FusedHead:
         if not isinstance(head, nn.Linear) or hasattr(head, "base_layer") or not head.weight.is_floating_point():
             self.obstacle = f"its head is a {type(head).__name__}, not a plain linear layer"
             return None
+        # Nor is a subclass that computes something of its own (fake quantisation), though it may not do so yet.
+        own = getattr(head, forward_name(head))
+        if getattr(own, "__func__", own) is not nn.Linear.forward:
+            self.obstacle = f"its head, a {type(head).__name__}, has a forward of its own"
+            return None
         refuse_tensor_parallel(head.weight, self.model)
         return head
 
-    def score(self, hidden: torch.Tensor, linear: nn.Linear, metrics: bool) -> Score:
-        """Scores tokens by hidden states `[B, L, H]`, in one pass over the head."""
+    @property
+    def checked(self) -> bool:
+        """Whether a batch was compared with the model's own logits."""
+        return self._checked is not None
 
-        def score(
-            rows: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, num_items: torch.Tensor, rescale: Any
-        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-            sums = linear_nll_sums(
-                hidden.reshape(-1, hidden.shape[-1]),
-                linear.weight,
-                targets,
-                weights,
-                rows=rows,
-                bias=linear.bias,
-                num_items=num_items,
-                logit_scale=self.scale,
-                softcap=self.softcap,
-                rescale=rescale,
-                with_correct=metrics,
-                with_entropy=metrics,
-            )
-            return sums.loss, sums.nll, sums.correct, sums.entropy
+    def needs_check(self, linear: nn.Linear) -> bool:
+        """Whether the next call has to be compared: the first with this head, and the first that can be trained."""
+        if self._checked is None or self._checked[0] is not linear:
+            return True
+        return torch.is_grad_enabled() and not self._checked[1]
 
-        return score
+    def check(self, call: LossForLogits, processed: Any) -> None:
+        """Set `obstacle` unless the model made of the sampled logits what the fused loss makes of them.
 
-    @torch.no_grad()
-    def sample(self, hidden: torch.Tensor, own_forward: Callable[..., Any]) -> torch.Tensor:
-        """The model's own logits, before its post-processing, at a few positions: `[1, n, V]`."""
-        flat = hidden.reshape(1, -1, hidden.shape[-1])
-        return own_forward(flat[:, :: max(1, flat.shape[1] // _CHECKED_POSITIONS)][:, :_CHECKED_POSITIONS])
-
-    def check(self, raw: torch.Tensor, processed: Any) -> None:
-        """Set `obstacle` unless the model made of the sampled logits what the fused loss makes of them."""
-        self.checked = True
+        Args:
+            call ([`LossForLogits`]): the call, with the logits that it sampled.
+            processed: the model's output for them.
+        """
+        assert call.sampled is not None
+        assert call.product is not None
+        self._checked = call.linear, torch.is_grad_enabled()
+        raw = call.sampled.detach()
         expected = raw.float() * self.scale
         if self.softcap is not None:
             expected = self.softcap * torch.tanh(expected / self.softcap)
-        # The model post-processes in its own type.
-        tolerance = 1e-4 if raw.dtype in (torch.float32, torch.float64) else 2e-2
-        same = isinstance(processed, torch.Tensor) and processed.shape == raw.shape
-        same = same and bool((processed.float() - expected).abs().max() <= tolerance * expected.abs().max())
-        if not same:
+        if not _close(call.product, raw):
+            self.obstacle = "its head computes something else than the product with its weight"
+        elif not (isinstance(processed, torch.Tensor) and _close(processed, expected, raw.dtype)):
             self.obstacle = "it changes its logits in a way that is not known"
+        elif any(leaf is not call.sampled for leaf in _trained_leaves(processed)):
+            self.obstacle = "something that is trained lies behind its head"
+
+
+class LossForLogits:
+    """The forward of the head for the length of one call of the model: returns no logits, but keeps their loss.
+
+    Args:
+        head ([`FusedHead`]): whose head it stands for.
+        linear (`nn.Linear`): that head.
+        batch (`Callable`): the micro-batch for a number of positions L and a device.
+
+    Attributes:
+        calls (`int`): how often the model called its head.
+        result ([`WeightedLoss`] | None): the loss.
+        sampled (`torch.Tensor | None`): `[1, n, V]`: the head's own logits of a few positions, if they are to be
+            checked; a leaf of what autograd makes of them.
+        product (`torch.Tensor | None`): the same by a plain product with the weight.
+    """
+
+    def __init__(self, head: FusedHead, linear: nn.Linear, batch: Callable[[int, torch.device], MicroBatch]) -> None:
+        self.head, self.linear, self.batch = head, linear, batch
+        self.own_forward = getattr(linear, forward_name(linear))
+        self.calls = 0
+        self.result: WeightedLoss | None = None
+        self.sampled: torch.Tensor | None = None
+        self.product: torch.Tensor | None = None
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Take the hidden states `[B, L, H]`; the model may do what it likes with what comes back."""
+        self.calls += 1
+        head = Head(self.linear.weight, self.linear.bias, self.head.scale, self.head.softcap)
+        self.result = self.batch(hidden.shape[1], hidden.device).from_hidden(hidden, head)
+        if not self.head.needs_check(self.linear):
+            return self.result.loss.reshape(1, 1, 1)
+        with torch.no_grad():
+            flat = hidden.reshape(1, -1, hidden.shape[-1])
+            flat = flat[:, :: max(1, flat.shape[1] // _CHECKED_POSITIONS)][:, :_CHECKED_POSITIONS]
+            sampled = self.own_forward(flat)
+            self.product = nn.functional.linear(flat, self.linear.weight, self.linear.bias)
+        self.sampled = sampled.detach().requires_grad_(torch.is_grad_enabled())
+        return self.sampled.clone()  # the model may change it in place
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """For its length, the head's forward is this one; hooks on the head stay."""
+        name = forward_name(self.linear)
+        own = self.linear.__dict__.get(name)
+        self.linear.__dict__[name] = self
+        try:
+            yield
+        finally:
+            if own is None:
+                self.linear.__dict__.pop(name, None)
+            else:
+                self.linear.__dict__[name] = own
 
 
 def forward_name(module: nn.Module) -> str:
@@ -117,19 +166,28 @@ def forward_name(module: nn.Module) -> str:
     return "_old_forward" if hasattr(module, "_hf_hook") and hasattr(module, "_old_forward") else "forward"
 
 
-@contextmanager
-def exchanged_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """For its length, `module` runs `forward`; hooks on the module stay."""
-    name = forward_name(module)
-    own = module.__dict__.get(name)
-    module.__dict__[name] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            module.__dict__.pop(name, None)
-        else:
-            module.__dict__[name] = own
+def _close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
+    # The model post-processes in its own type.
+    tolerance = 1e-4 if (dtype or expected.dtype) in (torch.float32, torch.float64) else 2e-2
+    if actual.shape != expected.shape:
+        return False
+    difference = (actual.detach().float() - expected.float()).abs().max()
+    return bool(difference <= tolerance * expected.float().abs().max())
+
+
+def _trained_leaves(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that a backward from here would leave a gradient in."""
+    seen, left = set(), [tensor.grad_fn] if tensor.grad_fn is not None else []
+    if tensor.grad_fn is None and tensor.requires_grad:
+        yield tensor
+    while left:
+        node = left.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):  # where gradients are accumulated
+            yield node.variable
+        left += [following for following, _ in node.next_functions if following is not None]
 
 
 def logit_postprocessing(config: Any) -> tuple[float, float | None]:

@@ -2,51 +2,35 @@
 
 It sits on the unwrapped model, below DDP, FSDP, DeepSpeed and PEFT, which therefore need no support of their own.
 Without `weighted_labels` the model's original forward runs, so generation and everybody else's calls are untouched.
+
+The patch is a method of the model, and all that it knows is an attribute of the model: a deep copy (an average of the
+weights, a reference model) computes with its own parameters, and a pickled one is the model as its class makes it.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
+import types
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from wit_plugins.errors import WeightsNotAppliedError, WITConfigError
-from wit_plugins.loss.fused import FusedHead, exchanged_forward, forward_name
-from wit_plugins.loss.weighted import Score, WeightedLoss, score_logits, weighted_loss
+from wit_plugins.loss.fused import FusedHead, LossForLogits
+from wit_plugins.loss.step import OutputFormat, Step
+from wit_plugins.loss.weighted import MicroBatch
 from wit_plugins.plugins import ActiveStrategies
 from wit_plugins.tokens.collator import CODES_KEY
 from wit_plugins.tokens.roles import IGNORE_INDEX
 from wit_plugins.tokens.transport import MAX_VOCAB_SIZE, framework_labels
-from wit_plugins.training.adapter import TrainerAdapter
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass
-class Step:
-    """One call of the trainer's `compute_loss`: what it was given, and what the head made of it.
-
-    Attributes:
-        num_items (`torch.Tensor | None`): the step's denominator, or `None` if the trainer counted none (then the
-            batch's own is used).
-        training (`bool`): whether this is training; in evaluation tokens of weight 0 are computed as well.
-        prediction_loss_only (`bool`): in evaluation, whether nobody asked for the logits.
-        aux_loss_coefficient (`float`): the model's own weight of a mixture of experts' auxiliary loss.
-        result ([`WeightedLoss`] | None): set by the head.
-        aux_loss (`torch.Tensor | None`): the auxiliary loss that came with it, detached.
-    """
-
-    num_items: torch.Tensor | None
-    training: bool
-    prediction_loss_only: bool = True
-    aux_loss_coefficient: float = 0.0
-    result: WeightedLoss | None = None
-    aux_loss: torch.Tensor | None = None
+_ATTRIBUTE = "_wit_head"  # of the model; with a number behind it, since one patch may stay under another
 
 
 class WeightedHead:
@@ -55,7 +39,7 @@ class WeightedHead:
     Args:
         model (`nn.Module`): the unwrapped causal language model.
         strategies ([`ActiveStrategies`]): for the dynamic weights.
-        adapter ([`TrainerAdapter`]): shapes the output as the trainer expects it.
+        adapter ([`OutputFormat`]): shapes the output as the trainer expects it.
         normalization (`str`): `nonzero_tokens` or `weight_sum`.
         loss_impl (`str`): `auto`, `fused` or `logits`.
 
@@ -67,7 +51,7 @@ class WeightedHead:
         self,
         model: nn.Module,
         strategies: ActiveStrategies,
-        adapter: TrainerAdapter,
+        adapter: OutputFormat,
         normalization: str,
         loss_impl: str = "auto",
     ) -> None:
@@ -77,7 +61,6 @@ class WeightedHead:
         self.adapter = adapter
         self.normalization = normalization
         self.step: Step | None = None
-        self.enabled = True
         self._aligned = False
         self.loss_impl = loss_impl
         self.fused = None if loss_impl == "logits" else FusedHead(model)
@@ -85,21 +68,10 @@ class WeightedHead:
             self._give_up_fused()
         self._own_forward = model.__dict__.get("forward")  # an instance's own, where another patch came before
         self._original: Callable[..., Any] = model.forward
-
-        @functools.wraps(self._original)
-        def forward(
-            *args: Any, labels: Any = None, weighted_labels: Any = None, num_items_in_batch: Any = None, **kwargs: Any
-        ) -> Any:
-            if weighted_labels is not None and labels is not None and self.enabled:
-                return self._forward(args, kwargs, labels, weighted_labels)
-            if labels is not None:
-                kwargs["labels"] = labels
-            if num_items_in_batch is not None:
-                kwargs["num_items_in_batch"] = num_items_in_batch
-            return self._original(*args, **kwargs)
-
-        self._patched = forward
-        model.forward = forward
+        self.enabled = True
+        self._attribute = f"{_ATTRIBUTE}{sum(name.startswith(_ATTRIBUTE) for name in model.__dict__)}"
+        model.__dict__[self._attribute] = self
+        model.forward = self._patch = types.MethodType(_forward_like(self._original, self._attribute), model)
 
     @property
     def chosen(self) -> str:
@@ -109,14 +81,30 @@ class WeightedHead:
     def remove(self) -> None:
         """Take the patch off. If something was wrapped around it meanwhile (autocast), it lets every call through."""
         self.enabled = False
-        if self.model.__dict__.get("forward") is not self._patched:
+        if self.model.__dict__.get("forward") is not self._patch:
             return
+        del self.model.__dict__[self._attribute]
         if self._own_forward is None:
             del self.model.__dict__["forward"]
         else:
             self.model.forward = self._own_forward
 
-    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], labels: torch.Tensor, codes: torch.Tensor) -> Any:
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Any, codes: Any, num_items: Any) -> Any:
+        """What the patched model's forward does.
+
+        Args:
+            args, kwargs: all further arguments of the model's forward.
+            labels (`torch.Tensor | None`): int64 `[B, L]`.
+            codes (`torch.Tensor | None`): `weighted_labels`, int64 `[B, L]`.
+            num_items (`torch.Tensor | None`): `num_items_in_batch`, which a weighted call gets by `step` instead.
+
+        Raises:
+            WeightsNotAppliedError: if the weights do not belong to the labels, or it is no call of `compute_loss`.
+        """
+        if codes is None or labels is None or not self.enabled:
+            given = {"labels": labels, "num_items_in_batch": num_items}
+            kwargs.update({key: value for key, value in given.items() if value is not None})
+            return self._original(*args, **kwargs)
         step = self.step
         if step is None:
             raise WeightsNotAppliedError(
@@ -128,22 +116,15 @@ class WeightedHead:
         if self.fused is not None and not self.adapter.reads_logits(step):
             output = self._run_fused(args, kwargs, labels, codes, step)
         if output is None:
-            output = self._run(args, kwargs, labels, codes, step)
+            output = self._original(*args, **kwargs)
+            batch = self._micro_batch(codes, labels, step, output.logits.shape[1], output.logits.device)
+            step.result = batch.from_logits(output.logits)
         assert step.result is not None
         aux_loss = output.get("aux_loss")
         if aux_loss is not None:
             step.aux_loss = aux_loss.detach()
             step.aux_loss_coefficient = _aux_loss_coefficient(self.model)
         return self.adapter.output(output, step.result, step)
-
-    def _run(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], labels: torch.Tensor, codes: torch.Tensor, step: Step
-    ) -> Any:
-        """The model as it is, and the loss from its logits."""
-        output = self._original(*args, **kwargs)
-        codes = self._align(codes, labels, output.logits.shape[1]).to(output.logits.device)
-        step.result = self._weighted_loss(score_logits(output.logits, self.adapter.response_metrics), codes, step)
-        return output
 
     def _run_fused(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], labels: torch.Tensor, codes: torch.Tensor, step: Step
@@ -154,29 +135,16 @@ class WeightedHead:
         linear = fused.linear()
         if linear is None:
             return self._give_up_fused()
-        own_forward = getattr(linear, forward_name(linear))
-        calls, raw = 0, None
-
-        def forward(hidden: torch.Tensor) -> torch.Tensor:
-            nonlocal calls, raw
-            calls += 1
-            aligned = self._align(codes, labels, hidden.shape[1]).to(hidden.device)
-            score = fused.score(hidden, linear, self.adapter.response_metrics)
-            step.result = self._weighted_loss(score, aligned, step)
-            if fused.checked:
-                return step.result.loss.reshape(1, 1, 1)  # the model may scale it; nobody looks at it
-            raw = fused.sample(hidden, own_forward)
-            return raw.clone()  # the model may change it in place
-
-        with exchanged_forward(linear, forward):
+        call = LossForLogits(fused, linear, functools.partial(self._micro_batch, codes, labels, step))
+        with call.in_place():
             output = self._original(*args, **kwargs)
-        if calls == 1 and raw is not None:
-            fused.check(raw, output.logits)
-        elif calls != 1:
-            fused.obstacle = f"its forward calls its head {calls} times"
+        if call.calls != 1:
+            fused.obstacle = f"its forward calls its head {call.calls} times"
+        elif call.sampled is not None:
+            fused.check(call, output.logits)
         if fused.obstacle is not None:
-            step.result = None
             return self._give_up_fused()
+        step.result = call.result
         output["logits"] = None
         return output
 
@@ -193,10 +161,11 @@ class WeightedHead:
         logger.warning("the loss is computed from the logits, which takes more memory (%s)", reason)
         self.fused = None
 
-    def _weighted_loss(self, score: Score, codes: torch.Tensor, step: Step) -> WeightedLoss:
-        return weighted_loss(
-            score,
-            codes,
+    def _micro_batch(
+        self, codes: torch.Tensor, labels: torch.Tensor, step: Step, num_logits: int, device: torch.device
+    ) -> MicroBatch:
+        return MicroBatch(
+            self._align(codes, labels, num_logits).to(device),
             self.strategies,
             normalization=self.normalization,
             num_items=step.num_items,
@@ -228,6 +197,28 @@ class WeightedHead:
             )
         self._aligned = True
         return codes
+
+
+def _forward_like(original: Callable[..., Any], attribute: str) -> Callable[..., Any]:
+    """A forward for a model, to be bound to it. It holds no model, so that a copy's is the copy's own."""
+
+    def forward(
+        self: Any,
+        *args: Any,
+        labels: Any = None,
+        weighted_labels: Any = None,
+        num_items_in_batch: Any = None,
+        **rest: Any,
+    ) -> Any:
+        head: WeightedHead = self.__dict__[attribute]
+        return head.forward(args, rest, labels, weighted_labels, num_items_in_batch)
+
+    # Trainers read off the signature which columns a model takes.
+    signature = inspect.signature(original)
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore[attr-defined]
+    forward.__doc__ = original.__doc__
+    return forward
 
 
 def _aux_loss_coefficient(model: nn.Module) -> float:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from wit_plugins.hookspecs import hookimpl, per_token
 
-from wit_plugins.hookspecs import hookimpl
+if TYPE_CHECKING:
+    import torch
 
 
 @hookimpl
@@ -18,6 +19,7 @@ def validate_options(options: Mapping[str, Any]) -> None:
 
 
 @hookimpl
+@per_token
 def dynamic_weights(log_probs: torch.Tensor) -> torch.Tensor:
     """The probability of each target, `[N]`."""
     return log_probs.exp()

@@ -14,8 +14,8 @@ import torch
 
 from wit_plugins.errors import WeightsNotAppliedError
 from wit_plugins.plugins import ActiveStrategies
-from wit_plugins.tokens.roles import IGNORE_INDEX, example_roles
-from wit_plugins.tokens.transport import encode, framework_labels, restore_codes
+from wit_plugins.tokens.roles import IGNORE_INDEX, example_roles, token_array
+from wit_plugins.tokens.transport import encode, framework_labels, restore_codes, weighing
 
 CODES_KEY = "weighted_labels"
 
@@ -78,7 +78,7 @@ class WeightedCollator:
         for start, end in zip(starts, [*starts[1:], len(roles)], strict=True):
             piece = slice(start, end)
             weights[piece] = self.strategies.static_weights(targets[piece], roles[piece], example)
-        return encode(targets, roles, weights)
+        return encode(targets, roles, weights, token_array(example["labels"]) != IGNORE_INDEX)
 
     def __getattr__(self, name: str) -> Any:
         # Frameworks read options off their collator (`padding_free`, `pad_to_multiple_of`, …).
@@ -88,13 +88,13 @@ class WeightedCollator:
 
 
 class _Checksum:
-    """Count and sum (modulo 2^64) of the codes that are not -100: equal before and after an honest collator."""
+    """Count and sum (modulo 2^64) of the codes with a weight: equal before and after an honest collator."""
 
     def __init__(self, count: int = 0, total: int = 0):
         self.count, self.total = count, total
 
     def add(self, codes: np.ndarray) -> None:
-        kept = codes[codes != IGNORE_INDEX]
+        kept = weighing(codes)
         self.count += kept.size
         self.total = (self.total + int(kept.sum(dtype=np.int64))) % (1 << 64)
 

@@ -66,7 +66,7 @@ def example_roles(example: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, n
     if example.get("attention_mask") is not None:
         mask = token_array(example["attention_mask"])
         if len(mask) == len(input_ids):  # a 2-D or 4-D mask of a packed row says nothing about single tokens
-            roles[mask == 0] = NEITHER
+            roles[(mask == 0) & ~is_response] = NEITHER  # what has a label is trained on, as the framework would
     starts = document_starts(example, len(input_ids)) if len(input_ids) else np.zeros(0, dtype=np.int64)
     roles[starts] = NEITHER
     return np.where(is_response, labels, input_ids), roles, starts

@@ -9,7 +9,8 @@ read back on the device, after every cast that could have rounded a float:
     bits 0-20   target: a token id below 2^21
 
 53 bits, because one framework's collator turns labels into float64 for a moment. -100 stays -100: neither prompt nor
-response, so a collator's own padding can never be mistaken for prompt.
+response, so a collator's own padding can never be mistaken for prompt. A token that has a label and is not predicted
+(the first one of a document) keeps it under a weight that no token can have, infinity; it is neither as well.
 """
 
 from __future__ import annotations
@@ -25,30 +26,37 @@ MAX_VOCAB_SIZE = 1 << TARGET_BITS
 _ROLE_SHIFT = TARGET_BITS + WEIGHT_BITS
 _TARGET_MASK = (1 << TARGET_BITS) - 1
 _WEIGHT_MASK = (1 << WEIGHT_BITS) - 1
+_LABEL_ONLY = 0x7F800000  # float32 infinity
 
 
-def encode(targets: np.ndarray, roles: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def encode(
+    targets: np.ndarray, roles: np.ndarray, weights: np.ndarray, labelled: np.ndarray | None = None
+) -> np.ndarray:
     """Write targets, roles and weights into codes.
 
     Args:
         targets (`np.ndarray`): int64 `[T]`, ids in `[0, 2^21)` wherever the role is not `NEITHER`.
         roles (`np.ndarray`): uint8 `[T]`.
         weights (`np.ndarray`): float32 `[T]`, finite and ≥ 0.
+        labelled (`np.ndarray`, *optional*): bool `[T]`: which tokens have a label. By default those with a role.
 
     Returns:
-        int64 `[T]`: codes in `[0, 2^53)`, -100 where the role is `NEITHER`.
+        int64 `[T]`: codes in `[0, 2^53)`, -100 where the role is `NEITHER` and there is no label to keep.
 
     Raises:
         ValueError: if a target or a weight does not fit.
     """
-    real = roles != NEITHER
+    label_only = np.zeros_like(roles, dtype=bool) if labelled is None else labelled & (roles == NEITHER)
+    real = (roles != NEITHER) | label_only
     if ((targets < 0) | (targets >= MAX_VOCAB_SIZE))[real].any():
         worst = targets[real][(targets[real] < 0) | (targets[real] >= MAX_VOCAB_SIZE)][0]
         raise ValueError(f"token id {worst} is outside [0, {MAX_VOCAB_SIZE}), the range that can be transported")
     if weights.dtype != np.float32 or not np.isfinite(weights).all() or (weights < 0).any():
         raise ValueError("weights must be finite float32 numbers >= 0")
     bits = (weights + np.float32(0)).view(np.uint32).astype(np.int64)  # + 0 turns -0.0, whose sign bit is set, to 0.0
-    codes = (roles == RESPONSE).astype(np.int64) << _ROLE_SHIFT | bits << TARGET_BITS | (targets & _TARGET_MASK)
+    bits[label_only] = _LABEL_ONLY
+    is_response = (roles == RESPONSE) | label_only
+    codes = is_response.astype(np.int64) << _ROLE_SHIFT | bits << TARGET_BITS | (targets & _TARGET_MASK)
     return np.where(real, codes, IGNORE_INDEX)
 
 
@@ -74,14 +82,19 @@ def decode(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     Returns:
         `targets` int64 (-100 where neither), `roles` uint8, `weights` float32 (0 where neither), each shaped alike.
     """
-    real = codes != IGNORE_INDEX
+    bits = codes >> TARGET_BITS & _WEIGHT_MASK
+    real = (codes != IGNORE_INDEX) & (bits != _LABEL_ONLY)
     targets = torch.where(real, codes & _TARGET_MASK, IGNORE_INDEX)
     roles = torch.where(real, torch.where((codes >> _ROLE_SHIFT) != 0, RESPONSE, PROMPT), NEITHER).to(torch.uint8)
-    bits = torch.where(real, codes >> TARGET_BITS & _WEIGHT_MASK, 0).to(torch.int32)
-    return targets, roles, bits.view(torch.float32)
+    return targets, roles, torch.where(real, bits, 0).to(torch.int32).view(torch.float32)
 
 
 def framework_labels(codes: torch.Tensor) -> torch.Tensor:
-    """The labels the framework itself would have had, int64: the response's ids, -100 elsewhere."""
-    targets, roles, _ = decode(codes)
-    return torch.where(roles == RESPONSE, targets, IGNORE_INDEX)
+    """The labels the framework itself would have had, int64: -100 on the prompt and on padding."""
+    labelled = (codes != IGNORE_INDEX) & ((codes >> _ROLE_SHIFT) != 0)
+    return torch.where(labelled, codes & _TARGET_MASK, IGNORE_INDEX)
+
+
+def weighing(codes: np.ndarray) -> np.ndarray:
+    """Those of the codes that carry a role and a weight, int64 `[N]`: all that must reach the loss."""
+    return codes[(codes != IGNORE_INDEX) & (codes >> TARGET_BITS & _WEIGHT_MASK != _LABEL_ONLY)]

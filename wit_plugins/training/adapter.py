@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
     from transformers.utils import ModelOutput
 
-    from wit_plugins.loss.head import Step
+    from wit_plugins.loss.step import Step
     from wit_plugins.loss.weighted import WeightedLoss
     from wit_plugins.training.attach import Changes
 

@@ -19,8 +19,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from wit_plugins.config import WITConfig
 from wit_plugins.errors import WeightsNotAppliedError, WITConfigError
-from wit_plugins.loss.head import Step, WeightedHead
+from wit_plugins.loss.head import WeightedHead
 from wit_plugins.loss.normalization import step_denominator
+from wit_plugins.loss.step import Step
 from wit_plugins.tokens.collator import CODES_KEY
 from wit_plugins.training import records
 from wit_plugins.training.adapter import TrainerAdapter

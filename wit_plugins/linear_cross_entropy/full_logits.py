@@ -1,0 +1,31 @@
+"""The function as one would write it down: all logits at once, gradients by autograd. Every other one is held to it."""
+
+from __future__ import annotations
+
+import torch
+
+from wit_plugins.linear_cross_entropy.problem import Head, TokenNLL, Tokens, wide
+
+
+def full_logits(hidden: torch.Tensor, head: Head, tokens: Tokens) -> TokenNLL:
+    """Σ w·nll / num_items from hidden states `[R, H]`, with the logits of all `N` tokens in memory."""
+    if tokens.rows is not None:
+        hidden = hidden[tokens.rows]
+    logits = torch.nn.functional.linear(hidden, head.weight, head.bias)  # [N, V]
+    logits = logits.to(wide(hidden.dtype)) * head.logit_scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    log_probs = torch.log_softmax(logits, dim=-1)  # [N, V]
+    nll = -log_probs.gather(-1, tokens.targets[:, None]).squeeze(-1)  # [N]
+    weights = tokens.weights.detach().to(nll.dtype)
+    if tokens.rescale is not None and len(nll):
+        factors = tokens.rescale(-nll.detach(), slice(0, len(nll)))
+        if factors is not None:
+            weights = weights * factors.detach()
+    loss, divisor = (weights * nll).sum(), tokens.divisor(nll.dtype)
+    return TokenNLL(
+        loss=loss if divisor is None else loss / divisor,
+        nll=nll.detach(),
+        correct=logits.argmax(dim=-1) == tokens.targets if tokens.with_correct else None,
+        entropy=torch.special.entr(log_probs.detach().exp()).sum(dim=-1) if tokens.with_entropy else None,
+    )

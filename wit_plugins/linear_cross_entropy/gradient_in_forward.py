@@ -1,0 +1,131 @@
+"""One pass over the tokens that has the gradients ready when the forward ends.
+
+A loss whose weights are known before the head runs needs no second look at the logits: their gradient, softmax minus
+one-hot, times the weight, is complete as soon as they are. So the *forward* walks over chunks of tokens, turns each
+chunk of logits into its own gradient in place, and folds that into the gradients of what the logits came from; the
+backward only multiplies by the incoming scalar. With a head that is three head-sized matrix products in all (two with
+a frozen head, one without gradients), where the kernels that learn of the weights in the backward have to compute the
+logits twice (four), and memory beyond the inputs and their gradients is one chunk, whatever the batch.
+
+Dynamic weights that look at the whole micro-batch cost one product more: the nll of all tokens must be known before the
+first gradient is taken.
+
+What is given up for it: a second derivative, and a second backward over the same forward unless the incoming scalar
+is 1 (the gradients are scaled in place; a clear error says so).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from wit_plugins.linear_cross_entropy.problem import TokenNLL, Tokens, wide
+from wit_plugins.linear_cross_entropy.softmax import Scores, TorchSoftmax, rescale_weights
+from wit_plugins.linear_cross_entropy.sources import GivenLogits, HiddenStates
+
+Source = HiddenStates | GivenLogits
+
+
+def score(source: Source, tokens: Tokens, softmax: Any = TorchSoftmax) -> TokenNLL:
+    """Σ w·nll / num_items of the tokens of a source, differentiable with respect to the source's inputs.
+
+    Args:
+        source: where logits come from and gradients go.
+        tokens ([`Tokens`]): what is scored.
+        softmax: the class that turns chunks of logits into scores and gradients.
+    """
+    with_grad = torch.is_grad_enabled()
+    return TokenNLL(*_GradientInForward.apply(Pass(source, tokens, softmax), with_grad, *source.inputs))
+
+
+class Pass:
+    """One pass over the tokens of one call.
+
+    Attributes:
+        scores ([`Scores`]): what it found out about each token.
+        gradients: those of the source's inputs, once it ran.
+    """
+
+    def __init__(self, source: Source, tokens: Tokens, softmax: Any) -> None:
+        self.source, self.tokens, self.softmax = source, tokens, softmax
+        dtype = wide(source.dtype)
+        weights, divisor = tokens.weights.detach().to(dtype, copy=True), tokens.divisor(dtype)
+        # float16 has no room below 6e-8, where weight / num_items · probability would be: there the division waits
+        # for the backward, where a gradient scaler's factor meets it.
+        self.late = divisor if source.dtype == torch.float16 else None
+        if divisor is not None and self.late is None:
+            weights /= divisor
+        self.scores = Scores(tokens, weights)
+        self.gradients: tuple[torch.Tensor | None, ...] = ()
+
+    def run(self, needs: tuple[bool, ...]) -> torch.Tensor:
+        """The loss, a scalar. `needs` says for each of the source's inputs whether its gradient is wanted."""
+        scores, whole = self.scores, slice(0, len(self.scores.nll))
+        rescale = self.tokens.rescale
+        if rescale is None or rescale.per_token or not len(scores.nll):
+            self._walk(needs)
+        else:
+            self._walk((False,) * len(needs))
+            rescale_weights(rescale, scores.nll, scores.weights, whole)
+            if any(needs):
+                scores.correct = scores.entropy = None  # known already
+                self._walk(needs)
+        loss = (scores.weights * scores.nll).sum()
+        return loss if self.late is None else loss / self.late
+
+    def _walk(self, needs: tuple[bool, ...]) -> None:
+        """Fill the scores and the gradients chunk by chunk."""
+        source, chunks = self.source, self.source.chunks()
+        buffer = source.start(chunks[0].stop if chunks else 0, needs)
+        if chunks:
+            softmax = self.softmax(self.scores, buffer, source.logit_scale, source.softcap, any(needs))
+            for chunk in chunks:
+                logits = source.logits(chunk, buffer)
+                softmax(logits, chunk)  # from here on it holds their gradient
+                source.fold(chunk, logits)
+        self.gradients = source.gradients()
+
+
+class _GradientInForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, walk: Pass, with_grad: bool, *inputs: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        needs = tuple(with_grad and need for need in ctx.needs_input_grad[2:])
+        scores = walk.scores
+        correct, entropy = scores.correct, scores.entropy
+        with torch.autocast(scores.nll.device.type, enabled=False):
+            loss = walk.run(needs)
+        ctx.save_for_backward(walk.late, *walk.gradients)
+        ctx.used = ctx.scaled = False
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(x for x in (scores.nll, correct, entropy) if x is not None))
+        return loss, scores.nll, correct, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * len(ctx.needs_input_grad)
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(
+                "weighted_linear_cross_entropy has no second derivative; use impl='logits', which has one"
+            )
+        if ctx.scaled:
+            raise RuntimeError(
+                "backward ran a second time over one forward of weighted_linear_cross_entropy, whose gradients were "
+                "scaled in place by the first; run the forward again, or pass num_items so that nothing is to scale"
+            )
+        late, *grads = ctx.saved_tensors
+        factor = grad_loss if late is None else grad_loss / late
+        # Looking at the value makes a GPU wait, but scaling for nothing would read and write a head-sized gradient.
+        if factor.item() != 1:
+            if ctx.used:  # what the first backward returned belongs to somebody else now
+                grads = [None if grad is None else grad * factor for grad in grads]
+            else:
+                for grad in grads:
+                    if grad is not None:
+                        grad.mul_(factor)
+                ctx.scaled = True
+        ctx.used = True
+        return None, None, *grads

@@ -1,0 +1,100 @@
+"""What goes into the head and what comes out of it: the terms that every implementation shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear head and what is done to its logits: z = cap · tanh(scale · (W h + b) / cap).
+
+    Attributes:
+        weight (`torch.Tensor`): W, `[V, H]`.
+        bias (`torch.Tensor`, *optional*): b, `[V]`.
+        logit_scale (`float`): what the logits are multiplied by, bias included.
+        softcap (`float`, *optional*): applied after the scale.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+class Rescale(Protocol):
+    """Dynamic weights: factors for the weights of tokens whose log-probabilities are known."""
+
+    @property
+    def per_token(self) -> bool:
+        """Whether a factor depends on its own token alone. If not, all `N` tokens are asked for at once."""
+
+    def __call__(self, log_probs: torch.Tensor, tokens: slice) -> torch.Tensor | None:
+        """Factors `[n]` ≥ 0, or `None` for 1, from detached log-probabilities `[n]`; `tokens` says which of `N`."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The `N` tokens that are scored. Every one of them is projected, whatever its weight.
+
+    Attributes:
+        targets (`torch.Tensor`): int64 `[N]`, all in `[0, V)`.
+        weights (`torch.Tensor`): floating-point `[N]`.
+        rows (`torch.Tensor`, *optional*): int64 `[N]`, distinct: the row of the hidden states (or logits) `[R, …]` that
+            predicts each target. By default N = R, row by row.
+        num_items (`torch.Tensor` or `float`, *optional*): the denominator, a scalar (0 counts as 1); by default 1.
+        rescale ([`Rescale`], *optional*): dynamic weights.
+        with_correct (`bool`): whether each target is the model's first choice.
+        with_entropy (`bool`): the entropy of the model's distribution at each token.
+    """
+
+    targets: torch.Tensor
+    weights: torch.Tensor
+    rows: torch.Tensor | None = None
+    num_items: torch.Tensor | float | None = None
+    rescale: Rescale | None = None
+    with_correct: bool = False
+    with_entropy: bool = False
+
+    def divisor(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """The denominator as a scalar tensor beside the targets, 0 replaced by 1."""
+        if self.num_items is None:
+            return None
+        if not isinstance(self.num_items, torch.Tensor):
+            return torch.full((), self.num_items or 1, dtype=dtype, device=self.targets.device)
+        total = self.num_items.detach().to(self.targets.device, dtype)
+        return torch.where(total > 0, total, torch.ones_like(total))
+
+
+@dataclass
+class TokenNLL:
+    """What one pass computed for `N` tokens.
+
+    Attributes:
+        loss (`torch.Tensor`): Σ w·nll / num_items, a differentiable scalar, float32 (float64 for float64 inputs).
+        nll (`torch.Tensor`): `[N]` detached, of the loss's dtype: unweighted negative log-likelihoods, in nats.
+        correct (`torch.Tensor | None`): bool `[N]`: whether the target is the model's first choice. If asked for.
+        entropy (`torch.Tensor | None`): `[N]` detached, of the loss's dtype: entropy of the model's distribution, in
+            nats. If asked for.
+    """
+
+    loss: torch.Tensor
+    nll: torch.Tensor
+    correct: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What softmax and sums are computed in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def product_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """What the products are computed in: autocast's dtype if it is on (which leaves float64 alone)."""
+    device = hidden.device.type
+    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype

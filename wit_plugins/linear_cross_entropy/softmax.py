@@ -1,0 +1,119 @@
+"""A chunk of logits turned into its nll and, in place, into its gradient, in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from wit_plugins.linear_cross_entropy.problem import Tokens
+
+# The softmax takes a chunk in blocks: on a CPU 1 MiB of float32 a thread, to stay in the caches.
+_BLOCK_ELEMENTS_PER_THREAD = 1 << 18
+_BLOCK_ELEMENTS = 1 << 24
+
+
+class Scores:
+    """What a pass finds out about each token, and the weights that it gives them.
+
+    Attributes:
+        nll (`torch.Tensor`): `[N]`, float32 or float64, in nats.
+        weights (`torch.Tensor`): `[N]`, of the same dtype: those of the gradient, dynamic factors included.
+        correct (`torch.Tensor | None`): bool `[N]`.
+        entropy (`torch.Tensor | None`): `[N]`.
+    """
+
+    def __init__(self, tokens: Tokens, weights: torch.Tensor) -> None:
+        self.targets = tokens.targets.contiguous()
+        self.weights = weights
+        self.nll = torch.empty_like(weights)
+        self.correct = torch.empty_like(weights, dtype=torch.bool) if tokens.with_correct else None
+        self.entropy = torch.empty_like(weights) if tokens.with_entropy else None
+        # Factors that depend on their own token alone are asked for while the token is at hand.
+        self.rescale = tokens.rescale if tokens.rescale is not None and tokens.rescale.per_token else None
+
+    def weigh(self, tokens: slice) -> torch.Tensor:
+        """The weights `[n]` of tokens whose nll is known, with their dynamic factors."""
+        if self.rescale is not None:
+            rescale_weights(self.rescale, self.nll, self.weights, tokens)
+        return self.weights[tokens]
+
+
+def rescale_weights(rescale: object, nll: torch.Tensor, weights: torch.Tensor, tokens: slice) -> None:
+    """Multiply the weights of some tokens by their dynamic factors, in place."""
+    factors = rescale(-nll[tokens], tokens)  # type: ignore[operator]
+    if factors is not None:
+        weights[tokens] *= factors.detach().to(weights.dtype)
+
+
+class TorchSoftmax:
+    """In plain PyTorch, block by block. Works for every dtype, on every device.
+
+    Args:
+        scores ([`Scores`]): filled for the tokens of every chunk.
+        buffer (`torch.Tensor`): `[n, V]`: what chunks of logits will be no longer than, of the same dtype.
+        logit_scale (`float`): what the logits are multiplied by.
+        softcap (`float`, *optional*): applied after the scale.
+        with_grad (`bool`): whether chunks are turned into their gradients.
+    """
+
+    def __init__(
+        self, scores: Scores, buffer: torch.Tensor, logit_scale: float, softcap: float | None, with_grad: bool
+    ) -> None:
+        self.scores, self.logit_scale, self.softcap, self.with_grad = scores, logit_scale, softcap, with_grad
+        num_tokens, vocab_size = buffer.shape
+        on_cpu = buffer.device.type == "cpu"
+        elements = torch.get_num_threads() * _BLOCK_ELEMENTS_PER_THREAD if on_cpu else _BLOCK_ELEMENTS
+        self.size = min(num_tokens, max(1, elements // vocab_size))
+
+        def block(needed: bool) -> torch.Tensor | None:
+            return torch.empty(self.size, vocab_size, dtype=scores.nll.dtype, device=buffer.device) if needed else None
+
+        # Half precision is worked on in a float32 copy of each block, float32 in place.
+        self.work = block(buffer.dtype != scores.nll.dtype)
+        self.slope = block(with_grad and softcap is not None)
+        self.terms = block(scores.entropy is not None)
+
+    def __call__(self, logits: torch.Tensor, chunk: slice) -> None:
+        """Turn `logits` `[n, V]`, of the tokens of the slice `chunk`, into w · ∂nll/∂logits; fill their scores."""
+        for start in range(0, len(logits), self.size):
+            part = logits[start : start + self.size]
+            tokens = slice(chunk.start + start, chunk.start + start + len(part))
+            if self.work is None:
+                self._block(part, tokens)
+            else:
+                work = self.work[: len(part)].copy_(part)
+                self._block(work, tokens)
+                if self.with_grad:
+                    part.copy_(work)
+
+    def _block(self, z: torch.Tensor, tokens: slice) -> None:
+        scores = self.scores
+        targets = scores.targets[tokens, None]  # [m, 1]
+        if self.logit_scale != 1:
+            z.mul_(self.logit_scale)
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_()
+            if self.slope is not None:
+                torch.mul(z, z, out=self.slope[: len(z)]).neg_().add_(1)
+            z.mul_(self.softcap)
+        if scores.correct is not None:
+            scores.correct[tokens] = z.argmax(dim=-1) == targets[:, 0]
+        z.sub_(z.amax(dim=-1, keepdim=True))
+        at_target = z.gather(-1, targets)
+        terms = None if self.terms is None else self.terms[: len(z)].copy_(z)
+        total = z.exp_().sum(dim=-1, keepdim=True)
+        log_total = total.log()
+        scores.nll[tokens] = (log_total - at_target)[:, 0]
+        if terms is not None and scores.entropy is not None:
+            # Both without the row's maximum. A token of logit -inf has no share: 0 times the lowest number.
+            terms.clamp_(min=torch.finfo(terms.dtype).min)
+            mean = terms.mul_(z).sum(dim=-1, keepdim=True) / total
+            scores.entropy[tokens] = (log_total - mean)[:, 0]
+        weights = scores.weigh(tokens)  # [m]
+        if self.with_grad:
+            weights = (weights * self.logit_scale)[:, None]
+            z.mul_(weights / total).scatter_add_(-1, targets, -weights)  # w · scale · (softmax - one-hot)
+            if self.slope is not None:
+                z.mul_(self.slope[: len(z)])
