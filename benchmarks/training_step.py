@@ -37,6 +37,8 @@ os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "ERROR")
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "configs"))
+
 FRAMEWORKS = ("trl", "axolotl", "llamafactory")
 WEIGHTS = {"prompt_weight": 0.2, "response_weight": 0.8}
 WARM_UP = 3
@@ -48,30 +50,13 @@ PACKAGES = ["torch", "transformers", "trl", "axolotl", "llamafactory", "accelera
 
 def prepare(folder: Path, sizes: dict[str, int]) -> None:
     """A model, a tokenizer of words, and documents whose prompt is half of their words, uneven in length."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from tiny_model import small_llama, word_tokenizer
 
-    vocab = {"<pad>": 0, "</s>": 1, "<unk>": 2}
-    vocab |= {f"w{i}": i for i in range(3, sizes["vocab_size"])}
-    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=sizes["vocab_size"],
-        hidden_size=sizes["hidden_size"],
-        intermediate_size=3 * sizes["hidden_size"],
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=8 * sizes["words"],
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).to(_dtype()).save_pretrained(folder / "model")
+    vocab_size = sizes["vocab_size"]
+    word_tokenizer({f"w{i}": i for i in range(3, vocab_size)}).save_pretrained(folder / "model")
+    shape = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 8 * sizes["words"]}
+    model = small_llama(vocab_size, sizes["hidden_size"], sizes["layers"], tie_word_embeddings=False, **shape)
+    model.to(_dtype()).save_pretrained(folder / "model")
     generator = torch.Generator().manual_seed(0)
     rows = []
     for _ in range(sizes["batch"] * sizes["steps"]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from wit_plugins.loss.reference import reference_loss
+
+sys.path.insert(0, str(next(p for p in Path(__file__).parents if (p / "configs").is_dir()) / "configs"))
+from tiny_model import small_llama, word_tokenizer  # noqa: F401 (word_tokenizer is for the tests)
 
 VOCAB_SIZE = 61
 GRID = [round(0.2 * i, 1) for i in range(6)]
@@ -63,22 +67,18 @@ def from_dataset(rows: Any) -> list[Document]:
 
 def llama(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM:
     """A decoder whose predictions are far from uniform, so that a wrong weight shows."""
-    torch.manual_seed(1)
     settings = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 16,
+        "layers": 2,
+        "seed": 1,
         "intermediate_size": 24,
-        "num_hidden_layers": 2,
         "num_attention_heads": 2,
-        "num_key_value_heads": 2,
         "max_position_embeddings": 128,
         "initializer_range": 0.4,
-        "pad_token_id": 0,
-        "bos_token_id": None,
-        "eos_token_id": 1,
         "tie_word_embeddings": False,
     }
-    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).to(dtype)
+    return small_llama(**{**settings, **changes}).to(dtype)
 
 
 def mixtral() -> MixtralForCausalLM:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer, models, pre_tokenizers
+from support import word_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 WORDS = [f"w{i:02d}" for i in range(52)]
@@ -16,14 +16,9 @@ CHAT_TEMPLATE = (
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One id a word; ids 3 and up, so that padding (0) never looks like text."""
-    vocab = {"<pad>": 0, "</s>": 1, "<unk>": 2, "<u>": 3, "<a>": 4, "<end>": 5}
-    vocab |= {word: 6 + i for i, word in enumerate(WORDS)}
-    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", chat_template=CHAT_TEMPLATE
-    )
-    made.add_special_tokens({"additional_special_tokens": ["<u>", "<a>", "<end>"]})
+    vocab = {"<u>": 3, "<a>": 4, "<end>": 5, **{word: 6 + i for i, word in enumerate(WORDS)}}
+    made = word_tokenizer(vocab, special=["<u>", "<a>", "<end>"])
+    made.chat_template = CHAT_TEMPLATE
     return made
 
 

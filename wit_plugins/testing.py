@@ -1,11 +1,11 @@
 """For whoever writes a strategy: what it makes of a conversation, without a framework, a model or a trainer.
 
-    from wit_plugins.testing import assert_weights, registered, weigh
+from wit_plugins.testing import assert_weights, registered, weigh
 
-    with registered(my_strategy, "mine"):
-        tokens = weigh([("user", "two plus two"), ("assistant", "hmm four")], strategies={"mine": {"of": 2}})
-    print(tokens)  # a table: token, id, role, weight
-    assert_weights(tokens, {"hmm": 0.5, "four": 1.0})
+with registered(my_strategy, "mine"):
+    tokens = weigh([("user", "two plus two"), ("assistant", "hmm four")], strategies={"mine": {"of": 2}})
+print(tokens)  # a table: token, id, role, weight
+assert_weights(tokens, {"hmm": 0.5, "four": 1.0})
 """
 
 from __future__ import annotations

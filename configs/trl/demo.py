@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -32,24 +33,23 @@ import matplotlib
 matplotlib.use("Agg")  # writes files, needs no display
 import matplotlib.pyplot as plt
 from datasets import Dataset, DatasetDict, load_dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import (
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     PrinterCallback,
     TrainerCallback,
-    set_seed,
 )
 from trl import SFTConfig, SFTTrainer
 from wit_trl import WITCallback
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny_model import byte_tokenizer, small_llama
 
 DATA = Path(__file__).parent / "data"
 WEIGHTS = [(0.0, 1.0), (0.2, 0.8), (1.0, 1.0)]  # prompt, response
 SEED = 0
 
-PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 # ChatML. What stands between the generation marks is response and all else is prompt: assistant_only_loss reads them.
 # The end of the turn belongs to the response, so that the model learns to stop.
 CHAT_TEMPLATE = r"""
@@ -126,40 +126,16 @@ class Progress(TrainerCallback):
             self.bar = None
 
 
-def build_tokenizer(conversations: Dataset, vocab_size: int = 2000) -> PreTrainedTokenizerFast:
+def build_tokenizer(conversations: Dataset) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer, trained on the text of the training conversations only."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[PAD, START, END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # so that any text can be written
-        show_progress=False,
-    )
-    bpe.train_from_iterator((f"{m['role']}\n{m['content']}" for row in conversations for m in row["messages"]), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, eos_token=END)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+    texts = (f"{message['role']}\n{message['content']}" for row in conversations for message in row["messages"])
+    return byte_tokenizer(texts, CHAT_TEMPLATE)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A Llama of three million parameters; the same initial weights at every call."""
-    set_seed(SEED)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config)
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return small_llama(len(tokenizer), 256, 3, seed=SEED, max_position_embeddings=256, **ids)
 
 
 def build_trainer(
