@@ -1,21 +1,47 @@
-"""Writes the pages that are made from the code: the configuration reference, from the pydantic model.
+"""Writes the pages that are made from the code: settings, the reference, and the token in architecture.md.
 
-`python docs/generate.py` writes them, `--check` only says whether they are up to date (exit code 1 if not).
+`python docs/generate.py` writes them, `--check` only says whether they are up to date (exit code 1 if not), and whether
+the files that architecture.md names exist.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import re
 import sys
 from pathlib import Path
 from typing import Any, get_args
 
+from one_token import table
 from pydantic_core import PydanticUndefined
 
 from wit_plugins import WITConfig
 from wit_plugins.plugins import plugin_manager, strategy_names
 
-PAGE = Path(__file__).parent / "configuration.md"
+DOCS = Path(__file__).parent
 
+# The public interface: everything else may change without notice.
+PUBLIC = {
+    "wit_plugins": [
+        *["attach", "attached", "detach", "register", "per_token", "WITConfig"],
+        *["WITError", "WITConfigError", "WeightsNotAppliedError"],
+    ],
+    "wit_plugins.linear_cross_entropy": ["weighted_linear_cross_entropy"],
+    "wit_plugins.testing": ["weigh", "assert_weights", "registered", "WeighedToken", "WeighedTokens"],
+    "wit_plugins.loss.reference": ["reference_loss"],
+    "wit_plugins.training.adapter": ["TrainerAdapter"],
+    "wit_plugins.cli.driver": ["FrameworkDriver"],
+}
+_REFERENCE = """# Reference
+
+<!-- Written by docs/generate.py from the docstrings; edit them there. -->
+
+What is on this page is public: it can be imported from where it stands here, and changes are announced in the
+changelog. Everything else is private to the project, wherever it lives. `wit_plugins.PROMPT`, `RESPONSE` and `NEITHER`
+are the roles 1, 2 and 0; `wit_plugins.hookimpl` marks an implementation of a hook. Settings are in
+[configuration.md](configuration.md), hooks in [strategies.md](strategies.md) and [adapters.md](adapters.md).
+"""
 _HEAD = """# Configuration reference
 
 <!-- Written by docs/generate.py from wit_plugins.WITConfig; edit the descriptions there. -->
@@ -62,9 +88,80 @@ def page() -> str:
     return _HEAD + "\n".join(rows) + "\n" + _TAIL + "\n".join(strategies) + "\n"
 
 
+def reference() -> str:
+    """The reference page's text."""
+    parts = [_REFERENCE]
+    for module_name, names in PUBLIC.items():
+        parts.append(f"\n## `{module_name}`\n")
+        for name in names:
+            value = getattr(importlib.import_module(module_name), name)
+            parts.append(f"\n### `{name}{_signature(value)}`\n\n{_markdown(inspect.getdoc(value) or '')}\n")
+            if inspect.isclass(value) and name in ("TrainerAdapter", "FrameworkDriver"):
+                parts += [_method(method, member) for method, member in vars(value).items() if callable(member)]
+    return "".join(parts)
+
+
+def _method(name: str, member: Any) -> str:
+    if name.startswith("_"):
+        return ""
+    return f"\n#### `{name}{_signature(member)}`\n\n{_markdown(inspect.getdoc(member) or '')}\n"
+
+
+def _signature(value: Any) -> str:
+    if (inspect.isclass(value) and issubclass(value, (WITConfig, Exception, list))) or not callable(value):
+        return ""
+    try:
+        signature = inspect.signature(value)
+    except ValueError:
+        return ""
+    plain = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values() if p.name != "self"]
+    return re.sub(r"<.*?>", "…", str(signature.replace(parameters=plain, return_annotation=signature.empty)))
+
+
+def _markdown(doc: str) -> str:
+    """A docstring with its sections as lists."""
+    doc = re.sub(r"\[`(\w+)`\]", r"`\1`", doc)
+    out: list[str] = []
+    section = False
+    for line in doc.split("\n"):
+        if re.fullmatch(r"(Args|Attributes|Returns|Raises|Example):", line):
+            section = line != "Example:"
+            out += [f"**{line[:-1]}**", ""]
+        elif section and re.match(r"    \S", line):
+            returns = out[-2] == "**Returns**"
+            out.append((line if returns else re.sub(r"^    ([^.]+?): ", r"- **\1**: ", line)).strip())
+        elif section and line.startswith("        "):
+            out.append("  " + line.strip())
+        else:
+            out.append(line if line.startswith("        ") or not section else line.strip())
+    return "\n".join(line.rstrip() for line in out).strip()
+
+
+def architecture() -> str:
+    """The page as it stands, with the token's table written anew."""
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    marks = re.escape("<!-- one token: written by docs/generate.py -->"), re.escape("<!-- end of the token -->")
+    return re.sub(
+        f"({marks[0]}\n).*?({marks[1]})", lambda m: f"{m[1]}\n{table()}\n{m[2]}", text, count=1, flags=re.DOTALL
+    )
+
+
+def missing_files() -> list[str]:
+    """Files that architecture.md names and that do not exist."""
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:wit_plugins|adapters|docs|tests|benchmarks|configs)/[\w./-]+)`", text)
+    return sorted({name for name in named if not (DOCS.parent / name).exists()})
+
+
+PAGES = {"configuration.md": page, "reference.md": reference, "architecture.md": architecture}
+
 if __name__ == "__main__":
-    if "--check" in sys.argv[1:]:
-        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page():
-            sys.exit(f"{PAGE} is out of date; run `make docs`")
-    else:
-        PAGE.write_text(page(), encoding="utf-8")
+    wrong = [f"docs/architecture.md names {name}, which does not exist" for name in missing_files()]
+    for file_name, make in PAGES.items():
+        path, text = DOCS / file_name, make()
+        if "--check" not in sys.argv[1:]:
+            path.write_text(text, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            wrong.append(f"docs/{file_name} is out of date; run `make docs`")
+    if wrong:
+        sys.exit("\n".join(wrong))
