@@ -5,10 +5,16 @@ NOX_VERSION := 2026.10.20
 NOX := $(WIT_CACHE)/nox-$(NOX_VERSION)/bin/nox
 export WIT_CACHE
 
-.PHONY: test demo lint docs
+.PHONY: test quick demo lint docs clean
 
 test: $(NOX)
 	$(NOX)
+
+quick: $(NOX)
+	$(NOX) -s quick
+
+clean: $(NOX)
+	$(NOX) -s clean
 
 demo: $(NOX)
 	$(NOX) -s demo
