@@ -133,9 +133,10 @@ class TRLAdapter(TrainerAdapter):
         from trl.trainer.utils import FusedCausalLMOutput
 
         # The trainer sums every field over its tokens, and divides `-log_probs` by the step's denominator or, where it
-        # has none (evaluation), by the number of labels. Sums do as well as tokens, and the latter division is undone.
-        divisor = result.labels_count.clamp(min=1) if step.num_items is None else result.denominator
-        log_probs = -result.loss * divisor
+        # has none (evaluation), by the number of labels, either of them at least 1. Sums do as well as tokens; the
+        # loss is divided by its denominator already, so that the trainer's own division is undone, clamp and all.
+        divisor = torch.as_tensor(result.labels_count if step.num_items is None else step.num_items).clamp(min=1)
+        log_probs = -result.loss * divisor.to(result.loss.device)
         return FusedCausalLMOutput(
             loss=result.loss,
             log_probs=log_probs,
