@@ -2,12 +2,14 @@
 
 import functools
 import json
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from support import all_relative_error, documents, llama, mixtral, reference_step, role_losses
+from support import all_relative_error, documents, llama, mixtral, reference_step, role_losses, subprocess_env
 from tokenizers import Tokenizer, models
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -16,6 +18,7 @@ from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -277,6 +280,201 @@ def test_ranks_with_different_settings_do_not_train(tmp_path, monkeypatch):
         trainer.train()
 
 
+def padded(docs, length, left=False, mask=True):
+    """The same documents, padded in the dataset already."""
+    rows = []
+    for doc in docs:
+        hole = length - len(doc.input_ids)
+        columns = [("input_ids", doc.input_ids, 0), ("labels", doc.labels, -100)]
+        columns += [("attention_mask", [1] * len(doc.input_ids), 0)] if mask else []
+        rows.append({k: [fill] * hole + v if left else v + [fill] * hole for k, v, fill in columns})
+    return rows
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_examples_that_are_padded_already(tmp_path, left):
+    """As the same documents without padding; the first token behind padding on the left is predicted by nothing."""
+    trainer = make_trainer(tmp_path, examples=padded(DOCS, 16, left), per_device_train_batch_size=12)
+    expected, _ = reference_step(trainer.model, DOCS, 0.2, 0.8)
+    attach(trainer, CONFIG)
+    trainer.train()
+    assert first_log(trainer)["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+class Once(torch.utils.data.IterableDataset):
+    """A stream that can be read once, such as a queue."""
+
+    def __init__(self, examples):
+        self.examples = iter(examples)
+
+    def __iter__(self):
+        yield from self.examples
+
+
+class TestStreams:
+    def test_nothing_is_taken_from_a_stream(self, tmp_path, capsys):
+        trainer = make_trainer(tmp_path, examples=Once(EXAMPLES), max_steps=1, per_device_train_batch_size=12)
+        expected, _ = reference_step(trainer.model, DOCS, 0.2, 0.8)
+        attach(trainer, CONFIG)
+        trainer.train()
+        assert trainer.state.global_step == 1
+        assert first_log(trainer)["loss"] == pytest.approx(expected, rel=1e-5)
+        assert "in the first examples" not in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("label", "message"), [(5, "nothing masked in its first 1.. rows.*labels column"), (-100, "no response in its")]
+    )
+    @pytest.mark.parametrize("count", [16, 150])
+    def test_a_role_that_is_missing(self, tmp_path, label, message, count):
+        """With the same words as in a dataset; after 100 rows, or when there are no more."""
+        stream = Once([{"input_ids": [5, 5], "labels": [label, label]}] * count)
+        trainer = make_trainer(tmp_path, examples=stream, max_steps=count // 4)
+        attach(trainer, CONFIG)
+        with pytest.raises(WITConfigError, match=message.replace("1..", "1..?")):
+            trainer.train()
+        assert trainer.state.global_step == min(count // 4, 24)
+
+    def test_a_late_role(self, tmp_path):
+        stream = Once([{"input_ids": [5, 5], "labels": [5, 5]}] * 50 + EXAMPLES)
+        trainer = make_trainer(tmp_path, examples=stream, max_steps=15)
+        attach(trainer, CONFIG)
+        trainer.train()
+        assert trainer.state.global_step == 15
+
+
+GOOD = {"input_ids": [5, 5, 6, 7], "labels": [-100, -100, 6, 7]}
+BAD_ROWS = [
+    ({"input_ids": [5, 6, 7], "labels": [-100, 6]}, "labels have 2 entries for 3 input_ids"),
+    ({"input_ids": [5, 61, 7], "labels": [-100, -100, 7]}, r"input_ids has 61.*\[0, 61\).*own tokenizer"),
+    ({"input_ids": [5, -1, 7], "labels": [-100, -100, 7]}, "input_ids has -1"),
+    ({"input_ids": [5, 6, 7], "labels": [-100, 6, 99]}, "labels has 99"),
+    ({"input_ids": [5, 6, 7], "labels": [-1, 6, 7]}, "labels has -1.*only -100 masks"),
+    ({**GOOD, "attention_mask": [1, 1]}, "attention_mask has 2 entries for 4 input_ids"),
+    ({"input_ids": [5.5, 6, 7], "labels": [-100, 6, 7]}, "must be integers, not 5.5"),
+    ({"input_ids": [5, None, 7], "labels": [-100, 6, 7]}, "must be integers, not None"),
+    ({"input_ids": [5, 6, 0, 0], "labels": [-100, 6, -100, -100]}, "2 masked pad tokens.*take the padding off"),
+    ({**GOOD, "position_ids": [0, 1]}, "position_ids have 2 entries"),
+]
+
+
+class TestBadRows:
+    @pytest.mark.parametrize(("row", "message"), BAD_ROWS)
+    @pytest.mark.parametrize("index", [3, 150])
+    def test_are_named(self, tmp_path, row, message, index):
+        """In the first hundred when the weights are attached, later when their batch comes, by their position."""
+        trainer = make_trainer(tmp_path, examples=[GOOD] * index + [row] + [GOOD] * 3)
+        if index >= 100:
+            attach(trainer, CONFIG)
+        with pytest.raises(WITConfigError, match=f"example {index} of the training dataset: .*{message}"):
+            (attach(trainer, CONFIG) if index < 100 else trainer.train())
+
+    def test_in_a_worker_and_in_evaluation(self, tmp_path):
+        row, message = BAD_ROWS[1]
+        examples = [GOOD] * 150 + [row]
+        trainer = make_trainer(tmp_path, examples=examples, dataloader_num_workers=1)
+        attach(trainer, CONFIG)
+        with pytest.raises(WITConfigError, match=f"example 150 of the training dataset: {message}"):
+            trainer.train()
+        with pytest.raises(WITConfigError, match=f"example 2 of the evaluation dataset: {message}"):
+            trainer.evaluate([GOOD, GOOD, row])
+
+    def test_in_a_stream_by_their_place_in_the_batch(self, tmp_path):
+        row, message = BAD_ROWS[1]
+        trainer = make_trainer(tmp_path, examples=Once([GOOD, GOOD, row, GOOD]), max_steps=1)
+        attach(trainer, CONFIG)
+        with pytest.raises(WITConfigError, match=f"example 2 of a batch of 4: {message}"):
+            trainer.train()
+
+
+def test_model_init(tmp_path):
+    """It makes another model when training starts, and every time; each is trained with the weights."""
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=12)
+    made = []
+
+    def model_init():
+        made.append(llama(rope_theta=10000.0 + len(made)))
+        return made[-1]
+
+    trainer = Trainer(
+        model_init=model_init,
+        args=trainer.args,
+        data_collator=DataCollatorForSeq2Seq(tokenizer()),
+        train_dataset=EXAMPLES,
+        processing_class=tokenizer(),
+    )
+    attach(trainer, CONFIG)
+    expected, _ = reference_step(llama(), DOCS, 0.2, 0.8)
+    for count in (2, 3):
+        trainer.train()
+        assert len(made) == count
+        assert first_log(trainer)["loss"] == pytest.approx(expected, rel=1e-2)  # another rope, but nearly the same
+    detach(trainer)
+    assert all("forward" not in model.__dict__ for model in made)
+
+
+def test_regional_compilation(tmp_path, monkeypatch, capsys):
+    """Trains another module than `trainer.model`: the step is checked, both roles are logged, all of it exactly."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "1")
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=12, torch_compile_backend="aot_eager")
+    trainer.model.eval()  # as from_pretrained leaves it
+    expected, _ = reference_step(trainer.model, DOCS, 0.2, 0.8)
+    roles = role_losses(trainer.model, DOCS)
+    attach(trainer, CONFIG)
+    trainer.train()
+    assert trainer.model_wrapped is not trainer.model
+    log = first_log(trainer)
+    assert log["loss"] == pytest.approx(expected, rel=1e-4)
+    assert {k: log[k] for k in roles} == pytest.approx(roles, rel=1e-4)
+    assert "WIT loss: " in capsys.readouterr().out
+
+
+def test_logs_of_a_callback_are_its_own(tmp_path):
+    """On several ranks the main process may log alone: nothing is reduced then, nothing taken from the next log."""
+    logged = []
+
+    class Logs(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            logs = {"loss": 1.0}
+            trainer.log(logs)
+            logged.append(logs)
+
+    trainer = make_trainer(tmp_path, learning_rate=0.0, logging_steps=3)
+    trainer.add_callback(Logs())
+    attach(trainer, CONFIG)
+    trainer.train()
+    assert [set(logs) - {"epoch"} for logs in logged] == [{"loss"}] * 3
+    expected = role_losses(trainer.model, DOCS)
+    log = next(entry for entry in trainer.state.log_history if "prompt_loss" in entry)
+    assert {k: log[k] for k in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_liger_kernels(tmp_path):
+    """transformers puts Liger's head on the model when training starts; its layers stay, its head must not.
+
+    Triton interprets Liger's kernels on a CPU in a process of its own.
+    """
+    pytest.importorskip("liger_kernel")
+    script = f"""
+import pathlib, test_attach as t
+options = {{"use_liger_kernel": True, "liger_kernel_config": {{"rms_norm": False, "swiglu": False}}}}
+folder = pathlib.Path({str(tmp_path)!r})
+trainer = t.make_trainer(folder, per_device_train_batch_size=12, eval_strategy="epoch", **options)
+expected, _ = t.reference_step(trainer.model, t.DOCS, 0.2, 0.8)
+t.attach(trainer, t.CONFIG)
+trainer.train()
+assert abs(t.first_log(trainer)["loss"] - expected) < 1e-4 * expected
+assert "eval_response_loss" in t.first_log(trainer, "eval_loss")
+import liger_kernel.transformers.rope as rope, transformers.models.llama.modeling_llama as llama
+assert llama.apply_rotary_pos_emb is rope.liger_rotary_pos_emb
+t.detach(trainer)
+assert trainer.args.liger_kernel_config == options["liger_kernel_config"]
+"""
+    env = subprocess_env(TRITON_INTERPRET="1", WIT_TEST_FOLDER=str(tmp_path))
+    env["PYTHONPATH"] = f"{__file__.rpartition('/')[0]}:{env['PYTHONPATH']}"
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 class TestAttaching:
     def test_twice_the_same_is_once(self, tmp_path):
         trainer = make_trainer(tmp_path)
@@ -414,6 +612,18 @@ class TestNeverSilently:
         with pytest.raises(WeightsNotAppliedError, match="Stubborn.compute_loss failed.*loss_impl: logits"):
             trainer.train()
 
+    def test_the_trainers_own_failure_keeps_its_words(self, tmp_path):
+        """Only a missing tensor of logits is ours to explain."""
+
+        class Failing(Trainer):
+            def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+                return 0.1 * model(**inputs).get("aux_loss")
+
+        trainer = make_trainer(tmp_path, cls=Failing)
+        attach(trainer, CONFIG)
+        with pytest.raises(TypeError, match="NoneType"):
+            trainer.train()
+
     def test_a_data_loader_with_another_collator(self, tmp_path):
         class Own(Trainer):
             def get_train_dataloader(self):
@@ -469,3 +679,18 @@ class TestRecords:
         (tmp_path / "out" / "checkpoint-3" / "wit_config.json").unlink()
         with pytest.warns(UserWarning, match="checkpoint-3 was trained without weights"):
             again.train(resume_from_checkpoint=True)
+
+    @pytest.mark.parametrize(
+        ("text", "reason"),
+        [("", "Expecting value"), ("{broken", "Expecting"), ("[1]", "mapping"), ('{"of_tomorrow": 1}', "of_tomorrow")],
+    )
+    def test_resuming_with_a_record_that_cannot_be_read(self, tmp_path, text, reason):
+        """Damaged, or written by a newer version: no reason not to resume."""
+        trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2)
+        attach(trainer, CONFIG)
+        trainer.train()
+        checkpoint = tmp_path / "out" / "checkpoint-2"
+        (checkpoint / "wit_config.json").write_text(text)
+        with pytest.warns(UserWarning, match=f"cannot be read .*{reason}.*resumed with prompt_weight=0.2"):
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+        assert trainer.state.global_step == 3
