@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
     PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -132,6 +133,126 @@ def test_evaluation_is_comparable_between_weightings(tmp_path):
         seen.append(metrics)
     assert len({round(m["eval_a_response_loss"], 6) for m in seen}) == 1
     assert len({round(m["eval_a_loss"], 6) for m in seen}) == 3
+
+
+class Packing(torch.utils.data.BatchSampler):
+    """A batch sampler of lists of examples, as Axolotl's: every row is packed from some, and the last from one."""
+
+    def __init__(self, count, rows_per_batch):
+        super().__init__(torch.utils.data.SequentialSampler(range(count)), rows_per_batch, drop_last=False)
+        rows = [list(range(i, min(i + 3, count))) for i in range(0, count, 3)]
+        self.batches = [rows[i : i + rows_per_batch] for i in range(0, len(rows), rows_per_batch)]
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self):
+        return len(self.batches)
+
+
+class PackedEvaluation(Trainer):
+    """Evaluates packed rows, which Axolotl's trainer does; the collator gets rows or single examples."""
+
+    rows_per_batch = 1
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        data = eval_dataset or self.eval_dataset
+
+        class Rows(torch.utils.data.Dataset):
+            def __len__(self):
+                return len(data)
+
+            def __getitem__(self, indices):
+                return [data[i] for i in indices]
+
+        sampler = Packing(len(data), self.rows_per_batch)
+        return self.accelerator.prepare(
+            torch.utils.data.DataLoader(Rows(), batch_sampler=sampler, collate_fn=self.data_collator)
+        )
+
+
+def pack(items):
+    """One row from each list of examples."""
+    flat = DataCollatorWithFlattening(return_tensors="pt")
+    rows = [{k: v[0] for k, v in flat(item).items() if k != "attention_mask"} for item in items]
+    width = max(len(row["input_ids"]) for row in rows)
+    fill = {"input_ids": 0, "labels": -100, "position_ids": 0}
+    return {
+        k: torch.stack([torch.nn.functional.pad(row[k], (0, width - len(row[k])), value=v) for row in rows])
+        for k, v in fill.items()
+    }
+
+
+@pytest.mark.parametrize("rows_per_batch", [1, 2, 3])
+@pytest.mark.parametrize("count", [10, 11, 12])
+def test_packed_evaluation_counts_every_row(tmp_path, rows_per_batch, count):
+    """accelerate would cut the last batch by a remainder of examples, though its rows are packed from several."""
+    trainer = make_trainer(tmp_path, cls=PackedEvaluation, collator=pack)
+    trainer.rows_per_batch = rows_per_batch
+    attach(trainer, CONFIG)
+    metrics = trainer.evaluate(EXAMPLES[:count])
+    expected = role_losses(trainer.model, DOCS[:count])
+    assert {k: metrics[f"eval_{k}"] for k in expected} == pytest.approx(expected, rel=1e-4)
+
+
+EVALUATE_ON_TWO = """
+import json, pathlib, sys
+import torch, test_attach as t
+from datasets import Dataset
+folder, case, count = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+examples = t.EXAMPLES[:count]
+options = {"per_device_eval_batch_size": 2}
+if case == "padded":
+    trainer = t.make_trainer(folder, **options)
+elif case == "dispatched":
+    options["accelerator_config"] = {"dispatch_batches": True}
+    examples = Dataset.from_list(examples).to_iterable_dataset()
+    # accelerate's dispatcher joins the ranks' batches before it shares them out, so that they must be alike in length
+    collator = t.DataCollatorForSeq2Seq(t.tokenizer(), pad_to_multiple_of=16)
+    trainer = t.make_trainer(folder, collator=collator, **options)
+elif case == "flattened":
+    trainer = t.make_trainer(folder, collator=t.DataCollatorWithFlattening(), **options)
+else:
+    trainer = t.make_trainer(folder, cls=t.PackedEvaluation, collator=t.pack)
+    trainer.rows_per_batch = 2
+    trainer.accelerator.even_batches = case == "evened"
+t.attach(trainer, t.CONFIG)
+metrics = trainer.evaluate(examples)
+assert trainer.accelerator.num_processes == 2
+if trainer.is_world_process_zero():
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+"""
+
+
+@pytest.mark.parametrize(
+    ("case", "count", "repeated"),
+    [
+        ("padded", 9, []),  # 4 a step: the last holds 1 real row and 3 repeated ones
+        ("padded", 3, []),
+        ("dispatched", 9, []),
+        ("flattened", 9, [8, 0, 1, 2]),  # the last is filled up with the first, and rows do not tell
+        ("packed", 11, []),  # two batches of two rows, one for each rank
+        ("evened", 9, []),  # two batches, the second of one row, filled up with the first row
+    ],
+)
+def test_evaluation_on_two_ranks(tmp_path, case, count, repeated):
+    """Every document counts, once where rows tell it; else the repeated count too, and a warning says so."""
+    (tmp_path / "run.py").write_text(EVALUATE_ON_TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "run.py"]
+    env = subprocess_env(ACCELERATE_USE_CPU="true")
+    env["PYTHONPATH"] = f"{__file__.rpartition('/')[0]}:{env['PYTHONPATH']}"
+    command += [str(tmp_path), case, str(count)]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    counted = DOCS[:count]
+    if repeated:
+        counted = counted[: count - 1] + [DOCS[i] for i in repeated]
+    if case == "evened":
+        counted = counted + DOCS[:3]
+    expected = role_losses(llama(), counted)
+    assert {k: metrics[f"eval_{k}"] for k in expected} == pytest.approx(expected, rel=1e-4)
+    assert ("they cannot be told apart" in done.stderr) == (len(counted) > count)
 
 
 def test_eval_loss_at_0_1_is_the_frameworks_own(tmp_path):

@@ -150,7 +150,7 @@ class WeightedTrainerMixin(_Base):
         if training:
             wit.training.add(step.result)
         else:
-            wit.evaluation.add_gathered(step.result, self.accelerator)
+            wit.evaluation.add_gathered(step.result, self.accelerator, self.get_tp_size())
         return loss
 
     def _verify(self, loss: torch.Tensor, step: Step) -> None:
@@ -225,10 +225,11 @@ class WeightedTrainerMixin(_Base):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own loop; its metrics gain the roles' losses under its prefix."""
         dataloader = args[0] if args else kwargs["dataloader"]
-        self._wit.evaluation.reset()
+        self._wit.evaluation.reset(dataloader)
         with self._bad_examples_of(getattr(dataloader, "dataset", None), "evaluation"):
             output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        self._wit.evaluation.warn_if_repeated(dataloader, self.accelerator)
         own = self._wit.evaluation.read(self.accelerator.device)
         assert output.metrics is not None
         output.metrics.update({f"{prefix}_{name}": value for name, value in own.items()})
