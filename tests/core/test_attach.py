@@ -569,6 +569,24 @@ def test_logs_of_a_callback_are_its_own(tmp_path):
     assert {k: log[k] for k in expected} == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_end_of_training_says_what_was_trained(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, eval_strategy="epoch")
+    attach(trainer, CONFIG)
+    trainer.train()
+    printed = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 120 for line in printed if "WIT" in line)
+    rules = [i for i, line in enumerate(printed) if line == "=" * 80]
+    assert len(rules) == 4  # around both
+    assert printed[rules[0] + 1].startswith("WIT on: prompt_weight=0.2, response_weight=0.8")
+    end = "\n".join(printed[rules[2] + 1 : rules[3]])
+    history = trainer.state.log_history
+    for key in ("prompt_loss", "response_loss", "eval_response_loss"):
+        losses = [entry[key] for entry in history if key in entry]
+        assert f"{key}: {losses[0]:.4f} -> {losses[-1]:.4f}" in end
+    assert "WIT done: 3 steps with prompt_weight=0.2, response_weight=0.8" in end
+    assert str(tmp_path / "out") in end
+
+
 def test_liger_kernels(tmp_path):
     """transformers puts Liger's head on the model when training starts; its layers stay, its head must not.
 

@@ -41,6 +41,9 @@ else:
     _Base = object
 
 
+_RULE = "=" * 80
+
+
 @dataclass
 class Attachment:
     """What is attached to one trainer."""
@@ -259,11 +262,11 @@ class WeightedTrainerMixin(_Base):
             checkpoint = get_last_checkpoint(self.args.output_dir)
         if checkpoint and os.path.isdir(checkpoint):
             records.warn_if_changed(self._wit.config, checkpoint)
-        line = f"WIT on: {self._wit.config.summary()} ({self._wit.adapter.framework})"
+        lines = [f"WIT on: {self._wit.config.summary()} ({self._wit.adapter.framework})"]
         if self._wit.first_tokens is not None:
             prompt, response = self._wit.first_tokens
-            line += f"; in the first examples {prompt / (prompt + response):.0%} of the tokens are prompt"
-        self.accelerator.print(line)
+            lines.append(f"{prompt / (prompt + response):.0%} of the tokens in the first examples are prompt")
+        self._print_ruled(lines)
         self._verify_same_settings()
         callback = recorder()
         if callback is not None and not any(isinstance(c, RunRecorder) for c in self.callback_handler.callbacks):
@@ -271,7 +274,26 @@ class WeightedTrainerMixin(_Base):
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._wit.stream_check is not None:
             self._wit.stream_check.finish(gather_object([self._wit.stream_check.counts]))
+        self._print_ruled(self._summary())
         return output
+
+    def _summary(self) -> list[str]:
+        """What was trained, the roles' losses at both ends of the log, where the settings are."""
+        lines = [f"WIT done: {self.state.global_step} steps with {self._wit.config.summary()}"]
+        for prefix, when in (("", "first and last log"), ("eval_", "first and last evaluation")):
+            for role in ("prompt", "response"):
+                key = f"{prefix}{role}_loss"
+                losses = [entry[key] for entry in self.state.log_history if key in entry]
+                if losses:
+                    lines.append(f"{key}: {losses[0]:.4f} -> {losses[-1]:.4f} ({when})")
+        lines.append(f"settings: {records.CONFIG_NAME} beside every checkpoint and saved model")
+        lines.append(f"folder: {self.args.output_dir}")
+        return lines
+
+    def _print_ruled(self, lines: list[str]) -> None:
+        """Print lines on the main process so that they are found among hundreds of others."""
+        if self.is_world_process_zero():
+            print("\n".join([_RULE, *lines, _RULE]), flush=True)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """The trainer's own saving, and the settings beside it (every checkpoint comes through here)."""
