@@ -210,6 +210,13 @@ elif case == "dispatched":
     # accelerate's dispatcher joins the ranks' batches before it shares them out, so that they must be alike in length
     collator = t.DataCollatorForSeq2Seq(t.tokenizer(), pad_to_multiple_of=16)
     trainer = t.make_trainer(folder, collator=collator, **options)
+elif case == "whole":
+
+    class Whole(t.Trainer):
+        def get_eval_dataloader(self, eval_dataset=None):
+            return torch.utils.data.DataLoader(eval_dataset, 2, collate_fn=self.data_collator)
+
+    trainer = t.make_trainer(folder, cls=Whole)
 elif case == "flattened":
     trainer = t.make_trainer(folder, collator=t.DataCollatorWithFlattening(), **options)
 else:
@@ -230,6 +237,7 @@ if trainer.is_world_process_zero():
         ("padded", 9, []),  # 4 a step: the last holds 1 real row and 3 repeated ones
         ("padded", 3, []),
         ("dispatched", 9, []),
+        ("whole", 9, []),  # a loader that nobody shares out: each rank evaluates everything
         ("flattened", 9, [8, 0, 1, 2]),  # the last is filled up with the first, and rows do not tell
         ("packed", 11, []),  # two batches of two rows, one for each rank
         ("evened", 9, []),  # two batches, the second of one row, filled up with the first row
@@ -250,7 +258,7 @@ def test_evaluation_on_two_ranks(tmp_path, case, count, repeated):
         counted = counted[: count - 1] + [DOCS[i] for i in repeated]
     if case == "evened":
         counted = counted + DOCS[:3]
-    expected = role_losses(llama(), counted)
+    expected = role_losses(llama(), counted * (2 if case == "whole" else 1))
     assert {k: metrics[f"eval_{k}"] for k in expected} == pytest.approx(expected, rel=1e-4)
     assert ("they cannot be told apart" in done.stderr) == (len(counted) > count)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import BatchSamplerShard
+from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher
 
 from wit_plugins.loss.weighted import WeightedLoss
 
@@ -29,12 +29,14 @@ class RoleMetrics:
     def __init__(self) -> None:
         self._sums: torch.Tensor | None = None
         self._examples: int | None = None
+        self._dispatched = False
         self._rows = 0
 
     def reset(self, dataloader: Any = None) -> None:
         """Forget what was summed so far; an evaluation over `dataloader` begins."""
         self._sums = None
         self._examples = _num_examples(dataloader)
+        self._dispatched = isinstance(dataloader, DataLoaderDispatcher)
         self._rows = 0
 
     def add(self, result: WeightedLoss) -> None:
@@ -55,8 +57,8 @@ class RoleMetrics:
             state = accelerator.gradient_state
             if self._examples is not None:
                 rows = rows[: max(0, self._examples - self._rows)]
-            elif state.end_of_dataloader and state.remainder > 0:
-                rows = rows[: state.remainder]  # a stream: accelerate says how many rows its last batch really had
+            elif self._dispatched and state.end_of_dataloader and state.remainder > 0:
+                rows = rows[: state.remainder]  # how many rows the last batch really had, before it was shared out
         self._rows += len(rows)
         self._add(rows.sum(dim=0))
 
@@ -123,11 +125,11 @@ def _gather_rows(rows: torch.Tensor, accelerator: Accelerator, replicas: int) ->
 
 
 def _num_examples(dataloader: Any) -> int | None:
-    """How many examples a data loader's sampler gives, all ranks together; `None` for a stream."""
-    batch_sampler = getattr(dataloader, "batch_sampler", None)
-    if isinstance(batch_sampler, BatchSamplerShard):
-        batch_sampler = batch_sampler.batch_sampler
-    for owner in (getattr(batch_sampler, "sampler", None), getattr(dataloader, "dataset", None)):
+    """How many examples the ranks share between them; `None` where no sampler deals them out to the ranks."""
+    shard = getattr(dataloader, "batch_sampler", None)
+    if not isinstance(shard, BatchSamplerShard):
+        return None
+    for owner in (getattr(shard.batch_sampler, "sampler", None), dataloader.dataset):
         try:
             return len(owner)  # type: ignore[arg-type]
         except TypeError:  # it has no length
