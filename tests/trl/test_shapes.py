@@ -80,6 +80,18 @@ class TestDatasets:
         assert logs(trainer)[0] == pytest.approx(expected, rel=1e-5)
 
 
+def test_trl_drops_what_has_no_response_left(tmp_path):
+    """As docs/trl.md says: where TRL truncates; not where it packs, though the response is cut off there too."""
+    late = Document([5] * 12, [False] * 10 + [True] * 2)
+    data = Dataset.from_list([late.example(), *dataset("tokenised")])
+    for args, dropped in (({"max_length": 10}, True), ({"max_length": 11}, False), ({"max_length": None}, False)):
+        kept = sft_trainer(tmp_path, data, **args).train_dataset["input_ids"]
+        assert any(ids[:10] == [5] * 10 for ids in kept) != dropped
+    for strategy in ("bfd", "bfd_split", "wrapped"):
+        packed = sft_trainer(tmp_path, data, packing=True, packing_strategy=strategy, max_length=10).train_dataset
+        assert sum(ids.count(5) for ids in packed["input_ids"]) >= 10
+
+
 def padded(docs, length, left=False, mask=True):
     """The same documents with padding that is in the dataset already."""
     rows = []
