@@ -14,5 +14,9 @@ class WITConfigError(WITError, ValueError):
     """
 
 
+class BadExampleError(WITConfigError):
+    """A row of a dataset that no model can be trained on. The message names the row, the value and the way out."""
+
+
 class WeightsNotAppliedError(WITError, RuntimeError):
     """The weights did not reach the loss. Training stops instead of going on unweighted."""

@@ -8,15 +8,20 @@ output is given what the trainer reads.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from packaging.version import Version
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from wit_plugins import WITConfigError, hookimpl
+from wit_plugins.errors import BadExampleError
+from wit_plugins.tokens.roles import token_array
 from wit_plugins.training.adapter import TrainerAdapter
+from wit_plugins.training.attach import causal_lm
 
 if TYPE_CHECKING:
     from wit_plugins.cli.driver import FrameworkDriver
@@ -84,6 +89,10 @@ class TRLAdapter(TrainerAdapter):
         self.fused_head = version >= _FUSED_HEAD_SINCE
         self.loss_type = trainer.args.loss_type
         self.use_liger_kernel = trainer.args.use_liger_kernel
+        self.max_length, self.truncation_mode = trainer.args.max_length, trainer.args.truncation_mode
+        self.cuts_documents = trainer.args.packing and trainer.args.packing_strategy == "wrapped"
+        self.aux_loss_coefficient = trainer.aux_loss_enabled and getattr(trainer.args, "router_aux_loss_coef", None)
+        self.drops_mask = type(trainer.data_collator).__module__.startswith("trl.")
 
     def check(self, trainer: Any) -> None:
         """Refuse versions out of range and options that replace the loss."""
@@ -100,11 +109,30 @@ class TRLAdapter(TrainerAdapter):
             )
 
     def prepare(self, trainer: Any, changes: Any) -> None:
-        """Keep Liger's layers, but not its head: it would replace the model's forward when training starts."""
-        if not self.use_liger_kernel:
-            return
-        options = trainer.args.liger_kernel_config or {}
-        changes.set(trainer.args, "liger_kernel_config", {**options, "fused_linear_cross_entropy": False})
+        """Keep the column `attention_mask`, which tells padding from prompt, and say TRL's coefficient to the model."""
+        columns = trainer._signature_columns
+        trainer._set_signature_columns_if_needed()
+        kept, trainer._signature_columns = trainer._signature_columns, columns
+        changes.set(trainer, "_signature_columns", [*kept, "attention_mask"])
+        # TRL weighs the auxiliary loss of a mixture of experts by its own option, and tells the configuration alone.
+        model: Any = causal_lm(trainer)
+        if hasattr(model, "router_aux_loss_coef") and (self.fused_head or self.loss_type == "chunked_nll"):
+            changes.set(model, "router_aux_loss_coef", model.config.get_text_config().router_aux_loss_coef)
+
+    def read_example(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
+        """With its `attention_mask` cut as TRL cut the ids; TRL leaves it whole, and does not look at it."""
+        if example.get("attention_mask") is None:
+            return example
+        mask, length = token_array(example["attention_mask"]), len(example["input_ids"])
+        if length == self.max_length and len(mask) > length:
+            mask = mask[:length] if self.truncation_mode == "keep_start" else mask[-length:]
+        real = np.flatnonzero(mask)
+        if self.drops_mask and len(real) and real[-1] >= len(real):
+            raise BadExampleError(
+                f"attention_mask hides {real[-1] + 1 - len(real)} tokens in front of others that it does not hide, but "
+                "TRL drops the mask, and its model would attend to them; take the padding off (TRL pads by itself)"
+            )
+        return {**example, "attention_mask": mask}
 
     def reads_logits(self, step: Any) -> bool:
         """TRL recomputes logits by itself since 1.15; before that `loss_type="nll"` takes its metrics from them."""
@@ -132,10 +160,16 @@ class TRLAdapter(TrainerAdapter):
     def _fused_output(self, output: Any, result: Any, step: Any) -> Any:
         from trl.trainer.utils import FusedCausalLMOutput
 
+        if self.aux_loss_coefficient and output.get("aux_loss") is None:
+            raise WITConfigError(
+                f"router_aux_loss_coef = {self.aux_loss_coefficient}: the model returns no auxiliary loss, so TRL "
+                "cannot train it so, with weights or without; leave router_aux_loss_coef out"
+            )
         # The trainer sums every field over its tokens, and divides `-log_probs` by the step's denominator or, where it
-        # has none (evaluation), by the number of labels. Sums do as well as tokens, and the latter division is undone.
-        divisor = result.labels_count.clamp(min=1) if step.num_items is None else result.denominator
-        log_probs = -result.loss * divisor
+        # has none (evaluation), by the number of labels, either of them at least 1. Sums do as well as tokens; the
+        # loss is divided by its denominator already, so that the trainer's own division is undone, clamp and all.
+        divisor = torch.as_tensor(result.labels_count if step.num_items is None else step.num_items).clamp(min=1)
+        log_probs = -result.loss * divisor.to(result.loss.device)
         return FusedCausalLMOutput(
             loss=result.loss,
             log_probs=log_probs,

@@ -2,20 +2,24 @@
 
 import functools
 import json
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from support import all_relative_error, documents, llama, mixtral, reference_step, role_losses
+from support import all_relative_error, documents, llama, mixtral, reference_step, role_losses, subprocess_env
 from tokenizers import Tokenizer, models
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
     PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -129,6 +133,134 @@ def test_evaluation_is_comparable_between_weightings(tmp_path):
         seen.append(metrics)
     assert len({round(m["eval_a_response_loss"], 6) for m in seen}) == 1
     assert len({round(m["eval_a_loss"], 6) for m in seen}) == 3
+
+
+class Packing(torch.utils.data.BatchSampler):
+    """A batch sampler of lists of examples, as Axolotl's: every row is packed from some, and the last from one."""
+
+    def __init__(self, count, rows_per_batch):
+        super().__init__(torch.utils.data.SequentialSampler(range(count)), rows_per_batch, drop_last=False)
+        rows = [list(range(i, min(i + 3, count))) for i in range(0, count, 3)]
+        self.batches = [rows[i : i + rows_per_batch] for i in range(0, len(rows), rows_per_batch)]
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self):
+        return len(self.batches)
+
+
+class PackedEvaluation(Trainer):
+    """Evaluates packed rows, which Axolotl's trainer does; the collator gets rows or single examples."""
+
+    rows_per_batch = 1
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        data = eval_dataset or self.eval_dataset
+
+        class Rows(torch.utils.data.Dataset):
+            def __len__(self):
+                return len(data)
+
+            def __getitem__(self, indices):
+                return [data[i] for i in indices]
+
+        sampler = Packing(len(data), self.rows_per_batch)
+        return self.accelerator.prepare(
+            torch.utils.data.DataLoader(Rows(), batch_sampler=sampler, collate_fn=self.data_collator)
+        )
+
+
+def pack(items):
+    """One row from each list of examples."""
+    flat = DataCollatorWithFlattening(return_tensors="pt")
+    rows = [{k: v[0] for k, v in flat(item).items() if k != "attention_mask"} for item in items]
+    width = max(len(row["input_ids"]) for row in rows)
+    fill = {"input_ids": 0, "labels": -100, "position_ids": 0}
+    return {
+        k: torch.stack([torch.nn.functional.pad(row[k], (0, width - len(row[k])), value=v) for row in rows])
+        for k, v in fill.items()
+    }
+
+
+@pytest.mark.parametrize("rows_per_batch", [1, 2, 3])
+@pytest.mark.parametrize("count", [10, 11, 12])
+def test_packed_evaluation_counts_every_row(tmp_path, rows_per_batch, count):
+    """accelerate would cut the last batch by a remainder of examples, though its rows are packed from several."""
+    trainer = make_trainer(tmp_path, cls=PackedEvaluation, collator=pack)
+    trainer.rows_per_batch = rows_per_batch
+    attach(trainer, CONFIG)
+    metrics = trainer.evaluate(EXAMPLES[:count])
+    expected = role_losses(trainer.model, DOCS[:count])
+    assert {k: metrics[f"eval_{k}"] for k in expected} == pytest.approx(expected, rel=1e-4)
+
+
+EVALUATE_ON_TWO = """
+import json, pathlib, sys
+import torch, test_attach as t
+from datasets import Dataset
+folder, case, count = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+examples = t.EXAMPLES[:count]
+options = {"per_device_eval_batch_size": 2}
+if case == "padded":
+    trainer = t.make_trainer(folder, **options)
+elif case == "dispatched":
+    options["accelerator_config"] = {"dispatch_batches": True}
+    examples = Dataset.from_list(examples).to_iterable_dataset()
+    # accelerate's dispatcher joins the ranks' batches before it shares them out, so that they must be alike in length
+    collator = t.DataCollatorForSeq2Seq(t.tokenizer(), pad_to_multiple_of=16)
+    trainer = t.make_trainer(folder, collator=collator, **options)
+elif case == "whole":
+
+    class Whole(t.Trainer):
+        def get_eval_dataloader(self, eval_dataset=None):
+            return torch.utils.data.DataLoader(eval_dataset, 2, collate_fn=self.data_collator)
+
+    trainer = t.make_trainer(folder, cls=Whole)
+elif case == "flattened":
+    trainer = t.make_trainer(folder, collator=t.DataCollatorWithFlattening(), **options)
+else:
+    trainer = t.make_trainer(folder, cls=t.PackedEvaluation, collator=t.pack)
+    trainer.rows_per_batch = 2
+    trainer.accelerator.even_batches = case == "evened"
+t.attach(trainer, t.CONFIG)
+metrics = trainer.evaluate(examples)
+assert trainer.accelerator.num_processes == 2
+if trainer.is_world_process_zero():
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+"""
+
+
+@pytest.mark.parametrize(
+    ("case", "count", "repeated"),
+    [
+        ("padded", 9, []),  # 4 a step: the last holds 1 real row and 3 repeated ones
+        ("padded", 3, []),
+        ("dispatched", 9, []),
+        ("whole", 9, []),  # a loader that nobody shares out: each rank evaluates everything
+        ("flattened", 9, [8, 0, 1, 2]),  # the last is filled up with the first, and rows do not tell
+        ("packed", 11, []),  # two batches of two rows, one for each rank
+        ("evened", 9, []),  # two batches, the second of one row, filled up with the first row
+    ],
+)
+def test_evaluation_on_two_ranks(tmp_path, case, count, repeated):
+    """Every document counts, once where rows tell it; else the repeated count too, and a warning says so."""
+    (tmp_path / "run.py").write_text(EVALUATE_ON_TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "run.py"]
+    env = subprocess_env(ACCELERATE_USE_CPU="true")
+    env["PYTHONPATH"] = f"{__file__.rpartition('/')[0]}:{env['PYTHONPATH']}"
+    command += [str(tmp_path), case, str(count)]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    counted = DOCS[:count]
+    if repeated:
+        counted = counted[: count - 1] + [DOCS[i] for i in repeated]
+    if case == "evened":
+        counted = counted + DOCS[:3]
+    expected = role_losses(llama(), counted * (2 if case == "whole" else 1))
+    assert {k: metrics[f"eval_{k}"] for k in expected} == pytest.approx(expected, rel=1e-4)
+    assert ("they cannot be told apart" in done.stderr) == (len(counted) > count)
 
 
 def test_eval_loss_at_0_1_is_the_frameworks_own(tmp_path):
@@ -277,6 +409,219 @@ def test_ranks_with_different_settings_do_not_train(tmp_path, monkeypatch):
         trainer.train()
 
 
+def padded(docs, length, left=False, mask=True):
+    """The same documents, padded in the dataset already."""
+    rows = []
+    for doc in docs:
+        hole = length - len(doc.input_ids)
+        columns = [("input_ids", doc.input_ids, 0), ("labels", doc.labels, -100)]
+        columns += [("attention_mask", [1] * len(doc.input_ids), 0)] if mask else []
+        rows.append({k: [fill] * hole + v if left else v + [fill] * hole for k, v, fill in columns})
+    return rows
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_examples_that_are_padded_already(tmp_path, left):
+    """As the same documents without padding; the first token behind padding on the left is predicted by nothing."""
+    trainer = make_trainer(tmp_path, examples=padded(DOCS, 16, left), per_device_train_batch_size=12)
+    expected, _ = reference_step(trainer.model, DOCS, 0.2, 0.8)
+    attach(trainer, CONFIG)
+    trainer.train()
+    assert first_log(trainer)["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+class Once(torch.utils.data.IterableDataset):
+    """A stream that can be read once, such as a queue."""
+
+    def __init__(self, examples):
+        self.examples = iter(examples)
+
+    def __iter__(self):
+        yield from self.examples
+
+
+class TestStreams:
+    def test_nothing_is_taken_from_a_stream(self, tmp_path, capsys):
+        trainer = make_trainer(tmp_path, examples=Once(EXAMPLES), max_steps=1, per_device_train_batch_size=12)
+        expected, _ = reference_step(trainer.model, DOCS, 0.2, 0.8)
+        attach(trainer, CONFIG)
+        trainer.train()
+        assert trainer.state.global_step == 1
+        assert first_log(trainer)["loss"] == pytest.approx(expected, rel=1e-5)
+        assert "in the first examples" not in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("label", "message"), [(5, "nothing masked in its first 1.. rows.*labels column"), (-100, "no response in its")]
+    )
+    @pytest.mark.parametrize("count", [16, 150])
+    def test_a_role_that_is_missing(self, tmp_path, label, message, count):
+        """With the same words as in a dataset; after 100 rows, or when there are no more."""
+        stream = Once([{"input_ids": [5, 5], "labels": [label, label]}] * count)
+        trainer = make_trainer(tmp_path, examples=stream, max_steps=count // 4)
+        attach(trainer, CONFIG)
+        with pytest.raises(WITConfigError, match=message.replace("1..", "1..?")):
+            trainer.train()
+        assert trainer.state.global_step == min(count // 4, 24)
+
+    def test_a_late_role(self, tmp_path):
+        stream = Once([{"input_ids": [5, 5], "labels": [5, 5]}] * 50 + EXAMPLES)
+        trainer = make_trainer(tmp_path, examples=stream, max_steps=15)
+        attach(trainer, CONFIG)
+        trainer.train()
+        assert trainer.state.global_step == 15
+
+
+GOOD = {"input_ids": [5, 5, 6, 7], "labels": [-100, -100, 6, 7]}
+BAD_ROWS = [
+    ({"input_ids": [5, 6, 7], "labels": [-100, 6]}, "labels have 2 entries for 3 input_ids"),
+    ({"input_ids": [5, 61, 7], "labels": [-100, -100, 7]}, r"input_ids has 61.*\[0, 61\).*own tokenizer"),
+    ({"input_ids": [5, -1, 7], "labels": [-100, -100, 7]}, "input_ids has -1"),
+    ({"input_ids": [5, 6, 7], "labels": [-100, 6, 99]}, "labels has 99"),
+    ({"input_ids": [5, 6, 7], "labels": [-1, 6, 7]}, "labels has -1.*only -100 masks"),
+    ({**GOOD, "attention_mask": [1, 1]}, "attention_mask has 2 entries for 4 input_ids"),
+    ({"input_ids": [5.5, 6, 7], "labels": [-100, 6, 7]}, "must be integers, not 5.5"),
+    ({"input_ids": [5, None, 7], "labels": [-100, 6, 7]}, "must be integers, not None"),
+    ({"input_ids": [5, 6, 0, 0], "labels": [-100, 6, -100, -100]}, "2 masked pad tokens.*take the padding off"),
+    ({**GOOD, "position_ids": [0, 1]}, "position_ids have 2 entries"),
+]
+
+
+class TestBadRows:
+    @pytest.mark.parametrize(("row", "message"), BAD_ROWS)
+    @pytest.mark.parametrize("index", [3, 150])
+    def test_are_named(self, tmp_path, row, message, index):
+        """In the first hundred when the weights are attached, later when their batch comes, by their position."""
+        trainer = make_trainer(tmp_path, examples=[GOOD] * index + [row] + [GOOD] * 3)
+        if index >= 100:
+            attach(trainer, CONFIG)
+        with pytest.raises(WITConfigError, match=f"example {index} of the training dataset: .*{message}"):
+            (attach(trainer, CONFIG) if index < 100 else trainer.train())
+
+    def test_in_a_worker_and_in_evaluation(self, tmp_path):
+        row, message = BAD_ROWS[1]
+        examples = [GOOD] * 150 + [row]
+        trainer = make_trainer(tmp_path, examples=examples, dataloader_num_workers=1)
+        attach(trainer, CONFIG)
+        with pytest.raises(WITConfigError, match=f"example 150 of the training dataset: {message}"):
+            trainer.train()
+        with pytest.raises(WITConfigError, match=f"example 2 of the evaluation dataset: {message}"):
+            trainer.evaluate([GOOD, GOOD, row])
+
+    def test_in_a_stream_by_their_place_in_the_batch(self, tmp_path):
+        row, message = BAD_ROWS[1]
+        trainer = make_trainer(tmp_path, examples=Once([GOOD, GOOD, row, GOOD]), max_steps=1)
+        attach(trainer, CONFIG)
+        with pytest.raises(WITConfigError, match=f"example 2 of a batch of 4: {message}"):
+            trainer.train()
+
+
+def test_model_init(tmp_path):
+    """It makes another model when training starts, and every time; each is trained with the weights."""
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=12)
+    made = []
+
+    def model_init():
+        made.append(llama(rope_theta=10000.0 + len(made)))
+        return made[-1]
+
+    trainer = Trainer(
+        model_init=model_init,
+        args=trainer.args,
+        data_collator=DataCollatorForSeq2Seq(tokenizer()),
+        train_dataset=EXAMPLES,
+        processing_class=tokenizer(),
+    )
+    attach(trainer, CONFIG)
+    expected, _ = reference_step(llama(), DOCS, 0.2, 0.8)
+    for count in (2, 3):
+        trainer.train()
+        assert len(made) == count
+        assert first_log(trainer)["loss"] == pytest.approx(expected, rel=1e-2)  # another rope, but nearly the same
+    detach(trainer)
+    assert all("forward" not in model.__dict__ for model in made)
+
+
+def test_regional_compilation(tmp_path, monkeypatch, capsys):
+    """Trains another module than `trainer.model`: the step is checked, both roles are logged, all of it exactly."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "1")
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=12, torch_compile_backend="aot_eager")
+    trainer.model.eval()  # as from_pretrained leaves it
+    expected, _ = reference_step(trainer.model, DOCS, 0.2, 0.8)
+    roles = role_losses(trainer.model, DOCS)
+    attach(trainer, CONFIG)
+    trainer.train()
+    assert trainer.model_wrapped is not trainer.model
+    log = first_log(trainer)
+    assert log["loss"] == pytest.approx(expected, rel=1e-4)
+    assert {k: log[k] for k in roles} == pytest.approx(roles, rel=1e-4)
+    assert "WIT loss: " in capsys.readouterr().out
+
+
+def test_logs_of_a_callback_are_its_own(tmp_path):
+    """On several ranks the main process may log alone: nothing is reduced then, nothing taken from the next log."""
+    logged = []
+
+    class Logs(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            logs = {"loss": 1.0}
+            trainer.log(logs)
+            logged.append(logs)
+
+    trainer = make_trainer(tmp_path, learning_rate=0.0, logging_steps=3)
+    trainer.add_callback(Logs())
+    attach(trainer, CONFIG)
+    trainer.train()
+    assert [set(logs) - {"epoch"} for logs in logged] == [{"loss"}] * 3
+    expected = role_losses(trainer.model, DOCS)
+    log = next(entry for entry in trainer.state.log_history if "prompt_loss" in entry)
+    assert {k: log[k] for k in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_end_of_training_says_what_was_trained(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, eval_strategy="epoch")
+    attach(trainer, CONFIG)
+    trainer.train()
+    printed = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 120 for line in printed if "WIT" in line)
+    rules = [i for i, line in enumerate(printed) if line == "=" * 80]
+    assert len(rules) == 4  # around both
+    assert printed[rules[0] + 1].startswith("WIT on: prompt_weight=0.2, response_weight=0.8")
+    end = "\n".join(printed[rules[2] + 1 : rules[3]])
+    history = trainer.state.log_history
+    for key in ("prompt_loss", "response_loss", "eval_response_loss"):
+        losses = [entry[key] for entry in history if key in entry]
+        assert f"{key}: {losses[0]:.4f} -> {losses[-1]:.4f}" in end
+    assert "WIT done: 3 steps with prompt_weight=0.2, response_weight=0.8" in end
+    assert str(tmp_path / "out") in end
+
+
+def test_liger_kernels(tmp_path):
+    """transformers puts Liger's head on the model when training starts; its layers stay, its head must not.
+
+    Triton interprets Liger's kernels on a CPU in a process of its own.
+    """
+    pytest.importorskip("liger_kernel")
+    script = f"""
+import pathlib, test_attach as t
+options = {{"use_liger_kernel": True, "liger_kernel_config": {{"rms_norm": False, "swiglu": False}}}}
+folder = pathlib.Path({str(tmp_path)!r})
+trainer = t.make_trainer(folder, per_device_train_batch_size=12, eval_strategy="epoch", **options)
+expected, _ = t.reference_step(trainer.model, t.DOCS, 0.2, 0.8)
+t.attach(trainer, t.CONFIG)
+trainer.train()
+assert abs(t.first_log(trainer)["loss"] - expected) < 1e-4 * expected
+assert "eval_response_loss" in t.first_log(trainer, "eval_loss")
+import liger_kernel.transformers.rope as rope, transformers.models.llama.modeling_llama as llama
+assert llama.apply_rotary_pos_emb is rope.liger_rotary_pos_emb
+t.detach(trainer)
+assert trainer.args.liger_kernel_config == options["liger_kernel_config"]
+"""
+    env = subprocess_env(TRITON_INTERPRET="1", WIT_TEST_FOLDER=str(tmp_path))
+    env["PYTHONPATH"] = f"{__file__.rpartition('/')[0]}:{env['PYTHONPATH']}"
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 class TestAttaching:
     def test_twice_the_same_is_once(self, tmp_path):
         trainer = make_trainer(tmp_path)
@@ -414,6 +759,18 @@ class TestNeverSilently:
         with pytest.raises(WeightsNotAppliedError, match="Stubborn.compute_loss failed.*loss_impl: logits"):
             trainer.train()
 
+    def test_the_trainers_own_failure_keeps_its_words(self, tmp_path):
+        """Only a missing tensor of logits is ours to explain."""
+
+        class Failing(Trainer):
+            def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+                return 0.1 * model(**inputs).get("aux_loss")
+
+        trainer = make_trainer(tmp_path, cls=Failing)
+        attach(trainer, CONFIG)
+        with pytest.raises(TypeError, match="NoneType"):
+            trainer.train()
+
     def test_a_data_loader_with_another_collator(self, tmp_path):
         class Own(Trainer):
             def get_train_dataloader(self):
@@ -469,3 +826,18 @@ class TestRecords:
         (tmp_path / "out" / "checkpoint-3" / "wit_config.json").unlink()
         with pytest.warns(UserWarning, match="checkpoint-3 was trained without weights"):
             again.train(resume_from_checkpoint=True)
+
+    @pytest.mark.parametrize(
+        ("text", "reason"),
+        [("", "Expecting value"), ("{broken", "Expecting"), ("[1]", "mapping"), ('{"of_tomorrow": 1}', "of_tomorrow")],
+    )
+    def test_resuming_with_a_record_that_cannot_be_read(self, tmp_path, text, reason):
+        """Damaged, or written by a newer version: no reason not to resume."""
+        trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2)
+        attach(trainer, CONFIG)
+        trainer.train()
+        checkpoint = tmp_path / "out" / "checkpoint-2"
+        (checkpoint / "wit_config.json").write_text(text)
+        with pytest.warns(UserWarning, match=f"cannot be read .*{reason}.*resumed with prompt_weight=0.2"):
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+        assert trainer.state.global_step == 3

@@ -69,6 +69,35 @@ def test_two_processes_equal_one(tmp_path, arguments):
         assert {k: evaluation[f"eval_{k}"] for k in held_out} == pytest.approx(held_out, rel=1e-5)
 
 
+LOGS_ON_ONE_RANK = """
+import json, pathlib, sys
+from transformers import TrainerCallback
+from trlkit import sft_trainer
+from wit_trl import WITCallback
+folder = pathlib.Path(sys.argv[1])
+
+class Logs(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            trainer.log({"loss": 1.0, "mine": 1.0})
+
+trainer = sft_trainer(folder, per_device_train_batch_size=2, logging_steps=2, ddp_timeout=300)
+trainer.add_callback(Logs())
+trainer.add_callback(WITCallback(trainer, prompt_weight=0.2, response_weight=0.8))
+trainer.train()
+if trainer.is_world_process_zero():
+    (folder / "logs.json").write_text(json.dumps(trainer.state.log_history))
+"""
+
+
+def test_a_log_that_one_rank_writes(tmp_path):
+    """By a callback on the main process: nobody else is there to reduce with, so nothing waits."""
+    done = launch(tmp_path, {}, script=LOGS_ON_ONE_RANK)
+    assert done.returncode == 0, done.stderr[-3000:]
+    entries = json.loads((tmp_path / "logs.json").read_text())
+    assert [("prompt_loss" in entry) for entry in entries if "loss" in entry] == [False, False, True]
+
+
 def test_normalising_on_each_rank_alone_is_refused(tmp_path):
     done = launch(tmp_path, {"average_tokens_across_devices": False, "per_device_train_batch_size": 4})
     assert done.returncode != 0

@@ -70,6 +70,32 @@ def test_both_ways_of_computing_it(tmp_path, capsys, loss_impl):
     assert all_relative_error(taken, grads) < 1e-4
 
 
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_weights_that_sum_to_less_than_one(tmp_path, accumulation):
+    """TRL divides by 1 at least; the weights' sum is smaller here, and the loss a mean by it all the same."""
+    trainer = sft_trainer(
+        tmp_path,
+        per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        eval_strategy="epoch",
+        trainer_kwargs={"eval_dataset": dataset("tokenised")},
+    )
+    settings = {"prompt_weight": 0.001, "response_weight": 0.003}
+    loss, grads = reference_step(
+        trainer.model, from_dataset(trainer.train_dataset), *settings.values(), normalization="weight_sum"
+    )
+    before = weights_of(trainer)
+    trainer.add_callback(WITCallback(trainer, **settings, normalization="weight_sum"))
+    trainer.train()
+    assert logs(trainer)[0] == pytest.approx(loss, rel=1e-5)
+    taken = {n: (before[n] - p) / LEARNING_RATE for n, p in weights_of(trainer).items()}
+    assert all_relative_error(taken, grads) < 1e-4
+    after, _ = reference_step(
+        trainer.model, from_dataset(trainer.eval_dataset), *settings.values(), normalization="weight_sum"
+    )
+    assert logs(trainer, "eval_loss")[0] == pytest.approx(after, rel=1e-5)
+
+
 def test_attach_needs_no_callback(tmp_path):
     trainer = sft_trainer(tmp_path)
     attach(trainer, WITConfig(prompt_weight=0.2, response_weight=0.8))

@@ -4,6 +4,7 @@ import pytest
 import trl
 import wit_trl.plugin
 from packaging.version import Version
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 from trlkit import dataset, logs, sft_trainer
 from wit_trl import WITCallback
 
@@ -38,6 +39,41 @@ def test_a_dataset_without_a_response(tmp_path, packing):
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated.*")
+def test_an_auxiliary_loss_that_the_model_does_not_have(tmp_path):
+    """Glm4Moe has `output_router_logits` and no auxiliary loss; TRL by itself stops too, with other words.
+
+    Older versions (with an older transformers) take the option for none, and train.
+    """
+    config = Glm4MoeConfig(
+        vocab_size=61,
+        hidden_size=16,
+        intermediate_size=24,
+        moe_intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        head_dim=8,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    models = [Glm4MoeForCausalLM(config) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    own, weighted = (sft_trainer(tmp_path, model=model, router_aux_loss_coef=0.1) for model in models)
+    weighted.add_callback(WITCallback(weighted, prompt_weight=0.0))
+    if Version(trl.__version__) < Version("1.15"):
+        own.train()
+        weighted.train()
+        assert logs(weighted) == pytest.approx(logs(own), rel=1e-5)
+        return
+    with pytest.raises(AttributeError, match="num_experts"):
+        own.train()
+    with pytest.raises(WITConfigError, match="router_aux_loss_coef = 0.1: the model returns no auxiliary.*leave"):
+        weighted.train()
+
+
 def test_a_custom_loss_function(tmp_path):
     def my_loss(outputs, labels, num_items_in_batch=None):
         return outputs.logits.sum()

@@ -20,13 +20,14 @@ from support import (
     mixtral,
     plain_copy,
     reference_step,
+    role_losses,
     subprocess_env,
 )
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from trlkit import LEARNING_RATE, assert_step_is_exact, dataset, logs, one_step, sft_trainer, tokenizer, weights_of
 from wit_trl import WITCallback
 
-from wit_plugins import attach
+from wit_plugins import WITConfigError, attach, detach
 from wit_plugins.loss.reference import reference_loss
 
 TRL = Version(trl.__version__)
@@ -77,6 +78,93 @@ class TestDatasets:
         trainer.add_callback(WITCallback(trainer, prompt_weight=0.2, response_weight=0.8))
         trainer.train()
         assert logs(trainer)[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_trl_drops_what_has_no_response_left(tmp_path):
+    """As docs/trl.md says: where TRL truncates; not where it packs, though the response is cut off there too."""
+    late = Document([5] * 12, [False] * 10 + [True] * 2)
+    data = Dataset.from_list([late.example(), *dataset("tokenised")])
+    for args, dropped in (({"max_length": 10}, True), ({"max_length": 11}, False), ({"max_length": None}, False)):
+        kept = sft_trainer(tmp_path, data, **args).train_dataset["input_ids"]
+        assert any(ids[:10] == [5] * 10 for ids in kept) != dropped
+    for strategy in ("bfd", "bfd_split", "wrapped"):
+        packed = sft_trainer(tmp_path, data, packing=True, packing_strategy=strategy, max_length=10).train_dataset
+        assert sum(ids.count(5) for ids in packed["input_ids"]) >= 10
+
+
+def padded(docs, length, left=False, mask=True):
+    """The same documents with padding that is in the dataset already."""
+    rows = []
+    for doc in docs:
+        hole = length - len(doc.input_ids)
+        columns = [("input_ids", doc.input_ids, 0), ("labels", doc.labels, -100)]
+        columns += [("attention_mask", [1] * len(doc.input_ids), 0)] if mask else []
+        rows.append({k: [fill] * hole + v if left else v + [fill] * hole for k, v, fill in columns})
+    return Dataset.from_list(rows)
+
+
+class TestPaddingInTheDataset:
+    """TRL drops the column that tells padding from prompt; the oracle is the same documents without padding."""
+
+    @pytest.mark.parametrize(
+        "args",
+        [{}, {"max_length": 14}, {"max_length": None}, {"padding_free": True, "max_length": None}],
+        ids=["whole", "truncated", "max_length_none", "padding_free"],
+    )
+    def test_with_a_mask(self, tmp_path, args):
+        docs = from_dataset(dataset("tokenised"))
+        trainer = sft_trainer(tmp_path, padded(docs, 16), **args)
+        expected, _ = reference_step(trainer.model, docs, 0.2, 0.8)
+        roles = role_losses(trainer.model, docs)
+        columns = trainer._signature_columns
+        trainer.add_callback(WITCallback(trainer, prompt_weight=0.2, response_weight=0.8))
+        share = trainer._wit.first_tokens
+        trainer.train()
+        assert logs(trainer)[0] == pytest.approx(expected, rel=1e-5)
+        assert {k: trainer.state.log_history[0][k] for k in roles} == pytest.approx(roles, rel=1e-5)
+        assert share == (roles["prompt_tokens"], roles["response_tokens"])
+        detach(trainer)
+        assert trainer._signature_columns == columns
+
+    def test_in_evaluation(self, tmp_path):
+        docs = from_dataset(dataset("tokenised", 7, seed=9))
+        trainer = sft_trainer(tmp_path, trainer_kwargs={"eval_dataset": padded(docs, 16)})
+        trainer.add_callback(WITCallback(trainer, prompt_weight=0.2))
+        metrics = trainer.evaluate()
+        expected = role_losses(trainer.model, docs)
+        assert {k: metrics[f"eval_{k}"] for k in expected} == pytest.approx(expected, rel=1e-5)
+
+    def test_in_a_stream(self, tmp_path):
+        docs = from_dataset(dataset("tokenised"))
+        trainer = sft_trainer(tmp_path, padded(docs, 16).to_iterable_dataset(), max_steps=1)
+        expected, _ = reference_step(trainer.model, docs, 0.2, 0.8)
+        trainer.add_callback(WITCallback(trainer, prompt_weight=0.2, response_weight=0.8))
+        trainer.train()
+        assert logs(trainer)[0] == pytest.approx(expected, rel=1e-5)
+
+    def test_cut_at_the_start(self, tmp_path):
+        """The mask is cut at the end that the ids were cut at."""
+        docs = from_dataset(dataset("tokenised"))
+        trainer = sft_trainer(tmp_path, padded(docs, 16), max_length=14, truncation_mode="keep_end")
+        docs = [Document(doc.input_ids[2:], doc.is_response[2:]) for doc in docs if any(doc.is_response[2:])]
+        expected, _ = reference_step(trainer.model, docs, 0.2, 0.8)
+        trainer.add_callback(WITCallback(trainer, prompt_weight=0.2, response_weight=0.8))
+        trainer.train()
+        assert logs(trainer)[0] == pytest.approx(expected, rel=1e-5)
+
+    @pytest.mark.parametrize("args", [{}, {"packing": True}, {"packing": True, "packing_strategy": "wrapped"}])
+    @pytest.mark.parametrize("left", [False, True])
+    def test_without_a_mask(self, tmp_path, args, left):
+        """Packing loses the mask, so even with one."""
+        trainer = sft_trainer(tmp_path, padded(from_dataset(dataset("tokenised")), 16, left, mask=bool(args)), **args)
+        with pytest.raises(WITConfigError, match="example 0 of the training dataset: .* masked pad tokens.*take the"):
+            WITCallback(trainer, prompt_weight=0.2)
+
+    def test_in_front(self, tmp_path):
+        """TRL's model would attend to it."""
+        trainer = sft_trainer(tmp_path, padded(from_dataset(dataset("tokenised")), 16, left=True))
+        with pytest.raises(WITConfigError, match="attention_mask hides .* tokens in front.*TRL pads by itself"):
+            WITCallback(trainer, prompt_weight=0.2)
 
 
 class TestLayouts:
@@ -221,8 +309,12 @@ class TestModels:
         grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
         assert all_relative_error(taken, grads) < 1e-4
 
-    def test_a_mixture_of_experts_keeps_its_auxiliary_loss(self, tmp_path):
-        """At (0, 1) step for step what TRL does by itself, the auxiliary loss and its metric included."""
+    @pytest.mark.parametrize("coefficient", [0.3, 0.1])
+    def test_a_mixture_of_experts_keeps_its_auxiliary_loss(self, tmp_path, coefficient):
+        """At (0, 1) step for step what TRL does by itself, the auxiliary loss and its metric included.
+
+        The model's own coefficient is 0.3; TRL's option replaces it.
+        """
         seen = []
         for weighted in (False, True):
             trainer = sft_trainer(
@@ -231,7 +323,7 @@ class TestModels:
                 max_steps=6,
                 per_device_train_batch_size=2,
                 gradient_accumulation_steps=2,
-                router_aux_loss_coef=0.3,
+                router_aux_loss_coef=coefficient,
             )
             if weighted:
                 trainer.add_callback(WITCallback(trainer, prompt_weight=0.0))

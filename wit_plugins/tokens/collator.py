@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from wit_plugins.errors import WeightsNotAppliedError
+from wit_plugins.errors import BadExampleError, WeightsNotAppliedError
 from wit_plugins.plugins import ActiveStrategies
-from wit_plugins.tokens.roles import IGNORE_INDEX, example_roles, token_array
+from wit_plugins.tokens.reader import ExampleReader
+from wit_plugins.tokens.roles import IGNORE_INDEX, token_array
 from wit_plugins.tokens.transport import encode, framework_labels, restore_codes, weighing
 
 CODES_KEY = "weighted_labels"
@@ -31,23 +32,35 @@ class WeightedCollator:
         collator (`Callable`): the framework's collator. It gets the examples as they are, labels exchanged: a list of
             examples, or (sample packing by a batch sampler) a list of lists of examples.
         strategies ([`ActiveStrategies`]): who gives the weights.
+        reader ([`ExampleReader`], *optional*): reads and checks the examples; by default as they are.
     """
 
-    def __init__(self, collator: Callable[..., Any], strategies: ActiveStrategies):
+    def __init__(
+        self, collator: Callable[..., Any], strategies: ActiveStrategies, reader: ExampleReader | None = None
+    ) -> None:
         self.collator = collator
         self.strategies = strategies
+        self.reader = reader or ExampleReader()
 
     def __call__(self, features: list[Any], *args: Any, **kwargs: Any) -> Any:
         """Collate examples into a batch.
 
         Raises:
             WeightsNotAppliedError: if the wrapped collator changed, dropped or added a label.
-            ValueError: if an example's columns do not fit each other (lengths, ids out of range).
+            BadExampleError: if an example cannot be trained on (lengths that differ, ids out of range); it is named by
+                its place in the batch.
         """
-        if not all("labels" in example for example in _flat(features)):
+        examples = _flat(features)
+        if not all("labels" in example for example in examples):
             return self.collator(features, *args, **kwargs)  # e.g. prediction; a training step without codes stops
         checksum = _Checksum()
-        batch = self.collator([self._exchange(item, checksum) for item in features], *args, **kwargs)
+        try:
+            exchanged = [self._exchange(item, checksum) for item in features]
+        except BadExampleError as error:
+            # Every example before it was added to the checksum.
+            place = f"example {checksum.examples} of a batch of {len(examples)}"
+            raise BadExampleError(f"{place}: {error}") from None
+        batch = self.collator(exchanged, *args, **kwargs)
         if "shift_labels" in batch:
             raise WeightsNotAppliedError(
                 f"{type(self.collator).__name__} returns shift_labels; pre-shifted labels are not supported"
@@ -72,7 +85,7 @@ class WeightedCollator:
 
     def codes(self, example: Mapping[str, Any]) -> np.ndarray:
         """The codes of one example, int64 `[T]`, from its `input_ids`, `labels` and document boundaries."""
-        targets, roles, starts = example_roles(example)
+        targets, roles, starts = self.reader(example)
         weights = np.zeros(len(roles), dtype=np.float32)
         # Document by document, so that a packed row gives the same weights as its documents on their own.
         for start, end in zip(starts, [*starts[1:], len(roles)], strict=True):
@@ -82,7 +95,7 @@ class WeightedCollator:
 
     def __getattr__(self, name: str) -> Any:
         # Frameworks read options off their collator (`padding_free`, `pad_to_multiple_of`, …).
-        if name.startswith("__") or name in ("collator", "strategies"):
+        if name.startswith("__") or name in ("collator", "strategies", "reader"):
             raise AttributeError(name)
         return getattr(self.collator, name)
 
@@ -91,9 +104,10 @@ class _Checksum:
     """Count and sum (modulo 2^64) of the codes with a weight: equal before and after an honest collator."""
 
     def __init__(self, count: int = 0, total: int = 0):
-        self.count, self.total = count, total
+        self.count, self.total, self.examples = count, total, 0
 
     def add(self, codes: np.ndarray) -> None:
+        self.examples += 1
         kept = weighing(codes)
         self.count += kept.size
         self.total = (self.total + int(kept.sum(dtype=np.int64))) % (1 << 64)

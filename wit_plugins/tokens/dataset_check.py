@@ -2,46 +2,116 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
-from wit_plugins.errors import WITConfigError
-from wit_plugins.tokens.roles import PROMPT, RESPONSE, example_roles
+from wit_plugins.errors import BadExampleError, WITConfigError
+from wit_plugins.tokens.reader import ExampleReader
+from wit_plugins.tokens.roles import PROMPT, RESPONSE
+from wit_plugins.tokens.transport import decode
 
 _FIRST = 100
 
 
-def check_dataset(dataset: Any, masking_hint: str) -> tuple[int, int]:
+def can_be_read_again(dataset: Any) -> bool:
+    """Whether looking at a dataset's examples takes none of them away: whether it has a length and an order."""
+    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+
+
+def check_dataset(dataset: Any, masking_hint: str, reader: ExampleReader) -> tuple[int, int]:
     """Make sure that a dataset has prompt tokens and response tokens.
 
-    The first 100 examples are read; if they lack a role, the rest of a dataset of known length is read too, until the
-    role is found.
+    The first 100 examples are read; if they lack a role, the rest is read too, until the role is found.
 
     Args:
-        dataset: examples with `input_ids` and `labels`: anything with `__getitem__` and `__len__`, or an iterable
-            that can be iterated again (a streaming dataset; only its first 100 examples are read).
+        dataset: examples with `input_ids` and `labels`, see [`can_be_read_again`].
         masking_hint (`str`): how a user masks the prompt, for the message.
+        reader ([`ExampleReader`]): how the trainer reads its examples.
 
     Returns:
         The numbers of prompt and response tokens in the first 100 examples.
 
     Raises:
-        WITConfigError: if a role is missing, or the examples carry no labels.
+        WITConfigError: if a role is missing, the examples carry no labels, or one of them cannot be trained on.
     """
-    has_length = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    examples = _map_style(dataset) if has_length else iter(dataset)
-    prompt, response = _count(itertools.islice(examples, _FIRST), masking_hint)
-    if has_length and not (prompt and response):
-        for example in examples:
-            more = _count([example], masking_hint)
-            prompt, response = prompt + more[0], response + more[1]
-            if prompt and response:
-                break
-    seen = f"any of its {len(dataset)} examples" if has_length else f"its first {_FIRST} examples"
+    prompt = response = 0
+    # Silent for the usual dataset, whose first examples settle it; a bar for one that has to be read through.
+    for index in tqdm(range(len(dataset)), desc="Looking for prompt and response tokens", delay=5):
+        if index >= _FIRST and prompt and response:
+            break
+        try:
+            more = _count(dataset[index], masking_hint, reader)
+        except BadExampleError as error:
+            raise BadExampleError(f"example {index} of the training dataset: {error}") from None
+        prompt, response = prompt + more[0], response + more[1]
+    _require_both(prompt, response, f"any of its {len(dataset)} examples", masking_hint)
+    return prompt, response
+
+
+class StreamCheck:
+    """The same look at a stream: at its first 100 examples as they come by in training, since none may be lost.
+
+    Args:
+        masking_hint (`str`): how a user masks the prompt, for the message.
+    """
+
+    def __init__(self, masking_hint: str) -> None:
+        self._masking_hint = masking_hint
+        self.counts = [0, 0, 0]  # prompt tokens, response tokens, rows
+
+    @property
+    def settled(self) -> bool:
+        """Whether both roles were seen."""
+        return bool(self.counts[0] and self.counts[1])
+
+    def add(self, codes: torch.Tensor) -> None:
+        """Count a batch's codes `[B, L]`.
+
+        Raises:
+            WITConfigError: if a role is missing in 100 rows.
+        """
+        roles = decode(codes)[1]
+        rows = [int((roles == PROMPT).sum()), int((roles == RESPONSE).sum()), len(roles)]
+        self.counts = [a + b for a, b in zip(self.counts, rows, strict=True)]
+        if self.counts[2] >= _FIRST:
+            self.finish([self.counts])
+
+    def finish(self, counts: list[list[int]]) -> None:
+        """There are no more: judge what was counted, by this process or by several.
+
+        Raises:
+            WITConfigError: if a role is missing.
+        """
+        prompt, response, rows = (sum(each) for each in zip(*counts, strict=True))
+        if rows:
+            _require_both(prompt, response, f"its first {rows} rows", self._masking_hint)
+
+
+def locate_bad_example(dataset: Any, reader: ExampleReader, name: str) -> BadExampleError | None:
+    """The first example that cannot be trained on, named by its position; `None` if it cannot be found.
+
+    Args:
+        dataset: is read until the example is found, if it can be read again.
+        reader ([`ExampleReader`]): what refused it.
+        name (`str`): the dataset's, for the message.
+    """
+    if not can_be_read_again(dataset):
+        return None
+    for index in range(len(dataset)):
+        example = dataset[index]
+        if isinstance(example, Mapping) and example.get("labels") is not None and "input_ids" in example:
+            try:
+                reader(example)
+            except BadExampleError as error:
+                return BadExampleError(f"example {index} of the {name} dataset: {error}")
+    return None
+
+
+def _require_both(prompt: int, response: int, seen: str, masking_hint: str) -> None:
     if not response:
         raise WITConfigError(
             f"the training dataset has no response in {seen}: every label is -100, so there is nothing to train on; "
@@ -52,25 +122,14 @@ def check_dataset(dataset: Any, masking_hint: str) -> tuple[int, int]:
             f"the training dataset has nothing masked in {seen}: no label is -100, so there is no prompt to weight; "
             f"{masking_hint}"
         )
-    return prompt, response
 
 
-def _map_style(dataset: Any) -> Iterator[Mapping[str, Any]]:
-    # Silent for the usual dataset, whose first example settles it; a bar for one that has to be read through.
-    for index in tqdm(range(len(dataset)), desc="Looking for prompt and response tokens", delay=5):
-        yield dataset[index]
-
-
-def _count(examples: Any, masking_hint: str) -> tuple[int, int]:
-    prompt = response = 0
-    for example in examples:
-        if "input_ids" not in example:
-            raise WITConfigError(
-                f"the training examples have no input_ids (columns: {sorted(example)}); weights need tokenised examples"
-            )
-        if example.get("labels") is None:
-            raise WITConfigError(f"the training examples have no labels, so nothing is masked; {masking_hint}")
-        _, roles, _ = example_roles(example)
-        prompt += int(np.count_nonzero(roles == PROMPT))
-        response += int(np.count_nonzero(roles == RESPONSE))
-    return prompt, response
+def _count(example: Mapping[str, Any], masking_hint: str, reader: ExampleReader) -> tuple[int, int]:
+    if "input_ids" not in example:
+        raise WITConfigError(
+            f"the training examples have no input_ids (columns: {sorted(example)}); weights need tokenised examples"
+        )
+    if example.get("labels") is None:
+        raise WITConfigError(f"the training examples have no labels, so nothing is masked; {masking_hint}")
+    _, roles, _ = reader(example)
+    return int(np.count_nonzero(roles == PROMPT)), int(np.count_nonzero(roles == RESPONSE))

@@ -50,7 +50,10 @@ def encode(
     real = (roles != NEITHER) | label_only
     if ((targets < 0) | (targets >= MAX_VOCAB_SIZE))[real].any():
         worst = targets[real][(targets[real] < 0) | (targets[real] >= MAX_VOCAB_SIZE)][0]
-        raise ValueError(f"token id {worst} is outside [0, {MAX_VOCAB_SIZE}), the range that can be transported")
+        raise ValueError(
+            f"token id {worst} is outside [0, {MAX_VOCAB_SIZE}), the range that can be transported; tokenise with the "
+            "model's own tokenizer"
+        )
     if weights.dtype != np.float32 or not np.isfinite(weights).all() or (weights < 0).any():
         raise ValueError("weights must be finite float32 numbers >= 0")
     bits = (weights + np.float32(0)).view(np.uint32).astype(np.int64)  # + 0 turns -0.0, whose sign bit is set, to 0.0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -22,12 +23,14 @@ class TrainerAdapter:
         framework (`str`): the framework's name, for messages.
         head_kwargs (`frozenset[str]`): arguments of the model's forward that are meant for a head that this one
             replaces; they are not passed on.
+        cuts_documents (`bool`): whether rows begin and end anywhere in a document.
         response_metrics (`bool`): whether the trainer reads token accuracy and entropy off the model's output.
         masking_hint (`str`): how a user of this framework masks the prompt.
     """
 
     framework = "transformers"
-    head_kwargs: frozenset[str] = frozenset()
+    head_kwargs: frozenset[str] = frozenset({"skip_logits"})  # transformers' trainer says it to Liger's head
+    cuts_documents = False
     response_metrics = False
     masking_hint = "give the examples a labels column that is -100 on the prompt"
 
@@ -36,6 +39,14 @@ class TrainerAdapter:
 
     def prepare(self, trainer: Trainer, changes: Changes) -> None:
         """Change what must change on the trainer, through `changes`, so that `detach` can undo it."""
+
+    def read_example(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
+        """An example as this trainer trains on it, for its roles; runs in data-loader workers.
+
+        Raises:
+            BadExampleError: if the trainer would train on something else than the example says.
+        """
+        return example
 
     def reads_logits(self, step: Step) -> bool:
         """Whether the trainer reads the logits off the model's output in this call of `compute_loss`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -11,9 +12,11 @@ from wit_plugins.errors import WITConfigError
 from wit_plugins.loss.head import WeightedHead
 from wit_plugins.plugins import ActiveStrategies, plugin_manager
 from wit_plugins.tokens.collator import WeightedCollator
-from wit_plugins.tokens.dataset_check import check_dataset
+from wit_plugins.tokens.dataset_check import StreamCheck, can_be_read_again, check_dataset
+from wit_plugins.tokens.reader import ExampleReader
+from wit_plugins.tokens.transport import MAX_VOCAB_SIZE
 from wit_plugins.training.adapter import TrainerAdapter
-from wit_plugins.training.trainer import Attachment, WeightedTrainerMixin
+from wit_plugins.training.trainer import Attachment, WeightedTrainerMixin, unwrapped
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -65,18 +68,33 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
     adapter.check(trainer)
     _check_trainer(trainer)
     strategies = ActiveStrategies(config.active_strategies())
-    first_tokens = None
-    if getattr(trainer, "train_dataset", None) is not None:
-        first_tokens = check_dataset(trainer.train_dataset, adapter.masking_hint)
-
+    model = causal_lm(trainer)
+    make_head = functools.partial(
+        WeightedHead,
+        strategies=strategies,
+        adapter=adapter,
+        normalization=config.normalization,
+        loss_impl=config.loss_impl,
+    )
     changes = Changes()
-    head = WeightedHead(causal_lm(trainer), strategies, adapter, config.normalization, config.loss_impl)
+    head = make_head(model)
     try:
+        reader = _reader(trainer, model, adapter)
+        attachment = Attachment(config, adapter, head, make_head, reader)
+        dataset = getattr(trainer, "train_dataset", None)
+        if dataset is not None and can_be_read_again(dataset):
+            attachment.first_tokens = check_dataset(dataset, adapter.masking_hint, reader)
+        elif dataset is not None:
+            attachment.stream_check = StreamCheck(adapter.masking_hint)
         for name in _COLLATORS:
             if getattr(trainer, name, None) is not None:
-                changes.set(trainer, name, WeightedCollator(getattr(trainer, name), strategies))
+                changes.set(trainer, name, WeightedCollator(getattr(trainer, name), strategies, reader))
         # Otherwise the trainer would not count the step's denominator, but average its micro-batches one by one.
         changes.set(trainer, "model_accepts_loss_kwargs", True)
+        if trainer.args.use_liger_kernel:
+            # Liger's layers stay; its head would replace the model's forward when training starts.
+            options = {**(trainer.args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
+            changes.set(trainer.args, "liger_kernel_config", options)
         adapter.prepare(trainer, changes)
         original_class = type(trainer)
         name = f"Weighted{original_class.__name__}"
@@ -85,7 +103,7 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
         changes.undo()
         head.remove()
         raise
-    trainer.__dict__["_wit"] = Attachment(config, adapter, head, first_tokens)
+    trainer.__dict__["_wit"] = attachment
     trainer.__dict__["_wit_changes"] = changes
 
 
@@ -107,10 +125,18 @@ def attached(trainer: Trainer) -> Attachment | None:
 
 def causal_lm(trainer: Trainer) -> nn.Module:
     """The unwrapped causal language model of a trainer: below DDP, FSDP, DeepSpeed, compilation and PEFT."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    return model
+    return unwrapped(trainer, trainer.model)
+
+
+def _reader(trainer: Trainer, model: Any, adapter: TrainerAdapter) -> ExampleReader:
+    embeddings = getattr(model.get_input_embeddings(), "num_embeddings", 0)
+    vocab_size = max(model.config.get_text_config().vocab_size, embeddings)
+    return ExampleReader(
+        vocab_size=min(vocab_size, MAX_VOCAB_SIZE),
+        pad_token_id=getattr(getattr(trainer, "processing_class", None), "pad_token_id", None),
+        cuts_documents=adapter.cuts_documents,
+        own_view=adapter.read_example,
+    )
 
 
 def _check_trainer(trainer: Trainer) -> None:

@@ -2,35 +2,82 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher
 
 from wit_plugins.loss.weighted import WeightedLoss
+
+logger = logging.getLogger(__name__)
 
 
 class RoleMetrics:
     """Sums of `prompt_loss` and `response_loss` since the last reading.
 
     In training the sums stay on the device and are reduced over the ranks when they are read, so that logging costs
-    nothing in between. In evaluation they are gathered at every batch, row by row, which lets accelerate drop the
-    rows that its sampler repeats to give every rank the same number.
+    nothing in between. In evaluation they are gathered at every batch, row by row, so that rows which the sampler
+    repeats to give every rank the same number can be dropped.
+
+    accelerate's `gather_for_metrics` drops rows by the remainder of the dataset's examples, which is wrong where a row
+    is something else (examples packed into one): it would drop real ones, on one process too. Here a row is dropped
+    only if more rows came by than the sampler has examples: then rows are examples, and the last are the repeated.
     """
 
     def __init__(self) -> None:
         self._sums: torch.Tensor | None = None
+        self._examples: int | None = None
+        self._dispatched = False
+        self._rows = 0
 
-    def reset(self) -> None:
-        """Forget what was summed so far."""
+    def reset(self, dataloader: Any = None) -> None:
+        """Forget what was summed so far; an evaluation over `dataloader` begins."""
         self._sums = None
+        self._examples = _num_examples(dataloader)
+        self._dispatched = isinstance(dataloader, DataLoaderDispatcher)
+        self._rows = 0
 
     def add(self, result: WeightedLoss) -> None:
         """Add one micro-batch of this rank."""
         self._add(result.role_sums.sum(dim=0))
 
-    def add_gathered(self, result: WeightedLoss, accelerator: Accelerator) -> None:
-        """Add one evaluation batch of all ranks. A collective: every rank must call it."""
-        rows = accelerator.pad_across_processes(result.role_sums, dim=0)
-        self._add(accelerator.gather_for_metrics(rows).sum(dim=0))
+    def add_gathered(self, result: WeightedLoss, accelerator: Accelerator, replicas: int = 1) -> None:
+        """Add one evaluation batch of all ranks. A collective: every rank must call it.
+
+        Args:
+            result ([`WeightedLoss`]): this rank's rows.
+            accelerator (`Accelerator`): for gathering.
+            replicas (`int`): how many ranks in a row are given the same batch (tensor parallelism).
+        """
+        rows = result.role_sums
+        if accelerator.num_processes > 1:
+            rows = _gather_rows(rows, accelerator, replicas)
+            state = accelerator.gradient_state
+            if self._examples is not None:
+                rows = rows[: max(0, self._examples - self._rows)]
+            elif self._dispatched and state.end_of_dataloader and state.remainder > 0:
+                rows = rows[: state.remainder]  # how many rows the last batch really had, before it was shared out
+        self._rows += len(rows)
+        self._add(rows.sum(dim=0))
+
+    def warn_if_repeated(self, dataloader: Any, accelerator: Accelerator) -> None:
+        """Say so if rows that the sampler repeated could not be told apart, after an evaluation."""
+        if accelerator.num_processes == 1 or self._examples is None or self._rows >= self._examples:
+            return
+        sampler = getattr(dataloader, "batch_sampler", None)
+        if not isinstance(sampler, BatchSamplerShard) or not sampler.even_batches or sampler.drop_last:
+            return
+        ranks, size = sampler.num_processes, sampler.batch_size
+        uneven = self._examples % (ranks * size) if size else sampler.total_length % ranks
+        if uneven:
+            logger.warning(
+                "evaluation on %d processes repeats examples to even out the last batch; in rows that hold several "
+                "examples they cannot be told apart, so they are counted in the roles' losses (on one process, or with "
+                "rows of one example, nothing is counted twice)",
+                accelerator.num_processes,
+            )
 
     def _add(self, sums: torch.Tensor) -> None:
         self._sums = sums if self._sums is None else self._sums + sums
@@ -66,3 +113,25 @@ def role_metrics(sums: torch.Tensor) -> dict[str, float]:
             metrics[f"{role}_loss"] = nll / tokens
             metrics[f"{role}_tokens"] = tokens
     return metrics
+
+
+def _gather_rows(rows: torch.Tensor, accelerator: Accelerator, replicas: int) -> torch.Tensor:
+    """The rows `[B, 4]` of all ranks, one rank after the other; the ranks' B may differ."""
+    counts = accelerator.gather(torch.tensor([len(rows)], device=accelerator.device)).tolist()
+    padded = rows.new_zeros(max(counts), rows.shape[1], device=accelerator.device)
+    padded[: len(rows)] = rows
+    gathered = accelerator.gather(padded[None])  # [ranks, max B, 4]
+    return torch.cat([gathered[rank, : counts[rank]] for rank in range(0, len(counts), replicas)])
+
+
+def _num_examples(dataloader: Any) -> int | None:
+    """How many examples the ranks share between them; `None` where no sampler deals them out to the ranks."""
+    shard = getattr(dataloader, "batch_sampler", None)
+    if not isinstance(shard, BatchSamplerShard):
+        return None
+    for owner in (getattr(shard.batch_sampler, "sampler", None), dataloader.dataset):
+        try:
+            return len(owner)  # type: ignore[arg-type]
+        except TypeError:  # it has no length
+            continue
+    return None

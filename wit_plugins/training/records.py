@@ -27,8 +27,16 @@ def load_config(folder: str | os.PathLike[str]) -> WITConfig | None:
 
 
 def warn_if_changed(config: WITConfig, checkpoint: str | os.PathLike[str]) -> None:
-    """Warn if a checkpoint was trained with other settings than it is resumed with."""
-    saved = load_config(checkpoint)
+    """Warn if a checkpoint was trained with other settings than it is resumed with, or if that cannot be told."""
+    try:
+        saved = load_config(checkpoint)
+    except (OSError, ValueError) as error:  # damaged, or written by a version that knows other settings
+        warnings.warn(
+            f"{Path(checkpoint, CONFIG_NAME)} cannot be read ({error}), so the settings cannot be compared; "
+            f"{checkpoint} is resumed with {config.summary()}",
+            stacklevel=3,
+        )
+        return
     if saved == config:
         return
     before = f"with {saved.summary()}" if saved else "without weights (it has no wit_config.json)"

@@ -7,22 +7,27 @@ and adds to it. It is mixed in by changing the class of one instance, so it comp
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers.trainer_utils import get_last_checkpoint
 
 from wit_plugins.config import WITConfig
-from wit_plugins.errors import WeightsNotAppliedError, WITConfigError
+from wit_plugins.errors import BadExampleError, WeightsNotAppliedError, WITConfigError
 from wit_plugins.loss.head import WeightedHead
 from wit_plugins.loss.normalization import step_denominator
 from wit_plugins.loss.step import Step
 from wit_plugins.tokens.collator import CODES_KEY
+from wit_plugins.tokens.dataset_check import StreamCheck, locate_bad_example
+from wit_plugins.tokens.reader import ExampleReader
 from wit_plugins.training import records
 from wit_plugins.training.adapter import TrainerAdapter
 from wit_plugins.training.metrics import RoleMetrics
@@ -37,6 +42,9 @@ else:
     _Base = object
 
 
+_RULE = "=" * 80
+
+
 @dataclass
 class Attachment:
     """What is attached to one trainer."""
@@ -44,17 +52,59 @@ class Attachment:
     config: WITConfig
     adapter: TrainerAdapter
     head: WeightedHead
+    make_head: Callable[[nn.Module], WeightedHead]  # the same head on another model
+    reader: ExampleReader
+    stream_check: StreamCheck | None = None  # while a stream's first examples come by
     first_tokens: tuple[int, int] | None = None  # prompt and response tokens in the first examples
     training: RoleMetrics = field(default_factory=RoleMetrics)
     evaluation: RoleMetrics = field(default_factory=RoleMetrics)
     verified: bool = False
     prediction_loss_only: bool = True
+    reads_log: bool = False  # whether the training loop, on all ranks, is about to log
+
+
+def unwrapped(trainer: Trainer, model: Any) -> nn.Module:
+    """The causal language model below DDP, FSDP, DeepSpeed, compilation and PEFT."""
+    model = trainer.accelerator.unwrap_model(model)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return model
 
 
 class WeightedTrainerMixin(_Base):
     """Normalisation, logging, checks and records of a weighted run."""
 
     _wit: Attachment
+
+    def call_model_init(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own: `model_init` makes a new model when training starts, which gets the weights too."""
+        model = super().call_model_init(*args, **kwargs)
+        wit = self._wit
+        wit.head.remove()
+        wit.head = wit.make_head(unwrapped(self, model))
+        wit.verified = False
+        return model
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own: a step's micro-batches. Bad examples are named; a stream's first ones are looked at."""
+        with self._bad_examples_of(self.train_dataset, "training"):
+            samples = super().get_batch_samples(*args, **kwargs)
+        check = self._wit.stream_check
+        for batch in samples[0] if check is not None else ():
+            if check is not None and not check.settled and CODES_KEY in batch:
+                check.add(batch[CODES_KEY])
+        return samples
+
+    @contextmanager
+    def _bad_examples_of(self, dataset: Any, name: str) -> Iterator[None]:
+        """Say where in its dataset an example is that a collator refused, which knows its place in the batch alone."""
+        try:
+            yield
+        except BadExampleError as error:
+            found = locate_bad_example(dataset, self._wit.reader, name)
+            if found is None:
+                raise
+            raise found from error
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | int | None:
         """The whole step's denominator: all micro-batches, all ranks."""
@@ -71,7 +121,7 @@ class WeightedTrainerMixin(_Base):
     ) -> Any:
         """The trainer's own `compute_loss`, watched: without applied weights there is no step."""
         wit = self._wit
-        training = self.model.training
+        training = model.training  # with regional compilation, model is no wrapper of self.model but another module
         if CODES_KEY not in inputs:
             raise WeightsNotAppliedError(
                 f"the batch has no {CODES_KEY}: its examples carry no labels column, or the data loader does not use "
@@ -83,7 +133,7 @@ class WeightedTrainerMixin(_Base):
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
             )
         except (TypeError, AttributeError) as error:
-            if step.result is None or wit.head.chosen != "fused":
+            if step.result is None or wit.head.chosen != "fused" or not _reads_logits(error):
                 raise
             raise WeightsNotAppliedError(
                 f"{type(self).__mro__[2].__name__}.compute_loss failed after the loss was computed, probably because "
@@ -104,7 +154,7 @@ class WeightedTrainerMixin(_Base):
         if training:
             wit.training.add(step.result)
         else:
-            wit.evaluation.add_gathered(step.result, self.accelerator)
+            wit.evaluation.add_gathered(step.result, self.accelerator, self.get_tp_size())
         return loss
 
     def _verify(self, loss: torch.Tensor, step: Step) -> None:
@@ -178,17 +228,30 @@ class WeightedTrainerMixin(_Base):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own loop; its metrics gain the roles' losses under its prefix."""
-        self._wit.evaluation.reset()
-        output = super().evaluation_loop(*args, **kwargs)
+        dataloader = args[0] if args else kwargs["dataloader"]
+        self._wit.evaluation.reset(dataloader)
+        with self._bad_examples_of(getattr(dataloader, "dataset", None), "evaluation"):
+            output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        self._wit.evaluation.warn_if_repeated(dataloader, self.accelerator)
         own = self._wit.evaluation.read(self.accelerator.device)
         assert output.metrics is not None
         output.metrics.update({f"{prefix}_{name}": value for name, value in own.items()})
         return output
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """The training loop's own logging, which every rank comes to, unlike calls of `log` by a callback."""
+        logged: int = getattr(self, "_globalstep_last_logged", -1)
+        self._wit.reads_log = bool(self.control.should_log) and self.state.global_step > logged
+        try:
+            return super()._maybe_log_save_evaluate(*args, **kwargs)
+        finally:
+            self._wit.reads_log = False
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The trainer's own logging; a training log gains the roles' losses since the last one."""
-        if "loss" in logs:
+        """The trainer's own logging; a log of the training loop gains the roles' losses since the last one."""
+        if "loss" in logs and self._wit.reads_log:
+            self._wit.reads_log = False
             # Updated in place, as the caller may go on using its dictionary.
             logs.update(self._wit.training.read_reduced(self.accelerator, self.get_tp_size()))
         super().log(logs, *args, **kwargs)
@@ -200,16 +263,38 @@ class WeightedTrainerMixin(_Base):
             checkpoint = get_last_checkpoint(self.args.output_dir)
         if checkpoint and os.path.isdir(checkpoint):
             records.warn_if_changed(self._wit.config, checkpoint)
-        line = f"WIT on: {self._wit.config.summary()} ({self._wit.adapter.framework})"
+        lines = [f"WIT on: {self._wit.config.summary()} ({self._wit.adapter.framework})"]
         if self._wit.first_tokens is not None:
             prompt, response = self._wit.first_tokens
-            line += f"; in the first examples {prompt / (prompt + response):.0%} of the tokens are prompt"
-        self.accelerator.print(line)
+            lines.append(f"{prompt / (prompt + response):.0%} of the tokens in the first examples are prompt")
+        self._print_ruled(lines)
         self._verify_same_settings()
         callback = recorder()
         if callback is not None and not any(isinstance(c, RunRecorder) for c in self.callback_handler.callbacks):
             self.add_callback(callback)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self._wit.stream_check is not None:
+            self._wit.stream_check.finish(gather_object([self._wit.stream_check.counts]))
+        self._print_ruled(self._summary())
+        return output
+
+    def _summary(self) -> list[str]:
+        """What was trained, the roles' losses at both ends of the log, where the settings are."""
+        lines = [f"WIT done: {self.state.global_step} steps with {self._wit.config.summary()}"]
+        for prefix, when in (("", "first and last log"), ("eval_", "first and last evaluation")):
+            for role in ("prompt", "response"):
+                key = f"{prefix}{role}_loss"
+                losses = [entry[key] for entry in self.state.log_history if key in entry]
+                if losses:
+                    lines.append(f"{key}: {losses[0]:.4f} -> {losses[-1]:.4f} ({when})")
+        lines.append(f"settings: {records.CONFIG_NAME} beside every checkpoint and saved model")
+        lines.append(f"folder: {self.args.output_dir}")
+        return lines
+
+    def _print_ruled(self, lines: list[str]) -> None:
+        """Print lines on the main process so that they are found among hundreds of others."""
+        if self.is_world_process_zero():
+            print("\n".join([_RULE, *lines, _RULE]), flush=True)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """The trainer's own saving, and the settings beside it (every checkpoint comes through here)."""
@@ -222,3 +307,8 @@ class WeightedTrainerMixin(_Base):
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             records.add_to_model_card(self._wit.config, os.path.join(str(self.args.output_dir), "README.md"))
+
+
+def _reads_logits(error: BaseException) -> bool:
+    """Whether an error of `compute_loss` comes from a line about logits, which the fused head leaves out."""
+    return any(re.search(r"\blogits\b", frame.line or "") for frame in traceback.extract_tb(error.__traceback__))
