@@ -96,7 +96,11 @@ def weigh(
         WITConfigError: if a strategy is not registered or refuses its options.
         ValueError: if a strategy returns what are no weights, or `log_probs` does not fit the tokens.
     """
-    config = WITConfig(prompt_weight=prompt_weight, response_weight=response_weight, strategies=dict(strategies))
+    config = WITConfig(
+        prompt_weight=prompt_weight,
+        response_weight=response_weight,
+        strategies={k: dict(v) for k, v in strategies.items()},
+    )
     active = ActiveStrategies(config.active_strategies())
     known = dict(ids or {})
     texts: list[str] = []

@@ -549,8 +549,12 @@ def test_regional_compilation(tmp_path, monkeypatch, capsys):
     expected, _ = reference_step(trainer.model, DOCS, 0.2, 0.8)
     roles = role_losses(trainer.model, DOCS)
     attach(trainer, CONFIG)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     trainer.train()
     assert trainer.model_wrapped is not trainer.model
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # and the compiled blocks are the ones that ran
+    assert attached(trainer).head.chosen == "fused"
     log = first_log(trainer)
     assert log["loss"] == pytest.approx(expected, rel=1e-4)
     assert {k: log[k] for k in roles} == pytest.approx(roles, rel=1e-4)

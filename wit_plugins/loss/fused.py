@@ -40,21 +40,23 @@ class FusedHead:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model = model
         self.scale, self.softcap = logit_postprocessing(model.config)
         self.obstacle: str | None = None
         self._checked: tuple[nn.Linear, bool] | None = None  # the head, and whether it could be trained
-        self.linear()
+        self.linear(model)
 
-    def linear(self) -> nn.Linear | None:
+    def linear(self, model: Any) -> nn.Linear | None:
         """The linear layer that computes the logits, or `None` with `obstacle` set.
 
         Looked up at every call, since PEFT and FSDP may exchange it after the weights were attached.
 
+        Args:
+            model (`nn.Module`): the model that runs, see [`WeightedHead.forward`].
+
         Raises:
             WITConfigError: if the head is sharded by tensor parallelism.
         """
-        head = self.model.get_output_embeddings()
+        head = uncompiled(model.get_output_embeddings())
         saved = getattr(head, "modules_to_save", None)
         if isinstance(saved, nn.ModuleDict):  # PEFT trains a copy of the head
             active = getattr(head, "active_adapters", None) or [getattr(head, "active_adapter", None)]
@@ -68,7 +70,7 @@ class FusedHead:
         if getattr(own, "__func__", own) is not nn.Linear.forward:
             self.obstacle = f"its head, a {type(head).__name__}, has a forward of its own"
             return None
-        refuse_tensor_parallel(head.weight, self.model)
+        refuse_tensor_parallel(head.weight, model)
         return head
 
     @property
@@ -110,6 +112,7 @@ class LossForLogits:
     Args:
         head ([`FusedHead`]): whose head it stands for.
         linear (`nn.Linear`): that head.
+        called (`nn.Module`): what the model calls for it: the same, or what compiles it.
         batch (`Callable`): the micro-batch for a number of positions L and a device.
 
     Attributes:
@@ -120,8 +123,14 @@ class LossForLogits:
         product (`torch.Tensor | None`): the same by a plain product with the weight.
     """
 
-    def __init__(self, head: FusedHead, linear: nn.Linear, batch: Callable[[int, torch.device], MicroBatch]) -> None:
-        self.head, self.linear, self.batch = head, linear, batch
+    def __init__(
+        self,
+        head: FusedHead,
+        linear: nn.Linear,
+        called: nn.Module,
+        batch: Callable[[int, torch.device], MicroBatch],
+    ) -> None:
+        self.head, self.linear, self.called, self.batch = head, linear, called, batch
         self.own_forward = getattr(linear, forward_name(linear))
         self.calls = 0
         self.result: WeightedLoss | None = None
@@ -146,16 +155,21 @@ class LossForLogits:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """For its length, the head's forward is this one; hooks on the head stay."""
-        name = forward_name(self.linear)
-        own = self.linear.__dict__.get(name)
-        self.linear.__dict__[name] = self
+        name, own_attributes = forward_name(self.called), self.called.__dict__
+        own = own_attributes.get(name)
+        own_attributes[name] = self
         try:
             yield
         finally:
             if own is None:
-                self.linear.__dict__.pop(name, None)
+                own_attributes.pop(name, None)
             else:
-                self.linear.__dict__[name] = own
+                own_attributes[name] = own
+
+
+def uncompiled(module: Any) -> Any:
+    """A module below torch.compile, which regional compilation puts around a model's parts."""
+    return getattr(module, "_orig_mod", module)
 
 
 def forward_name(module: nn.Module) -> str:

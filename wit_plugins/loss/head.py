@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from wit_plugins.errors import WeightsNotAppliedError, WITConfigError
-from wit_plugins.loss.fused import FusedHead, LossForLogits
+from wit_plugins.loss.fused import FusedHead, LossForLogits, uncompiled
 from wit_plugins.loss.step import OutputFormat, Step
 from wit_plugins.loss.weighted import MicroBatch
 from wit_plugins.plugins import ActiveStrategies
@@ -89,10 +89,14 @@ class WeightedHead:
         else:
             self.model.forward = self._own_forward
 
-    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Any, codes: Any, num_items: Any) -> Any:
+    def forward(
+        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Any, codes: Any, num_items: Any
+    ) -> Any:
         """What the patched model's forward does.
 
         Args:
+            model (`nn.Module`): the model that was called. Regional compilation makes another one that shares all
+                attributes with the first, and calls its methods.
             args, kwargs: all further arguments of the model's forward.
             labels (`torch.Tensor | None`): int64 `[B, L]`.
             codes (`torch.Tensor | None`): `weighted_labels`, int64 `[B, L]`.
@@ -104,7 +108,7 @@ class WeightedHead:
         if codes is None or labels is None or not self.enabled:
             given = {"labels": labels, "num_items_in_batch": num_items}
             kwargs.update({key: value for key, value in given.items() if value is not None})
-            return self._original(*args, **kwargs)
+            return self._original_of(model)(*args, **kwargs)
         step = self.step
         if step is None:
             raise WeightsNotAppliedError(
@@ -114,9 +118,9 @@ class WeightedHead:
         kwargs["return_dict"] = True
         output = None
         if self.fused is not None and not self.adapter.reads_logits(step):
-            output = self._run_fused(args, kwargs, labels, codes, step)
+            output = self._run_fused(model, args, kwargs, labels, codes, step)
         if output is None:
-            output = self._original(*args, **kwargs)
+            output = self._original_of(model)(*args, **kwargs)
             batch = self._micro_batch(codes, labels, step, output.logits.shape[1], output.logits.device)
             step.result = batch.from_logits(output.logits)
         assert step.result is not None
@@ -126,18 +130,32 @@ class WeightedHead:
             step.aux_loss_coefficient = _aux_loss_coefficient(self.model)
         return self.adapter.output(output, step.result, step)
 
+    def _original_of(self, model: Any) -> Callable[..., Any]:
+        """The original forward, on the model that was called."""
+        if model is self.model or getattr(self._original, "__self__", None) is not self.model:
+            return self._original
+        return types.MethodType(self._original.__func__, model)  # type: ignore[attr-defined]
+
     def _run_fused(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], labels: torch.Tensor, codes: torch.Tensor, step: Step
+        self,
+        model: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        labels: torch.Tensor,
+        codes: torch.Tensor,
+        step: Step,
     ) -> Any:
         """The model with its head asked for the loss; `None` if this model needs its logits."""
         fused = self.fused
         assert fused is not None
-        linear = fused.linear()
+        linear = fused.linear(model)
         if linear is None:
             return self._give_up_fused()
-        call = LossForLogits(fused, linear, functools.partial(self._micro_batch, codes, labels, step))
+        called = model.get_output_embeddings()
+        called = called if uncompiled(called) is linear else linear
+        call = LossForLogits(fused, linear, called, functools.partial(self._micro_batch, codes, labels, step))
         with call.in_place():
-            output = self._original(*args, **kwargs)
+            output = self._original_of(model)(*args, **kwargs)
         if call.calls != 1:
             fused.obstacle = f"its forward calls its head {call.calls} times"
         elif call.sampled is not None:
@@ -211,7 +229,7 @@ def _forward_like(original: Callable[..., Any], attribute: str) -> Callable[...,
         **rest: Any,
     ) -> Any:
         head: WeightedHead = self.__dict__[attribute]
-        return head.forward(args, rest, labels, weighted_labels, num_items_in_batch)
+        return head.forward(self, args, rest, labels, weighted_labels, num_items_in_batch)
 
     # Trainers read off the signature which columns a model takes.
     signature = inspect.signature(original)

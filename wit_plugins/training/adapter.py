@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from wit_plugins.loss.step import Step
     from wit_plugins.loss.weighted import WeightedLoss
-    from wit_plugins.training.attach import Changes
+    from wit_plugins.training.changes import Changes
 
 
 class TrainerAdapter:

@@ -16,31 +16,14 @@ from wit_plugins.tokens.dataset_check import StreamCheck, can_be_read_again, che
 from wit_plugins.tokens.reader import ExampleReader
 from wit_plugins.tokens.transport import MAX_VOCAB_SIZE
 from wit_plugins.training.adapter import TrainerAdapter
-from wit_plugins.training.trainer import Attachment, WeightedTrainerMixin, unwrapped
+from wit_plugins.training.changes import Changes
+from wit_plugins.training.trainer import ATTRIBUTE, Attachment, WeightedTrainerMixin, unwrapped
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 # Axolotl's trainer holds separate collators for training and evaluation beside the usual one.
 _COLLATORS = ("data_collator", "train_data_collator", "eval_data_collator")
-
-
-class Changes:
-    """Attributes that were changed, and how to change them back."""
-
-    def __init__(self) -> None:
-        self._undo: list[tuple[Any, str, Any]] = []
-
-    def set(self, owner: Any, name: str, value: Any) -> None:
-        """Set an attribute and remember what it was."""
-        self._undo.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, value)
-
-    def undo(self) -> None:
-        """Set everything back, the last change first."""
-        for owner, name, value in reversed(self._undo):
-            setattr(owner, name, value)
-        self._undo.clear()
 
 
 def attach(trainer: Trainer, config: WITConfig) -> None:
@@ -64,7 +47,7 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
             f"weights are attached already, with {current.config.summary()}; call detach(trainer) before attaching "
             f"others ({config.summary()})"
         )
-    adapter = plugin_manager().hook.adapt_trainer(trainer=trainer) or TrainerAdapter()
+    adapter = _adapter(trainer)
     adapter.check(trainer)
     _check_trainer(trainer)
     strategies = ActiveStrategies(config.active_strategies())
@@ -80,7 +63,7 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
     head = make_head(model)
     try:
         reader = _reader(trainer, model, adapter)
-        attachment = Attachment(config, adapter, head, make_head, reader)
+        attachment = Attachment(config, adapter, head, make_head, reader, changes)
         dataset = getattr(trainer, "train_dataset", None)
         if dataset is not None and can_be_read_again(dataset):
             attachment.first_tokens = check_dataset(dataset, adapter.masking_hint, reader)
@@ -103,8 +86,7 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
         changes.undo()
         head.remove()
         raise
-    trainer.__dict__["_wit"] = attachment
-    trainer.__dict__["_wit_changes"] = changes
+    vars(trainer)[ATTRIBUTE] = attachment
 
 
 def detach(trainer: Trainer) -> None:
@@ -112,20 +94,28 @@ def detach(trainer: Trainer) -> None:
     attachment = attached(trainer)
     if attachment is None:
         return
-    changes: Changes = trainer.__dict__.pop("_wit_changes")
-    del trainer.__dict__["_wit"]
-    changes.undo()
-    attachment.head.remove()
+    del vars(trainer)[ATTRIBUTE]
+    attachment.remove()
 
 
 def attached(trainer: Trainer) -> Attachment | None:
     """What is attached to a trainer, or `None`."""
-    return trainer.__dict__.get("_wit")
+    return vars(trainer).get(ATTRIBUTE)
 
 
 def causal_lm(trainer: Trainer) -> nn.Module:
     """The unwrapped causal language model of a trainer: below DDP, FSDP, DeepSpeed, compilation and PEFT."""
     return unwrapped(trainer, trainer.model)
+
+
+def _adapter(trainer: Trainer) -> TrainerAdapter:
+    """What the trainer's framework says of it; nothing, for a plain one."""
+    adapter = plugin_manager().hook.adapt_trainer(trainer=trainer)
+    if adapter is None:
+        return TrainerAdapter()
+    if not isinstance(adapter, TrainerAdapter):
+        raise WITConfigError(f"the hook adapt_trainer returned {adapter!r}, which is no TrainerAdapter")
+    return adapter
 
 
 def _reader(trainer: Trainer, model: Any, adapter: TrainerAdapter) -> ExampleReader:

@@ -30,6 +30,7 @@ from wit_plugins.tokens.dataset_check import StreamCheck, locate_bad_example
 from wit_plugins.tokens.reader import ExampleReader
 from wit_plugins.training import records
 from wit_plugins.training.adapter import TrainerAdapter
+from wit_plugins.training.changes import Changes
 from wit_plugins.training.metrics import RoleMetrics
 from wit_plugins.training.recorder import RunRecorder, recorder
 
@@ -42,6 +43,7 @@ else:
     _Base = object
 
 
+ATTRIBUTE = "_wit"  # of a trainer that weights are attached to
 _RULE = "=" * 80
 
 
@@ -54,6 +56,7 @@ class Attachment:
     head: WeightedHead
     make_head: Callable[[nn.Module], WeightedHead]  # the same head on another model
     reader: ExampleReader
+    changes: Changes
     stream_check: StreamCheck | None = None  # while a stream's first examples come by
     first_tokens: tuple[int, int] | None = None  # prompt and response tokens in the first examples
     training: RoleMetrics = field(default_factory=RoleMetrics)
@@ -61,6 +64,11 @@ class Attachment:
     verified: bool = False
     prediction_loss_only: bool = True
     reads_log: bool = False  # whether the training loop, on all ranks, is about to log
+
+    def remove(self) -> None:
+        """Put trainer and model back to what they were."""
+        self.changes.undo()
+        self.head.remove()
 
 
 def unwrapped(trainer: Trainer, model: Any) -> nn.Module:
