@@ -477,7 +477,7 @@ def test_a_state_with_damaged_parts_is_read_as_far_as_it_goes(tmp_path):
 # --- files that cannot be written -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere/runs"])
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere/runs", "n" * 300])
 def test_an_output_that_cannot_be_one(tmp_path, place, capsys):
     (tmp_path / "file").write_text("a report")
     path = workplace(tmp_path, evaluation=True, eval_strategy="epoch")
@@ -487,6 +487,9 @@ def test_an_output_that_cannot_be_one(tmp_path, place, capsys):
         assert len(err.splitlines()) == 1
         assert "--output = " in err
     assert (tmp_path / "file").read_text() == "a report"
+    code, _, err = wit("report", tmp_path / place, capsys=capsys)
+    assert code == 2
+    assert len(err.splitlines()) == 1
 
 
 FULL = """

@@ -102,7 +102,7 @@ def sweep(driver: FrameworkDriver, job: Job, grid: list[Cell], options: SweepOpt
     from rich.text import Text
 
     out = console()
-    if options.output.exists() and not options.output.is_dir():
+    if os.path.exists(options.output) and not os.path.isdir(options.output):
         raise WITConfigError(f"--output = {options.output}: is a file; name a folder, or one that is still to be made")
     if options.eval_command is not None:
         evaluation_script(options.eval_command, grid[0])
@@ -127,17 +127,18 @@ def sweep(driver: FrameworkDriver, job: Job, grid: list[Cell], options: SweepOpt
         with _locked(options.output), _terminable():
             record = _record(options.output, driver, job, grid)
             runner = Runner(driver, job, grid, options)
-            if options.check and runner.to_train() and not _is_fine(driver, job.with_weights(*grid[0].weights)):
-                message = "nothing was started, since every cell would fail; --no-check starts them all the same"
-                print_messages(out, "problem", [message])
+            code = _checked(driver, job.with_weights(*grid[0].weights)) if options.check and runner.to_train() else 0
+            if code:
+                why = "every cell would fail" if code > 0 else f"the check was {_code(code)}"
+                print_messages(out, "problem", [f"nothing was started, since {why}; --no-check starts it all the same"])
                 return 2
             write_json(options.output / SWEEP_NAME, record)
             runner.run()
         return report(options.output, options.metrics)
 
 
-def _is_fine(driver: FrameworkDriver, job: Job) -> bool:
-    """`wit check` in a process of its own, with which what frameworks do to a process and to its memory is gone."""
+def _checked(driver: FrameworkDriver, job: Job) -> int:
+    """The exit code of `wit check`, in a process of its own: frameworks patch what they load, and take memory."""
     sys.stdout.flush()
     process = multiprocessing.get_context("spawn").Process(target=_check, args=(driver, job))
     process.start()
@@ -146,7 +147,7 @@ def _is_fine(driver: FrameworkDriver, job: Job) -> bool:
     finally:
         process.kill()
         process.join()
-    return process.exitcode == 0
+    return process.exitcode or 0
 
 
 def _check(driver: FrameworkDriver, job: Job) -> None:
@@ -158,6 +159,8 @@ def _check(driver: FrameworkDriver, job: Job) -> None:
     except WITError as error:
         print_messages(console(), "problem", [str(error)])
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 @contextlib.contextmanager

@@ -89,8 +89,12 @@ def read_sweep(output: Path) -> dict[str, Any] | None:
         WITConfigError: if there is one and it is damaged.
     """
     path = output / SWEEP_NAME
-    if not path.exists():
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise WITConfigError(f"{path}: {error.strerror}; name a folder that can be read") from None
     found = read_json(path)
     try:
         listed = [Cell(to_fraction(prompt), to_fraction(response)) for prompt, response in found["cells"]]
