@@ -38,6 +38,11 @@ from wit_plugins.runfiles import MetricsReader, read_metrics, write_json
 # --- the grid ---------------------------------------------------------------------------------------------------------
 
 
+def short(value):
+    """A test's id; the whole value could be longer than an environment variable may be."""
+    return str(value)[:20]
+
+
 def grid(prompts, responses):
     return cells(parse_weights(prompts, "p"), parse_weights(responses, "r"))
 
@@ -87,7 +92,7 @@ def test_no_two_cells_share_a_folder_a_label_or_a_row(tmp_path):
     assert len(order(tmp_path)) == 3
 
 
-@pytest.mark.parametrize("text", ["1e999999999", "1e-999999999", "9" * 5000, "1e1_000_000_000"])
+@pytest.mark.parametrize("text", ["1e999999999", "1e-999999999", "9" * 5000, "1e1_000_000_000"], ids=short)
 def test_numbers_that_would_take_for_ever(text):
     with pytest.raises(WITConfigError, match="is not a finite number"):
         parse_weights(text, "--prompt-weight")
@@ -342,7 +347,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize(
-    "damage", ["", "{", "null", "[]", '{"status": "made up"}', '{"status": ["finished"]}', "[" * 9999, None]
+    "damage", ["", "{", "null", "[]", '{"status": "made up"}', '{"status": ["finished"]}', "[" * 9999, None], ids=short
 )
 def test_a_model_without_its_cell_json_is_kept(tmp_path, capsys, damage):
     """Empty after a power cut, cut off, of another kind, lost: the folder is moved and named, and the cell trained."""
@@ -431,8 +436,7 @@ def test_a_cell_that_diverges_is_recorded_and_the_sweep_goes_on(tmp_path, capsys
         '{"step": ' + "9" * 400 + ', "eval_response_loss": ' + "9" * 400 + "}\n",
         '{"step": ' + "9" * 5000 + "}\n", '{"step": {"a": []}, "eval_response_loss": [1]}\n', b"\xff\xfe{}\n",
         '{"\\ud800": 1.0, "eval_\\ud800": 1.0, "eval_$x^$ \\u001b[2J": 1e308}\n',
-    ],
-)  # fmt: skip
+    ], ids=short)  # fmt: skip
 def test_damaged_metrics_cost_what_stood_in_them(tmp_path, capsys, damage):
     made_up(tmp_path)
     runs = tmp_path / "runs"
@@ -477,7 +481,7 @@ def test_a_state_with_damaged_parts_is_read_as_far_as_it_goes(tmp_path):
 # --- files that cannot be written -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere/runs", "n" * 300])
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere/runs", "n" * 300], ids=short)
 def test_an_output_that_cannot_be_one(tmp_path, place, capsys):
     (tmp_path / "file").write_text("a report")
     path = workplace(tmp_path, evaluation=True, eval_strategy="epoch")
@@ -546,7 +550,7 @@ def test_devices_that_are_none(tmp_path, capsys, devices):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("jobs", ["0", "-1", "two", "1.5", "9" * 5000])
+@pytest.mark.parametrize("jobs", ["0", "-1", "two", "1.5", "9" * 5000], ids=short)
 def test_jobs_that_are_none(capsys, jobs):
     with pytest.raises(SystemExit):
         wit("sweep", "x.yaml", *GRID, "--output", "runs", f"--jobs={jobs}", capsys=capsys)
