@@ -67,8 +67,8 @@ def start(*args: Any, cwd: Path, **options: Any) -> subprocess.Popen[str]:
     )
 
 
-def run(*args: Any, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, until it ends."""
+def run(*args: Any, cwd: Path, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, until it ends, however busy the machine is."""
     process = start(*args, cwd=cwd)
     out, err = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)

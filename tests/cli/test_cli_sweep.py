@@ -5,21 +5,42 @@ import json
 import os
 import signal
 import struct
+import subprocess
 import sys
 import textwrap
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from clikit import processes_of, read_json, run, start, wit, workplace
+from support import subprocess_env
 
+import wit_plugins
 from wit_plugins import WITConfigError
 from wit_plugins.cli.driver import FrameworkDriver, Job
-from wit_plugins.cli.sweep.command import SweepOptions, last_checkpoint, log_tail, report, sweep
+from wit_plugins.cli.sweep.command import (
+    SweepOptions,
+    _Running,
+    evaluation_script,
+    last_checkpoint,
+    log_reason,
+    log_tail,
+    show,
+    sweep,
+)
 from wit_plugins.cli.sweep.grid import Cell, cells, one_per_ratio, parse_weights, ratio_note, same_ratio
-from wit_plugins.cli.sweep.results import choose_metrics, collect, format_value, numbers
+from wit_plugins.cli.sweep.heatmap import colour_limits
+from wit_plugins.cli.sweep.report import report
+from wit_plugins.cli.sweep.results import Metric, by_name, choose_metrics, collect, format_value, numbers
+from wit_plugins.runfiles import MetricsReader, read_metrics, write_json
 
 # --- the grid ---------------------------------------------------------------------------------------------------------
+
+
+def short(value):
+    """A test's id; the whole value could be longer than an environment variable may be."""
+    return str(value)[:20]
 
 
 def grid(prompts, responses):
@@ -52,6 +73,29 @@ def test_cells_that_differ_only_in_scale():
     assert len(one_per_ratio(grid(steps, steps))) == len({Fraction(p, r) if r else None for p, r in pairs})
     assert "(0.1, 0.3)" in ratio_note(grid("0.1,0.2", "0.3,0.6"))  # 0.1/0.3 and 0.2/0.6 differ as floats
     assert ratio_note(grid("0.1", "0.3,0.6")) is None
+
+
+def test_no_two_cells_share_a_folder_a_label_or_a_row(tmp_path):
+    """Seven and more digits, a third and its decimals; and one number written in several ways is one cell."""
+    made = grid("0.1000001,0.1000002,1/3,0.333333,1e-7,1e22,12345678", "1")
+    assert len({cell.name for cell in made}) == len({cell.label for cell in made}) == 7
+    for cell in made:
+        prompt, response = cell.name.removeprefix("p").split("_r")
+        assert (float(prompt), float(response)) == cell.weights
+    assert [cell.name for cell in grid("0.2,1/5,2e-1,0.20,0.2000000000000000000001", "1.0")] == ["p0.2_r1"]
+    made_up(tmp_path, prompts="0.1000001,0.1000002")
+    made_up(tmp_path, prompts="0.10000010,1/3,0.3333333333333333")
+    with open(tmp_path / "runs" / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["prompt_weight"]) for row in rows] == [0.1000001, 0.1000002, 1 / 3]
+    assert [float(row["eval_prompt_loss"]) for row in rows] == [2 - 0.1000001, 2 - 0.1000002, 2 - 1 / 3]
+    assert len(order(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("text", ["1e999999999", "1e-999999999", "9" * 5000, "1e1_000_000_000"], ids=short)
+def test_numbers_that_would_take_for_ever(text):
+    with pytest.raises(WITConfigError, match="is not a finite number"):
+        parse_weights(text, "--prompt-weight")
 
 
 # --- runs that are made up --------------------------------------------------------------------------------------------
@@ -91,6 +135,7 @@ class MadeUp(FrameworkDriver):
 
 def made_up(tmp_path, body="", prompts="0,0.4,1", responses="1", values=None, **options):
     job = Job(None, {"a": 1, **(values or {})})
+    options = {"check": False, **options}  # there is no data to look at
     return sweep(MadeUp(body), job, grid(prompts, responses), SweepOptions(tmp_path / "runs", **options))
 
 
@@ -129,9 +174,8 @@ def test_results_in_every_form(tmp_path, capsys):
 
 
 def test_without_matplotlib_there_is_everything_but_the_picture(tmp_path, capsys, monkeypatch):
-    from wit_plugins.cli import sweep as module
-
-    monkeypatch.setattr(module, "can_draw", lambda: False)
+    for module in ("command", "report"):
+        monkeypatch.setattr(f"wit_plugins.cli.sweep.{module}.can_draw", lambda: False)
     assert made_up(tmp_path) == 0
     out = capsys.readouterr().out
     assert out.index("No heat map: matplotlib is missing") < out.index("(0.4, 1)")
@@ -181,8 +225,9 @@ def test_a_failing_cell_is_recorded_and_the_rest_go_on(tmp_path, capsys):
     state = read_json(tmp_path / "runs" / "p0.4_r1" / "cell.json")
     assert (state["status"], state["returncode"], len(state["error"])) == ("failed", 3, 20)
     assert state["error"][-1] == "boom: \x1b[2J no memory"
-    assert "failed (exit code 3): boom: ␛[2J no memory" in captured.err
-    assert "boom: ␛[2J no memory" in captured.out
+    assert "failed: exit code 3: boom: ␛[2J no memory" in captured.err
+    assert "(0.4, 1) failed: exit code 3: boom: ␛[2J no memory" in captured.out
+    assert "line 49" not in captured.out  # the log has it
     assert "\x1b[2J" not in captured.out + captured.err
     assert [r.status for r in collect(tmp_path / "runs")] == ["finished", "failed", "finished"]
     # Started again, the failed one is tried again, and only that one.
@@ -199,7 +244,7 @@ def test_a_run_that_a_signal_ended(tmp_path, capsys):
 def test_side_by_side_on_their_devices(tmp_path):
     body = """
     (folder.parent / f"here-{folder.name}").touch()
-    until = time.time() + 20
+    until = time.time() + 3600
     while len(list(folder.parent.glob("here-*"))) < 2 and time.time() < until:
         time.sleep(0.05)
     assert time.time() < until, "alone"
@@ -250,21 +295,17 @@ def test_interrupted_it_stops_its_runs_and_goes_on_later(tmp_path, monkeypatch):
         (checkpoint / "scheduler.pt").touch()
         (checkpoint / "trainer_state.json").write_text("{}")
         (folder / "progress.json").write_text(json.dumps({"step": 3, "max_steps": 4}))
-        time.sleep(60)
+        time.sleep(3600)
     """
     script.write_text(
         f"import sys; sys.path.insert(0, {str(os.path.dirname(__file__))!r}); import conftest\n"
         f"from test_cli_sweep import made_up; import pathlib\nmade_up(pathlib.Path({str(tmp_path)!r}), {body!r}, '0')\n"
     )
-    import subprocess
-
-    from support import subprocess_env
-
     process = subprocess.Popen([sys.executable, str(script)], env=subprocess_env())
     folder = tmp_path / "runs" / "p0_r1"
-    wait_for(lambda: (folder / "progress.json").exists())
+    wait_for((folder / "progress.json").exists, process)
     process.send_signal(signal.SIGTERM)
-    process.wait(30)
+    process.wait()
     assert processes_of(folder) == []
     assert read_json(folder / "cell.json")["status"] == "interrupted"
     assert made_up(tmp_path, body, "0") == 0
@@ -274,10 +315,10 @@ def test_interrupted_it_stops_its_runs_and_goes_on_later(tmp_path, monkeypatch):
     assert steps == [2, 2, 3, 4]
 
 
-def wait_for(condition, seconds=120):
-    until = time.monotonic() + seconds
+def wait_for(condition, process=None):
+    """As long as it takes: a limit of seconds is one that a busy machine breaks. The process must not end before."""
     while not condition():
-        assert time.monotonic() < until, "waited in vain"
+        assert process is None or process.poll() is None or condition(), "it ended before that"
         time.sleep(0.05)
 
 
@@ -296,6 +337,354 @@ def test_an_incomplete_checkpoint_is_not_gone_on_from(tmp_path):
 def test_a_log_s_progress_bar_is_one_line(tmp_path):
     (tmp_path / "log").write_bytes(b"start\n 1%\r 2%\r 99%\nError: \xff bad\n\n")
     assert log_tail(tmp_path / "log") == ["start", " 99%", "Error: \ufffd bad"]
+
+
+# --- nothing is lost --------------------------------------------------------------------------------------------------
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{", "null", "[]", '{"status": "made up"}', '{"status": ["finished"]}', "[" * 9999, None], ids=short
+)
+def test_a_model_without_its_cell_json_is_kept(tmp_path, capsys, damage):
+    """Empty after a power cut, cut off, of another kind, lost: the folder is moved and named, and the cell trained."""
+    made_up(tmp_path, "(output / 'model.safetensors').write_text('weights')", prompts="0,1")
+    runs = tmp_path / "runs"
+    path = runs / "p0_r1" / "cell.json"
+    path.unlink()
+    if damage is not None:
+        path.write_text(damage)
+    before = contents(runs / "p0_r1")
+    capsys.readouterr()
+    assert report(runs) == (damage is not None)
+    assert ("cell.json is damaged; start the sweep again" in capsys.readouterr().out) == (damage is not None)
+    assert made_up(tmp_path, prompts="0,1") == 0
+    assert contents(runs / "p0_r1.old-1") == before
+    assert "kept as p0_r1.old-1" in capsys.readouterr().err
+    assert [result.status for result in collect(runs)] == ["finished", "finished"]
+    assert [name for name, *_ in order(tmp_path)] == ["p0_r1", "p1_r1", "p0_r1"]
+
+
+def test_a_foreign_folder_in_a_cell_s_place_is_kept(tmp_path, capsys):
+    """Somebody's checkpoints: neither deleted nor gone on from. A second one gets a second name; a link stays one."""
+    foreign, real = tmp_path / "runs" / "p0_r1", tmp_path / "elsewhere"
+    (foreign / "model" / "checkpoint-5").mkdir(parents=True)
+    (foreign / "model" / "checkpoint-5" / "scheduler.pt").touch()
+    (foreign / "model" / "checkpoint-5" / "trainer_state.json").write_text("{}")
+    (foreign / "metrics.jsonl").write_text('{"step": 1, "eval_response_loss": 0.0}\n')
+    before = contents(foreign)
+    made_up(tmp_path, prompts="0")
+    assert contents(tmp_path / "runs" / "p0_r1.old-1") == before
+    assert order(tmp_path)[0][1] == ""
+    assert collect(tmp_path / "runs")[0].metrics["lowest_eval_response_loss"] > 1
+    real.mkdir()
+    (real / "model.safetensors").write_text("mine")
+    foreign.rename(tmp_path / "runs" / "gone")
+    foreign.symlink_to(real)
+    made_up(tmp_path, prompts="0")
+    assert contents(real) == {Path("model.safetensors"): b"mine"}
+    assert (tmp_path / "runs" / "p0_r1.old-2").is_symlink()
+
+
+def test_what_an_attempt_without_a_checkpoint_left_is_kept(tmp_path, capsys):
+    """It may be the whole model, of a run that was killed right behind its last step."""
+    body = "(output / 'model.safetensors').write_text(str(len(list(folder.glob('model*')))))\n"
+    assert made_up(tmp_path, body + "sys.exit(1)", prompts="0") == 1
+    assert made_up(tmp_path, body + "sys.exit(1)", prompts="0") == 1
+    assert made_up(tmp_path, body, prompts="0") == 0
+    folder = tmp_path / "runs" / "p0_r1"
+    kept = [(folder / name / "model.safetensors").read_text() for name in ("model.old-1", "model.old-2", "model")]
+    assert kept == ["1", "2", "3"]
+    assert f"kept as {folder / 'model.old-2'}" in capsys.readouterr().err
+
+
+def test_a_cell_that_diverges_is_recorded_and_the_sweep_goes_on(tmp_path, capsys):
+    body = """
+    if prompt == 0.4:
+        log(step=2, eval_response_loss=1.5)
+        nan, inf = float("nan"), float("inf")
+        log(step=4, loss=nan, eval_response_loss=nan, eval_prompt_loss=inf, eval_accuracy=9.0)
+        sys.exit(0)
+    """
+    assert made_up(tmp_path, body) == 0
+    captured = capsys.readouterr()
+    assert "(0.4, 1): diverged in" in captured.err
+    runs = tmp_path / "runs"
+    assert read_json(runs / "p0.4_r1" / "cell.json")["status"] == "diverged"
+    assert [result.status for result in collect(runs)] == ["finished", "diverged", "finished"]
+    assert collect(runs)[1].metrics["lowest_eval_response_loss"] == 1.5
+    lines = [line for line in captured.out.splitlines() if line.startswith("(")]
+    assert lines[-1].split()[:4] == ["(0.4,", "1)", "0.4", "diverged"]
+    written = json.loads((runs / "results.json").read_text(), parse_constant=pytest.fail)  # nan is not JSON
+    assert written["best"]["eval_accuracy"]["prompt_weight"] == 1.0
+    assert (runs / "heatmap.png").is_file()
+    # It is done: neither trained again nor evaluated.
+    assert made_up(tmp_path, eval_command="echo '{\"n\": 1}'") == 0
+    assert len(order(tmp_path)) == 3
+    assert [result.metrics.get("n") for result in collect(runs)] == [1.0, None, 1.0]
+    assert report(runs) == 0
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "", "\0" * 100, "{", '{"step"', "[1]\nnull\n7\n", '{"step": "x", "eval_response_loss": "low"}\n',
+        '{"eval_response_loss": 1.0}\n', '{"step": NaN, "eval_response_loss": 1e999}\n', "[" * 100_000 + "\n",
+        '{"step": ' + "9" * 400 + ', "eval_response_loss": ' + "9" * 400 + "}\n",
+        '{"step": ' + "9" * 5000 + "}\n", '{"step": {"a": []}, "eval_response_loss": [1]}\n', b"\xff\xfe{}\n",
+        '{"\\ud800": 1.0, "eval_\\ud800": 1.0, "eval_$x^$ \\u001b[2J": 1e308}\n',
+    ], ids=short)  # fmt: skip
+def test_damaged_metrics_cost_what_stood_in_them(tmp_path, capsys, damage):
+    made_up(tmp_path)
+    runs = tmp_path / "runs"
+    for name in ("metrics.jsonl", "progress.json"):
+        path = runs / "p0.4_r1" / name
+        whole = path.read_bytes() if path.exists() else b""
+        path.write_bytes((damage if isinstance(damage, bytes) else damage.encode()) + b"\n" + whole)
+    assert report(runs) == 0
+    after = collect(runs)
+    assert [result.metrics["eval_response_loss"] for result in after] == pytest.approx([1.26, 1.1, 1.46])
+    assert "\x1b[2J" not in capsys.readouterr().out
+    with open(runs / "results.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 3
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", "{}", '{"framework": "madeup", "settings": {"a": 1}, "cells": [["x", 1]]}']
+)
+def test_a_damaged_sweep_json_is_refused_with_the_way_out(tmp_path, damage):
+    made_up(tmp_path)
+    path = tmp_path / "runs" / "sweep.json"
+    whole = path.read_text()
+    path.write_text(damage)
+    for again in (lambda: report(tmp_path / "runs"), lambda: made_up(tmp_path)):
+        with pytest.raises(WITConfigError, match=r"damaged.*delete that file and start the same `wit sweep` again"):
+            again()
+    path.unlink()  # the way out
+    assert made_up(tmp_path) == 0
+    assert path.read_text() == whole
+    assert len(order(tmp_path)) == 3
+
+
+def test_a_state_with_damaged_parts_is_read_as_far_as_it_goes(tmp_path):
+    made_up(tmp_path)
+    path = tmp_path / "runs" / "p0.4_r1" / "cell.json"
+    state = {**read_json(path), "seconds": "long", "attempts": None, "error": 3, "evaluation": {"metrics": [1]}}
+    path.write_text(json.dumps(state))
+    assert made_up(tmp_path) == 0
+    assert len(order(tmp_path)) == 3
+
+
+# --- files that cannot be written -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere/runs", "n" * 300], ids=short)
+def test_an_output_that_cannot_be_one(tmp_path, place, capsys):
+    (tmp_path / "file").write_text("a report")
+    path = workplace(tmp_path, evaluation=True, eval_strategy="epoch")
+    for more in ([], ["--dry-run"]) if place == "file" else ([],):
+        code, _, err = wit("sweep", path, *GRID, "--output", tmp_path / place, *more, capsys=capsys)
+        assert code == 2
+        assert len(err.splitlines()) == 1
+        assert "--output = " in err
+    assert (tmp_path / "file").read_text() == "a report"
+    code, _, err = wit("report", tmp_path / place, capsys=capsys)
+    assert code == 2
+    assert len(err.splitlines()) == 1
+
+
+FULL = """
+import resource, sys, pathlib
+from test_cli_sweep import MadeUp, SweepOptions, grid, report, sweep
+from wit_plugins.cli.driver import Job
+from wit_plugins.errors import WITConfigError
+runs = pathlib.Path(sys.argv[1])
+soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), hard))  # every write beyond it fails, as on a full disk
+if sys.argv[3] == "report":
+    print("code", report(runs))
+else:
+    try:
+        sweep(MadeUp(), Job(None, {"a": 1}), grid("0,1", "1"), SweepOptions(runs, check=False))
+    except WITConfigError as error:
+        print("refused:", error)
+"""
+
+
+@pytest.mark.parametrize("room", [0, 100, 700])
+def test_a_full_disk(tmp_path, room):
+    """In a process whose files cannot grow: one line that says what to do, and the state before it stays readable."""
+    made_up(tmp_path, prompts="0")
+    runs = tmp_path / "runs"
+    before = (runs / "sweep.json").read_bytes(), (runs / "p0_r1" / "cell.json").read_bytes()
+
+    def limited(what):
+        arguments = [sys.executable, "-c", FULL, str(runs), str(room), what]
+        paths = os.pathsep.join([os.path.dirname(__file__), subprocess_env()["PYTHONPATH"]])
+        return subprocess.run(arguments, env=subprocess_env(PYTHONPATH=paths), capture_output=True, text=True)
+
+    done = limited("report")
+    assert done.returncode == 0, done.stderr
+    assert "1.260 *" in done.stdout  # the table comes first
+    assert "code 1" in done.stdout
+    assert "nothing could be written there (File too large)" in " ".join(done.stdout.split())
+    done = limited("sweep")
+    assert "refused: --output = " in done.stdout or (room and "failed: " in done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+    assert (runs / "p0_r1" / "cell.json").read_bytes() == before[1]
+    assert read_json(runs / "sweep.json")["framework"] == "madeup"
+    assert not list(runs.rglob(".*.json.*"))
+    assert made_up(tmp_path, prompts="0,1") == 0  # with room again, it goes on
+    assert [result.status for result in collect(runs)] == ["finished", "finished"]
+
+
+@pytest.mark.parametrize("devices", ["gpu", ",,", "", "0,0", "0,1+0", "0+", "-1", "0;1", "99999", "0 1"])
+def test_devices_that_are_none(tmp_path, capsys, devices):
+    args = [f"--devices={devices}", "--output", tmp_path / "runs"]
+    code, _, err = wit("sweep", workplace(tmp_path, eval_strategy="epoch"), *GRID, *args, capsys=capsys)
+    assert code == 2
+    assert f"--devices = {devices!r}" in err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1", "two", "1.5", "9" * 5000], ids=short)
+def test_jobs_that_are_none(capsys, jobs):
+    with pytest.raises(SystemExit):
+        wit("sweep", "x.yaml", *GRID, "--output", "runs", f"--jobs={jobs}", capsys=capsys)
+    err = capsys.readouterr().err
+    assert "is not a whole number from 1 on" in err
+    assert "_positive" not in err
+
+
+# --- the parent's work ------------------------------------------------------------------------------------------------
+
+
+def bytes_read():
+    """By this process so far, as the kernel counts them."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_the_parent_reads_only_what_is_new(tmp_path):
+    from rich.progress import Progress
+
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": i, "eval_response_loss": i / 7}) + "\n" for i in range(20_000)))
+    (tmp_path / "progress.json").write_text('{"step": 3, "max_steps": 9}')
+    size = path.stat().st_size
+    with Progress(disable=True) as bars:
+        run = _Running(grid("0", "1")[0], 0, None, None, bars.add_task("cell"), 0.0, MetricsReader(path))
+        before = bytes_read()
+        for step in range(50):
+            show(bars, tmp_path, run)
+            with open(path, "a") as file:
+                file.write(f'{{"step": {20_000 + step}, "eval_response_loss": 1.0}}\n')
+        assert bytes_read() - before < 1.5 * size  # and not 50 times that
+        assert bars.tasks[0].completed == 3
+    assert run.note == "steps, eval_response_loss 1.000"
+
+
+def test_what_grows_is_read_once_and_whole(tmp_path):
+    """Byte by byte, and written anew: no entry is missed, none comes twice."""
+    path = tmp_path / "metrics.jsonl"
+    reader, text, seen = MetricsReader(path), "".join(f'{{"step": {i}}}\n' for i in range(12)), []
+    assert reader.new() == []
+    for end in range(len(text) + 1):
+        path.write_text(text[:end])
+        seen += [entry["step"] for entry in reader.new()]
+    assert seen == list(range(12))
+    path.write_text('{"step": 99}\n')
+    assert [entry["step"] for entry in reader.new()] == [99]
+    assert len(read_metrics(path)) == 1
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert read_json(path) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_the_report_needs_no_torch(tmp_path):
+    """Neither torch nor transformers nor a framework can be imported there. (What `import wit_plugins` itself brings is
+    another matter, so the package stands there empty.)"""
+    made_up(tmp_path)
+    code = f"""
+import sys, types
+package = types.ModuleType("wit_plugins")
+package.__path__, package.__version__ = {[os.path.dirname(wit_plugins.__file__)]!r}, "0"
+sys.modules["wit_plugins"] = package
+for name in ("torch", "transformers", "accelerate", "datasets", "trl"):
+    sys.modules[name] = None  # importing it is an ImportError
+from wit_plugins.cli.main import main
+import wit_plugins.cli.sweep.command, wit_plugins.runfiles
+assert not [name for name in sys.modules if name.split(".")[0] in ("rich", "matplotlib", "numpy", "pydantic")]
+sys.exit(main(["report", {str(tmp_path / "runs")!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "1.100 *" in done.stdout
+
+
+# --- before it starts -------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_checks_once_before_it_starts(tmp_path, capfd):
+    """Evaluation without a test split: every cell would fail."""
+    path = workplace(tmp_path, **REAL)
+    runs = tmp_path / "runs"
+    code, out, err = wit("sweep", path, *GRID, "--output", runs, capsys=capfd)
+    assert code == 2, out + err
+    assert "nothing was started" in out
+    assert "problem" in out.split("nothing was started")[0]
+    assert [path.name for path in runs.iterdir()] == [".lock"]  # so that the mended configuration may have the folder
+
+
+LAUNCHER = """
+for i in range(40):
+    print("  File \\"launcher.py\\", line", i)
+print("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB")
+for i in range(30):
+    print("    at", i)
+print("subprocess.CalledProcessError: Command '['python']' returned non-zero exit status 1.")
+sys.exit(1)
+"""
+
+
+def test_a_failed_cell_is_summed_up_by_the_line_that_matters(tmp_path, capsys):
+    assert made_up(tmp_path, LAUNCHER) == 1
+    out = capsys.readouterr().out
+    said = (
+        "(0, 1) and 2 more failed: exit code 1: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
+    )
+    assert said in out
+    assert "CalledProcessError" not in out
+    assert out.count("OutOfMemory") == 1
+    assert str(tmp_path / "runs" / "p0_r1" / "log.txt") in out
+    # And an old attempt's error is not taken for the new one's.
+    assert made_up(tmp_path, "os._exit(7)", prompts="0") == 1
+    assert "exit code 7: no output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("log", "line"),
+    [
+        ("a\nValueError: x\n", "ValueError: x"),
+        ("[rank1]: a.b.MyError: x\n[rank1]: more\n", "a.b.MyError: x"),
+        ("wit: prompt_wieght: unknown\nsubprocess.CalledProcessError: Command\n", "wit: prompt_wieght: unknown"),
+        ("usage: x\ncmd: error: no such option\n", "cmd: error: no such option"),
+        ("KeyboardInterrupt\nbye\n", "KeyboardInterrupt"),
+        ("Exception ignored in: <x>\nall is lost\n", "all is lost"),
+        ("", ""),
+    ],
+)
+def test_the_line_that_matters(tmp_path, log, line):
+    (tmp_path / "log").write_text(log)
+    assert log_reason(tmp_path / "log") == line
 
 
 # --- the user's own evaluation ----------------------------------------------------------------------------------------
@@ -330,14 +719,14 @@ def test_the_evaluation_s_json_is_found(tmp_path, monkeypatch, command, capsys):
     metrics = collect(tmp_path / "runs")[0].metrics
     assert metrics["arc_easy/acc"] == 0.5
     assert metrics["eval_response_loss"] == pytest.approx(1.26)
-    chosen = dict(choose_metrics(collect(tmp_path / "runs"), []))
+    chosen = {metric.name: metric.direction for metric in choose_metrics(collect(tmp_path / "runs"), [])}
     assert (chosen["arc_easy/acc"], chosen["wikitext/word_perplexity"]) == ("max", "min")
 
 
 def test_the_evaluation_knows_model_and_weights_and_is_run_again_if_it_failed(tmp_path, capsys):
     failing = "echo no luck >&2; exit 4"
     assert made_up(tmp_path, prompts="0.4", eval_command=failing) == 1
-    assert "its evaluation failed" in capsys.readouterr().out
+    assert "evaluation failed: exit code 4: no luck" in capsys.readouterr().out
     assert collect(tmp_path / "runs")[0].error[-1] == "no luck"
     good = """python3 -c 'import json, sys; print(json.dumps({"n": len(sys.argv[1]), "p": float(sys.argv[2])}))' """
     good = good.replace("python3", sys.executable) + "{model} {prompt_weight}"
@@ -345,6 +734,122 @@ def test_the_evaluation_knows_model_and_weights_and_is_run_again_if_it_failed(tm
     metrics = collect(tmp_path / "runs")[0].metrics
     assert (metrics["n"], metrics["p"]) == (len(str(tmp_path / "runs" / "p0.4_r1" / "model")), 0.4)
     assert len(order(tmp_path)) == 1  # the training was not run again
+
+
+def test_an_old_result_is_never_a_new_one(tmp_path):
+    """A file, a folder and a link at {output}, then a command that writes nothing; what was there is kept."""
+    runs, elsewhere = tmp_path / "runs", tmp_path / "elsewhere.json"
+    elsewhere.write_text('{"n": 3}')
+    first = ["echo '{\"n\": 1}' > {output}", "mkdir {output} && echo '{\"n\": 2}' > {output}/a.json"]
+    for kept, command in enumerate([*first, f"ln -s {elsewhere} {{output}}"], 1):
+        assert made_up(tmp_path, prompts="0", eval_command=command) == 0
+        assert collect(runs)[0].metrics["n"] == kept
+        assert made_up(tmp_path, prompts="0", eval_command=f"true {kept}") == 1
+        (result,) = collect(runs)
+        assert "n" not in result.metrics
+        assert "it wrote no JSON with numbers" in result.reason
+    assert len(list((runs / "p0_r1").glob("evaluation.old-*"))) == 3
+    assert elsewhere.exists()
+
+
+def test_an_evaluation_that_is_cut_short_leaves_no_older_number(tmp_path):
+    assert made_up(tmp_path, prompts="0", eval_command="echo '{\"n\": 1}'") == 0
+    with pytest.raises(KeyboardInterrupt):
+        made_up(tmp_path, prompts="0", eval_command="kill -TERM $PPID; sleep 3600")
+    assert "n" not in collect(tmp_path / "runs")[0].metrics
+    assert collect(tmp_path / "runs")[0].status == "finished"
+
+
+@pytest.mark.parametrize(
+    "name", ["with space", "$(touch pwned)", "`touch pwned`", "a'b\"c", "; touch pwned", "-n", "*"]
+)
+def test_a_path_is_never_part_of_the_command(tmp_path, monkeypatch, name):
+    """Whatever the folder is called, unquoted as {model} or quoted as the shell's own variable."""
+    here = tmp_path / "here"
+    (tmp_path / name).mkdir()
+    here.mkdir()
+    monkeypatch.chdir(here)
+    (here / "compare.py").write_text(
+        "import json, sys\nprint(json.dumps({n: float(a == sys.argv[1]) for n, a in enumerate(sys.argv[2:])}))"
+    )
+    expected = (tmp_path / name / "runs" / "p0_r1" / "model").resolve()
+    monkeypatch.setenv("EXPECTED", str(expected))
+    command = f'{sys.executable} compare.py "$EXPECTED" {{model}} "$WIT_MODEL" "${{WIT_OUTPUT%/evaluation}}/model"'
+    assert made_up(tmp_path / name, prompts="0", eval_command=command) == 0
+    metrics = collect(tmp_path / name / "runs")[0].metrics
+    assert [metrics[n] for n in "012"] == [1.0, 1.0, 1.0]
+    assert not list(tmp_path.rglob("pwned"))
+
+
+@pytest.mark.parametrize(
+    "command", ['x "{model}"', "x '{output}'", 'x "a\\"{model}"', "x 'a\\'\"{model}\"", "bash -c 'x {model}'"]
+)
+def test_a_placeholder_inside_quotes_is_refused(tmp_path, command):
+    with pytest.raises(WITConfigError, match=r"stands inside .*write it without quotes.*\$WIT_(MODEL|OUTPUT)"):
+        made_up(tmp_path, eval_command=command)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_placeholders_outside_quotes():
+    (cell,) = grid("0.1000001", "1")
+    text = """a 'x' "y \\" z" \\" {model} p={output},d {prompt_weight} '{response_weight}'"""
+    made = """a 'x' "y \\" z" \\" "$WIT_MODEL" p="$WIT_OUTPUT",d 0.1000001 '1'"""
+    assert evaluation_script(text, cell) == made
+
+
+@pytest.mark.parametrize(
+    ("name", "direction", "guessed"),
+    [
+        ("answer_accuracy", "max", False),  # contains wer
+        ("cerebral_acc", "max", False),  # contains cer
+        ("supplement_f1", "max", False),  # contains ppl
+        ("glossary_recall", "max", False),  # contains loss
+        ("eval_response_loss", "min", False),
+        ("wikitext/word_perplexity", "min", False),
+        ("wikitext/bits_per_byte", "min", False),
+        ("asr/WER", "min", False),
+        ("arc_easy/acc_norm", "max", False),
+        ("gsm8k/exact_match,strict-match", "max", False),
+        ("humaneval/pass@1", "max", False),
+        ("toxicity_score", "min", False),
+        ("error_recall", "max", False),
+        ("rougeLsum", "max", False),
+        ("exactMatch", "max", False),
+        ("MSELoss", "min", False),
+        ("loss_improvement", "min", True),
+        ("helpfulness", "max", True),
+        ("точность", "max", True),
+    ],
+)
+def test_the_direction_of_a_metric(name, direction, guessed):
+    assert by_name(name) == Metric(name, direction, guessed)
+
+
+def test_a_guessed_direction_is_said_to_be_one(tmp_path, capsys):
+    command = 'echo \'{"answer_accuracy": {prompt_weight}, "niceness": {prompt_weight}}\''
+    assert made_up(tmp_path, eval_command=command, metrics=["answer_accuracy", "niceness"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "answer_accuracy: higher is better, niceness: higher is better (a guess)." in out
+    assert "--metric 'niceness:min'" in out
+    found = read_json(tmp_path / "runs" / "results.json")["best"]
+    assert found["answer_accuracy"]["prompt_weight"] == 1.0
+    assert "direction_guessed" not in found["answer_accuracy"]
+    assert found["niceness"]["direction_guessed"] is True
+    assert report(tmp_path / "runs", ["niceness:min"]) == 0
+    out = capsys.readouterr().out
+    assert "niceness: lower is better." in out
+    assert "(a guess)" not in out
+    assert read_json(tmp_path / "runs" / "results.json")["best"]["niceness"]["prompt_weight"] == 0.0
+
+
+def test_numbers_are_left_out_by_whole_words(tmp_path):
+    body = (
+        "log(step=3, eval_multistep_accuracy=1.0, eval_stepwise=2.0, eval_samples_per_second=3.0, eval_num_tokens=4.0)"
+    )
+    made_up(tmp_path, body, prompts="0")
+    found = set(collect(tmp_path / "runs")[0].metrics)
+    assert {"eval_multistep_accuracy", "eval_stepwise"} <= found
+    assert not {"eval_samples_per_second", "eval_num_tokens", "eval_runtime"} & found
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -365,6 +870,81 @@ def test_report_draws_again_what_is_there(tmp_path, capsys):
     code, _, err = wit("report", tmp_path, capsys=capsys)
     assert code == 2
     assert "holds no sweep" in err
+
+
+def test_a_metric_s_name_does_nothing_to_the_terminal(tmp_path, capsys):
+    """Escape sequences, line breaks and markup, in a name that the run or the evaluation made up."""
+    body = 'log(step=1, **{"eval_\\x1b[2J\\n$x^$ [red]loss": 1.0})'
+    command = """printf '{"a\\u001b]0;owned\\u0007\\u202e": 1}'"""
+    metrics = ["eval_\x1b[2J\n$x^$ [red]loss", "a\x1b]0;owned\x07\u202e"]
+    assert made_up(tmp_path, body, prompts="0", eval_command=command, metrics=metrics) == 0
+    captured = capsys.readouterr()
+    assert not set("\x1b\x07\u202e") & set(captured.out + captured.err)
+    assert "␛[2J⏎$x^$ [red]loss: lower is better" in " ".join(captured.out.split())
+    code, out, err = wit("report", tmp_path / "runs", "--metric", "x\x1b[2J", capsys=capsys)
+    assert code == 2
+    assert "\x1b" not in out + err
+
+
+def test_a_large_grid_prints_what_matters(tmp_path, capsys):
+    cells_ = grid(",".join(f"{i / 10}" for i in range(12)), ",".join(f"{i / 10}" for i in range(1, 11)))
+    runs = tmp_path / "runs"
+    for cell in cells_:
+        write_json(cell.folder(runs) / "cell.json", {"status": "finished", "seconds": 1.0})
+        prompt, response = cell.weights
+        loss = (prompt - 0.35) ** 2 + (response - 0.82) ** 2
+        (cell.folder(runs) / "metrics.jsonl").write_text(json.dumps({"step": 1, "eval_response_loss": loss}) + "\n")
+    listed = [[str(cell.prompt), str(cell.response)] for cell in cells_]
+    write_json(runs / "sweep.json", {"framework": "madeup", "settings": {}, "cells": listed})
+    assert report(runs) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) < 40
+    rows = [line.split(")")[0] + ")" for line in out.splitlines() if " finished " in line]
+    expected = sorted(cells_, key=lambda c: (c.weights[0] - 0.35) ** 2 + (c.weights[1] - 0.82) ** 2)
+    assert set(rows) == {cell.label for cell in expected[:10]} | {"(0, 1)", "(1, 1)"}
+    assert rows[0] == expected[0].label
+    assert "12 of 120 cells are shown (120 finished); all of them are in results.csv" in " ".join(out.split())
+    with open(runs / "results.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 120
+
+
+@pytest.mark.parametrize(
+    ("values", "limits"),
+    [
+        ([4.1, 4.2, 4.3, 900.0], (4.1, 4.3)),
+        ([-900.0, 4.1, 4.2, 4.3], (4.1, 4.3)),
+        ([4.1, 4.15, 4.2, 4.2, 4.3, 90.0, 9e5], (4.1, 4.3)),  # two, and each alone hides the rest
+        ([2.0, 2.0, 2.0, 2.0, 2.1, 900.0], (2.0, 2.1)),
+        ([0.0, 1.0, 2.0, 3.0, 4.0, 5.0], (0.0, 5.0)),
+        ([1.0, 1.0, 5.0, 5.0], (1.0, 5.0)),  # two kinds are no outliers
+        ([2.0, 2.0, 2.0, 900.0], (2.0, 900.0)),  # the rest is one colour because it is one value
+        ([4.3, 4.4, 900.0], (4.3, 900.0)),
+        ([7.0], (7.0, 7.0)),
+        ([], (0.0, 1.0)),
+    ],
+)
+def test_outliers_do_not_take_all_colours(values, limits):
+    assert colour_limits(values) == limits
+
+
+def test_a_clipped_heat_map_says_so(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    body = """
+    if prompt == 1:
+        log(step=9, eval_response_loss=900.0)
+        sys.exit()
+    """
+    made_up(tmp_path, body, prompts="0,0.2,0.4,0.6,0.8,1")
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    report(tmp_path / "runs", ["eval_response_loss"])
+    (axis,) = [axis for axis in figures[0].axes if axis.get_title()]
+    assert axis.get_title().endswith("\ncolours clipped to 1.100 … 1.260; 1 cell lies beyond")
+    (image,) = axis.images
+    assert image.get_clim() == pytest.approx((1.1, 1.26))
+    assert image.colorbar.extend == "max"
+    assert "900.0" in [text.get_text() for text in axis.texts]
 
 
 @pytest.mark.parametrize(
@@ -404,10 +984,10 @@ def test_a_sweep_that_is_killed_goes_on(tmp_path):
     first, second = tmp_path / "runs" / "p0.2_r1", tmp_path / "runs" / "p1_r1"
     process = start(*args, cwd=tmp_path)
     try:
-        wait_for(lambda: (second / "model" / "checkpoint-40" / "trainer_state.json").exists())
+        wait_for((second / "model" / "checkpoint-40" / "trainer_state.json").exists, process)
     finally:
         process.kill()
-        process.communicate(timeout=30)
+        process.communicate()
     assert read_json(first / "cell.json")["status"] == "finished"
     assert read_json(second / "cell.json")["status"] == "running"
     finished = (first / "cell.json").read_text()
@@ -438,8 +1018,8 @@ def test_a_run_whose_sweep_is_gone_ends(tmp_path):
     workplace(tmp_path, evaluation=True, **{**REAL, "max_steps": 100_000, "eval_steps": 100_000})
     process = start("sweep", "sft.yaml", *GRID, "--output", "runs", cwd=tmp_path)
     folder = tmp_path / "runs" / "p0.2_r1"
-    wait_for(lambda: (folder / "progress.json").exists())
+    wait_for((folder / "progress.json").exists, process)
     process.kill()
-    process.communicate(timeout=30)
-    wait_for(lambda: processes_of(folder) == [], 60)
+    process.communicate()
+    wait_for(lambda: processes_of(folder) == [])  # it ends after 100,000 steps at the latest
     assert "the sweep that started this run is gone" in (folder / "log.txt").read_text()

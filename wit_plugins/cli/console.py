@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
-from typing import TextIO
-
-from rich.cells import cell_len
-from rich.console import Console
-from rich.text import Text
+from typing import TYPE_CHECKING, TextIO
 
 from wit_plugins.cli.text import visible
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
 
 
 def console(file: TextIO | None = None, color: str = "auto") -> Console:
     """A console for data: no markup, no highlighting, nothing of the data interpreted."""
+    from rich.console import Console
+
     file = file or sys.stdout
     if hasattr(file, "reconfigure"):
         file.reconfigure(errors="backslashreplace")  # a terminal of another encoding must not stop the command
@@ -25,6 +27,8 @@ def console(file: TextIO | None = None, color: str = "auto") -> Console:
 
 def print_messages(out: Console, kind: str, messages: list[str]) -> None:
     """Warnings or problems, one a paragraph, folded to the width."""
+    from rich.text import Text
+
     style = "bold red" if kind == "problem" else "bold yellow"
     for message in messages:
         head = f"{kind}: "
@@ -37,6 +41,8 @@ def print_messages(out: Console, kind: str, messages: list[str]) -> None:
 
 def fold(text: str, width: int) -> list[str]:
     """Text in lines of at most `width` cells, broken between words, the later ones indented."""
+    from rich.cells import cell_len
+
     lines, line = [], ""
     for word in text.split(" "):
         if line and cell_len(line) + 1 + cell_len(word) > width:

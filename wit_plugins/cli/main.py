@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -85,11 +86,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--devices", metavar="0,1", help="GPUs: each cell gets one; 0+1,2+3 gives each cell two (default: all to each)"
     )
     command.add_argument("--dry-run", action="store_true", help="say what would be run")
+    command.add_argument("--no-check", action="store_true", help="start without `wit check`")
     command.add_argument(
         "--eval-command",
         metavar="COMMAND",
         help="run on each finished model, in a shell; {model}, {output}, {prompt_weight} and {response_weight} are "
-        "filled in; its JSON (in {output}, or printed) is collected",
+        "filled in (write them without quotes); its JSON (in {output}, or printed) is collected",
     )
     command.add_argument("--unique-ratios", action="store_true", help="of cells that differ only in scale, run one")
     _metric_argument(command)
@@ -141,9 +143,9 @@ def _metric_argument(command: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return value
 
 
@@ -254,7 +256,7 @@ def _run_sweep(options: argparse.Namespace) -> int:
     responses = parse_weights(options.response_weight, "--response-weight")
     options.prompt_weight = options.response_weight = None  # the grid's, and not one run's
     driver, job = _job(options)
-    devices = [group.replace("+", ",") for group in options.devices.split(",")] if options.devices else []
+    devices = [] if options.devices is None else _devices(options.devices)
     jobs = options.jobs or max(1, len(devices))
     if devices and jobs > len(devices):
         raise WITConfigError(f"--jobs = {jobs} is more than the {len(devices)} in --devices; each job needs its own")
@@ -263,13 +265,27 @@ def _run_sweep(options: argparse.Namespace) -> int:
         job,
         cells(prompts, responses),
         SweepOptions(
-            options.output, jobs, devices, options.dry_run, options.eval_command, options.metric, options.unique_ratios
+            options.output, jobs, devices, options.dry_run, options.eval_command, options.metric, options.unique_ratios,
+            not options.no_check,
         ),
-    )
+    )  # fmt: skip
+
+
+def _devices(text: str) -> list[str]:
+    """What each job gets as `CUDA_VISIBLE_DEVICES`: `0+1,2+3` is two jobs with two GPUs each."""
+    groups = [[device.strip() for device in group.split("+")] for group in text.split(",")]
+    named = [device for group in groups for device in group]
+    way_out = "write numbers such as 0,1, or 0+1,2+3 for two each (`nvidia-smi -L` lists what there is)"
+    for device in named:
+        if not re.fullmatch(r"\d{1,4}|(GPU|MIG)-[\w/-]+", device, re.ASCII):
+            raise WITConfigError(f"--devices = {text!r}: {device!r} names no GPU; {way_out}")
+        if named.count(device) > 1:
+            raise WITConfigError(f"--devices = {text!r}: {device} is named twice; each cell needs its own")
+    return [",".join(group) for group in groups]
 
 
 def _run_report(options: argparse.Namespace) -> int:
-    from wit_plugins.cli.sweep.command import report
+    from wit_plugins.cli.sweep.report import report
 
     return report(options.output, options.metric)
 

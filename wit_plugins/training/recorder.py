@@ -15,9 +15,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-RUN_FOLDER = "WIT_RUN_FOLDER"
-SWEEP_PID = "WIT_SWEEP_PID"
-METRICS_NAME, PROGRESS_NAME = "metrics.jsonl", "progress.json"
+from wit_plugins.runfiles import METRICS_NAME, PROGRESS_NAME, RUN_FOLDER, SWEEP_PID, is_running, write_json
+
 _SECONDS = 0.5  # between two writings of the progress
 
 
@@ -74,45 +73,3 @@ def recorder() -> RunRecorder | None:
     # On another machine, or in a container of its own, the number means another process.
     here = pid.isdigit() and host == socket.gethostname()
     return RunRecorder(Path(folder), int(pid) if here else None) if folder else None
-
-
-def sweep_process() -> str:
-    """This process, as `WIT_SWEEP_PID` names it."""
-    return f"{socket.gethostname()}:{os.getpid()}"
-
-
-def is_running(pid: int) -> bool:
-    """Whether there is a process with this id."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file so that a reader, or a crash, finds the old content or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The entries of a `metrics.jsonl`; a line that a killed run left unfinished is skipped."""
-    entries = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(entry, dict):
-                entries.append(entry)
-    return entries

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from wit_plugins.config import WITConfig
 from wit_plugins.errors import WITConfigError
+
+_LISTED = 6  # cells, or groups of them, that a note names
 
 
 @dataclass(frozen=True, order=True)
@@ -26,14 +28,19 @@ class Cell:
         return float(self.prompt), float(self.response)
 
     @property
+    def texts(self) -> tuple[str, str]:
+        """λp and λr in as many digits as tell them from every other float."""
+        return weight_text(self.prompt), weight_text(self.response)
+
+    @property
     def name(self) -> str:
-        """Its folder's name."""
-        return "p{:g}_r{:g}".format(*self.weights)
+        """Its folder's name, another one for every other cell."""
+        return "p{}_r{}".format(*self.texts)
 
     @property
     def label(self) -> str:
         """How it is written in tables."""
-        return "({:g}, {:g})".format(*self.weights)
+        return "({}, {})".format(*self.texts)
 
     @property
     def ratio(self) -> Fraction | None:
@@ -45,21 +52,40 @@ class Cell:
         return output / self.name
 
 
+def weight_text(weight: Fraction) -> str:
+    """A weight as its float is written, no two alike: 0.2, 1, 0.3333333333333333."""
+    return repr(float(weight)).removesuffix(".0")
+
+
+def to_fraction(text: str) -> Fraction:
+    """A number as written: `0.2`, `1e-3`, `1/3`.
+
+    Raises:
+        ValueError: if it is none, or no float is near it (whose exact value could take for ever to write out).
+        ZeroDivisionError: for `1/0`.
+    """
+    if len(text) > 100 or "_" in text or re.search(r"e[+-]?\d{4}", text, re.IGNORECASE):
+        raise ValueError(text)
+    return Fraction(text.strip())
+
+
 def parse_weights(text: str, key: str) -> list[Fraction]:
-    """Weights as `0,0.2,0.4`, ascending, each once.
+    """Weights as `0,0.2,0.4`, ascending, each once (training knows a weight as a float, so two that are one are one).
 
     Raises:
         WITConfigError: if one is no weight.
     """
-    weights = []
+    from wit_plugins.config import WITConfig
+
+    weights: dict[float, Fraction] = {}
     for part in text.split(","):
         try:
-            weight = Fraction(part.strip())
+            weight = to_fraction(part)
             WITConfig.parse({"prompt_weight": float(weight), "response_weight": 1.0}, key)
         except (ValueError, ZeroDivisionError, OverflowError):
             raise WITConfigError(f"{key}: {part.strip()!r} is not a finite number >= 0; write e.g. 0,0.2,0.4") from None
-        weights.append(weight)
-    return sorted(set(weights))
+        weights.setdefault(float(weight), weight)
+    return sorted(weights.values())
 
 
 def cells(prompt_weights: Sequence[Fraction], response_weights: Sequence[Fraction]) -> list[Cell]:
@@ -88,12 +114,19 @@ def one_per_ratio(grid: Sequence[Cell]) -> list[Cell]:
     return sorted(kept.values())
 
 
+def _listed(labels: Sequence[str], separator: str) -> str:
+    rest = len(labels) - _LISTED
+    return separator.join([*labels[:_LISTED], *([f"… ({rest} more)"] if rest > 0 else [])])
+
+
 def ratio_note(grid: Sequence[Cell]) -> str | None:
     """What to know about cells that differ only in scale."""
     groups = same_ratio(grid)
     if not groups:
         return None
-    listed = "; ".join(" ".join(cell.label for cell in group) for group in groups)
+    listed = "; ".join(_listed([cell.label for cell in group], " ") for group in groups[:_LISTED])
+    if len(groups) > _LISTED:
+        listed += f"; and {len(groups) - _LISTED} more such groups"
     return (
         f"These cells differ only in scale: {listed}. Under Adam and its relatives the ratio of the weights is what "
         "counts (up to gradient clipping and epsilon), so expect them to come out alike."

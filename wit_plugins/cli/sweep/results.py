@@ -1,32 +1,61 @@
-"""What came out of a sweep: collected from its cells, written as CSV and JSON, printed as a table."""
+"""What came out of a sweep: collected from its cells, judged, written as CSV and JSON.
+
+What is read was written by runs that may have been killed, and by commands of the user's. A damaged file costs what
+stood in it, and never the rest.
+"""
 
 from __future__ import annotations
 
 import csv
-import json
+import io
 import math
-import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.table import Table
-
-from wit_plugins.cli.sweep.grid import Cell
+from wit_plugins.cli.sweep.grid import Cell, to_fraction
 from wit_plugins.errors import WITConfigError
-from wit_plugins.training.recorder import METRICS_NAME, read_metrics, write_json
+from wit_plugins.runfiles import METRICS_NAME, number, read_json, read_metrics, write_json, write_text
 
-SWEEP_NAME, CELL_NAME = "sweep.json", "cell.json"
+SWEEP_NAME, CELL_NAME, LOG_NAME, EVALUATION_LOG = "sweep.json", "cell.json", "log.txt", "evaluation.txt"
 MAIN_METRIC = "eval_response_loss"
-_LOWER = ("loss", "perplexity", "ppl", "error", "nll", "wer", "cer", "bits_per_byte", "toxicity")
-_NO_RESULT = ("runtime", "per_second", "stderr", "flos", "_tokens", "epoch", "step", "alias")
-_NO_DIRECTION = ("entropy",)  # neither much nor little of it is better, so it gets no panel unless asked for
+_STATES = ("running", "interrupted", "failed", "finished", "diverged")
 _MAX_PANELS = 6
 
+# By whole words: "answer_accuracy" contains "wer", and is no word error rate.
+_LOWER = {"loss", "perplexity", "ppl", "error", "errors", "nll", "wer", "cer", "ter", "bpb", "toxicity", "mse", "rmse"}
+_LOWER |= {"mae", "brier", "ece", "hallucination", "hallucinations", "byte"}  # bits_per_byte
+_HIGHER = {"accuracy", "acc", "f1", "em", "match", "win", "pass", "bleu", "chrf", "rouge", "rouge1", "rouge2", "rougel"}
+_HIGHER |= {"mcc", "recall", "precision", "auc", "auroc", "reward", "correct", "meteor", "bertscore"}
+# They may stand behind such a word: acc_norm, pass_at_1.
+_QUALIFIERS = {"norm", "mean", "avg", "average", "macro", "micro", "score", "rate", "at", "l", "lsum"}
+_NO_RESULT_LAST = {"runtime", "epoch", "step", "steps", "flos", "alias", "second", "time", "seen"}  # …_per_second
+_NO_RESULT = {"stderr", "tokens"}
+_NO_DIRECTION = "entropy"  # neither much nor little of it is better, so it gets no panel unless asked for
+
 Direction = Literal["min", "max"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric to draw.
+
+    Attributes:
+        name (`str`): its name.
+        direction (`str`): `min` if less of it is better, else `max`.
+        guessed (`bool`): whether nobody said so and its name does not either.
+    """
+
+    name: str
+    direction: Direction
+    guessed: bool = False
+
+    @property
+    def better(self) -> str:
+        """The direction in words."""
+        return f"{'lower' if self.direction == 'min' else 'higher'} is better{' (a guess)' if self.guessed else ''}"
 
 
 @dataclass
@@ -35,10 +64,12 @@ class CellResult:
 
     Attributes:
         cell ([`Cell`]): its weights.
-        status (`str`): `finished`, `failed`, `interrupted`, `running` or `not run`.
+        status (`str`): `finished`, `diverged` (it ended with a loss that is no number), `failed`, `interrupted`,
+            `running`, `not run`, or `damaged` if its `cell.json` cannot be read.
         metrics (`dict[str, float]`): by name, the last value that the run wrote, and the evaluation command's.
         seconds (`float`): how long it trained.
         step (`int`): the step of the last evaluation.
+        reason (`str`): the one line that says why it, or its evaluation, failed.
         error (`list[str]`): the last lines of the log of what failed.
     """
 
@@ -47,15 +78,69 @@ class CellResult:
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     step: int = 0
+    reason: str = ""
     error: list[str] = field(default_factory=list)
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file's content, or `None` if it is not there or unreadable."""
+def read_sweep(output: Path) -> dict[str, Any] | None:
+    """What a folder's `sweep.json` says, its `cells` as a list of [`Cell`]; `None` if there is none.
+
+    Raises:
+        WITConfigError: if there is one and it is damaged.
+    """
+    path = output / SWEEP_NAME
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise WITConfigError(f"{path}: {error.strerror}; name a folder that can be read") from None
+    found = read_json(path)
+    try:
+        listed = [Cell(to_fraction(prompt), to_fraction(response)) for prompt, response in found["cells"]]
+        by_folder = {cell.name: cell for cell in listed}
+        if not isinstance(found["settings"], dict) or not isinstance(found["framework"], str):
+            raise TypeError
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
+        raise WITConfigError(
+            f"{path}: cannot be read or is damaged, so nothing says of which configuration the cells there are. If you "
+            "know that it is the one you sweep, delete that file and start the same `wit sweep` again, which writes it "
+            "anew and keeps every cell; otherwise give another --output"
+        ) from None
+    return {**found, "cells": list(by_folder.values())}
+
+
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """What a cell's `cell.json` says, made whole; `None` if it is not there or damaged."""
+    found = read_json(folder / CELL_NAME)
+    if not isinstance(found, dict) or found.get("status") not in _STATES:
+        return None
+    seconds, attempts = number(found.get("seconds")), number(found.get("attempts"))
+    return {
+        **found,
+        "seconds": seconds if seconds is not None and math.isfinite(seconds) else 0.0,
+        "attempts": int(attempts) if attempts is not None and math.isfinite(attempts) else 0,
+        "reason": str(found.get("reason") or ""),
+        "error": _lines(found.get("error")),
+        "evaluation": _evaluation(found.get("evaluation")),
+    }
+
+
+def _evaluation(value: Any) -> dict[str, Any] | None:
+    if not isinstance(value, dict):
+        return None
+    metrics = value.get("metrics")
+    found = {str(k): number(v) for k, v in metrics.items()} if isinstance(metrics, dict) else {}
+    return {
+        **value,
+        "metrics": {k: v for k, v in found.items() if v is not None},
+        "reason": str(value.get("reason") or ""),
+        "error": _lines(value.get("error")),
+    }
+
+
+def _lines(value: Any) -> list[str]:
+    return [str(line) for line in value] if isinstance(value, list) else []
 
 
 def collect(output: Path) -> list[CellResult]:
@@ -64,38 +149,52 @@ def collect(output: Path) -> list[CellResult]:
     Raises:
         WITConfigError: if no sweep was written there.
     """
-    sweep = read_json(output / SWEEP_NAME)
-    if not isinstance(sweep, dict) or "cells" not in sweep:
+    sweep = read_sweep(output)
+    if sweep is None:
         raise WITConfigError(f"{output}: holds no sweep ({SWEEP_NAME} is missing); name the --output of `wit sweep`")
-    grid = [Cell(Fraction(prompt), Fraction(response)) for prompt, response in sweep["cells"]]
-    return [collect_cell(output, cell) for cell in sorted(grid)]
+    return [collect_cell(output, cell) for cell in sorted(sweep["cells"])]
 
 
 def collect_cell(output: Path, cell: Cell) -> CellResult:
     """One cell's state and metrics."""
     folder = cell.folder(output)
-    state = read_json(folder / CELL_NAME)
-    if not isinstance(state, dict):
-        return CellResult(cell, "not run")
-    result = CellResult(cell, state["status"], seconds=state.get("seconds", 0.0), error=state.get("error", []))
-    if result.status != "finished":
+    state = read_state(folder)
+    if state is None:
+        if not (folder / CELL_NAME).exists():
+            return CellResult(cell, "not run")
+        reason = f"{CELL_NAME} is damaged; start the sweep again, which keeps that folder aside and trains the cell"
+        return CellResult(cell, "damaged", reason=reason)
+    result = CellResult(cell, state["status"], seconds=state["seconds"], reason=state["reason"], error=state["error"])
+    if result.status not in ("finished", "diverged"):
         return result
     lowest: float | None = None
+    losses: dict[str, float] = {}
     for entry in read_metrics(folder / METRICS_NAME):
+        losses.update({key: value for key, value in entry.items() if words(key)[-1:] == ["loss"]})
         evaluated = {key: value for key, value in entry.items() if key.startswith("eval_") and _is_result(key)}
         result.metrics.update(evaluated)
-        if MAIN_METRIC in evaluated:
+        value = evaluated.get(MAIN_METRIC, math.nan)
+        if math.isfinite(value):
+            lowest = value if lowest is None else min(lowest, value)
+        if MAIN_METRIC in evaluated and math.isfinite(entry.get("step", math.nan)):
             result.step = int(entry["step"])
-            lowest = min(lowest, evaluated[MAIN_METRIC]) if lowest is not None else evaluated[MAIN_METRIC]
+    if not all(map(math.isfinite, losses.values())):
+        result.status = "diverged"
     for name in [name for name in result.metrics if _is_weighted(name, result.metrics)]:
         del result.metrics[name]  # it cannot be compared between cells
     if lowest is not None:
         result.metrics[f"lowest_{MAIN_METRIC}"] = lowest
-    evaluation = state.get("evaluation") or {}
+    evaluation = state["evaluation"] or {}
     result.metrics.update(evaluation.get("metrics", {}))
     if evaluation.get("status") == "failed":
-        result.error = evaluation.get("error", [])
+        result.error = evaluation["error"]
+        result.reason = evaluation["reason"] or (result.error[-1] if result.error else "it says nothing")
     return result
+
+
+def words(name: str) -> list[str]:
+    """The words of a metric's name: `arc_easy/acc` is arc, easy, acc; `exactMatch` is exact, match."""
+    return [word.lower() for word in re.findall(r"[A-Z][A-Z0-9]*(?![a-z])|[A-Z]?[a-z0-9]+", name)]
 
 
 def _is_weighted(name: str, metrics: Mapping[str, float]) -> bool:
@@ -105,7 +204,8 @@ def _is_weighted(name: str, metrics: Mapping[str, float]) -> bool:
 
 
 def _is_result(name: str) -> bool:
-    return not any(part in name for part in _NO_RESULT)
+    found = words(name)
+    return not _NO_RESULT & set(found) and not _NO_RESULT_LAST & set(found[-1:])
 
 
 def numbers(value: Any) -> dict[str, float]:
@@ -116,18 +216,17 @@ def numbers(value: Any) -> dict[str, float]:
     if isinstance(value, dict) and isinstance(value.get("results"), dict):
         value = value["results"]
     found: dict[str, float] = {}
-
-    def walk(item: Any, path: str) -> None:
+    waiting: list[tuple[str, Any]] = [("", value)]
+    while waiting:
+        path, item = waiting.pop()
         if isinstance(item, dict):
-            for key, inner in item.items():
-                key = str(key).removesuffix(",none")
-                if "stderr" in key:
-                    continue
-                walk(inner, f"{path}/{key}" if path else key)
-        elif isinstance(item, (int, float)) and not isinstance(item, bool) and math.isfinite(item):
-            found[path] = float(item)
-
-    walk(value, "")
+            inside = [(str(key).removesuffix(",none"), inner) for key, inner in item.items()]
+            kept = [(f"{path}/{key}" if path else key, inner) for key, inner in inside if "stderr" not in words(key)]
+            waiting += reversed(kept)
+        else:
+            one = number(item)
+            if one is not None and math.isfinite(one):
+                found[path or "value"] = one
     return found
 
 
@@ -138,7 +237,7 @@ def metric_names(results: Sequence[CellResult]) -> list[str]:
     return first + [name for name in names if name not in first]
 
 
-def choose_metrics(results: Sequence[CellResult], asked: Iterable[str]) -> list[tuple[str, Direction]]:
+def choose_metrics(results: Sequence[CellResult], asked: Iterable[str]) -> list[Metric]:
     """The metrics to draw, each with the direction in which it is better.
 
     Args:
@@ -149,53 +248,63 @@ def choose_metrics(results: Sequence[CellResult], asked: Iterable[str]) -> list[
         WITConfigError: if no cell has a metric of that name.
     """
     known = metric_names(results)
-    chosen: list[tuple[str, Direction]] = []
+    chosen: list[Metric] = []
     for text in asked:
         name, _, given = text.rpartition(":") if text.endswith((":min", ":max")) else (text, "", "")
         if name not in known:
             have = ", ".join(known) or "none, since no cell is finished"
             raise WITConfigError(f"--metric = {name!r}: no finished cell has it; they have: {have}")
-        direction: Direction = "min" if given == "min" or (not given and lower_is_better(name)) else "max"
-        chosen.append((name, direction))
+        chosen.append(Metric(name, "min" if given == "min" else "max") if given else by_name(name))
     if chosen:
         return chosen
-    names = [name for name in known if not name.startswith("lowest_") and not any(p in name for p in _NO_DIRECTION)]
-    names = names[:_MAX_PANELS]
-    return [(name, "min" if lower_is_better(name) else "max") for name in names]
+    names = [name for name in known if not name.startswith("lowest_") and _NO_DIRECTION not in words(name)]
+    return [by_name(name) for name in names[:_MAX_PANELS]]
 
 
-def lower_is_better(name: str) -> bool:
-    """Whether a metric of this name is a loss of some kind."""
-    return any(part in name.lower() for part in _LOWER)
+def by_name(name: str) -> Metric:
+    """A metric with the direction that its name says, or a guess.
+
+    The last word that means a direction decides; where another word stands behind it, or none does, it is a guess.
+    """
+    split = [word for word in words(name) if word not in _QUALIFIERS and not word.isdigit()]
+    for place, word in enumerate(reversed(split)):
+        if word in _LOWER:
+            return Metric(name, "min", guessed=place > 0)
+        if word in _HIGHER:
+            return Metric(name, "max", guessed=place > 0)
+    return Metric(name, "max", guessed=True)
 
 
-def best(results: Sequence[CellResult], metric: str, direction: Direction) -> CellResult | None:
-    """The best cell by a metric; `None` if none has it."""
-    having = [r for r in results if math.isfinite(r.metrics.get(metric, math.nan))]
-    pick = min if direction == "min" else max
-    return pick(having, key=lambda result: result.metrics[metric]) if having else None
+def best(results: Sequence[CellResult], metric: Metric) -> CellResult | None:
+    """The best cell by a metric; `None` if none has it. A cell that diverged is never the best one."""
+    having = [
+        result
+        for result in results
+        if result.status != "diverged" and math.isfinite(result.metrics.get(metric.name, math.nan))
+    ]
+    pick = min if metric.direction == "min" else max
+    return pick(having, key=lambda result: result.metrics[metric.name]) if having else None
 
 
-def write_tables(output: Path, results: Sequence[CellResult], metrics: Sequence[tuple[str, Direction]]) -> list[Path]:
+def write_tables(output: Path, results: Sequence[CellResult], metrics: Sequence[Metric]) -> list[Path]:
     """`results.csv` and `results.json`; returns their paths."""
     names = metric_names(results)
-    temporary = output / f".results.csv.{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["prompt_weight", "response_weight", "ratio", "status", "seconds", *names])
-        for result in results:
-            ratio = "" if result.cell.ratio is None else f"{float(result.cell.ratio):.6g}"
-            values = [repr(result.metrics[name]) if name in result.metrics else "" for name in names]
-            writer.writerow(
-                [*(f"{w:g}" for w in result.cell.weights), ratio, result.status, round(result.seconds, 1), *values]
-            )
-    os.replace(temporary, output / "results.csv")
+    table = io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow(["prompt_weight", "response_weight", "ratio", "status", "seconds", *names])
+    for result in results:
+        ratio = "" if result.cell.ratio is None else f"{float(result.cell.ratio):.6g}"
+        values = [repr(result.metrics[name]) if name in result.metrics else "" for name in names]
+        writer.writerow([*result.cell.texts, ratio, result.status, round(result.seconds, 1), *values])
+    write_text(output / "results.csv", table.getvalue())
     winners = {}
-    for name, direction in metrics:
-        winner = best(results, name, direction)
+    for metric in metrics:
+        winner = best(results, metric)
         if winner is not None:
             weights = dict(zip(("prompt_weight", "response_weight"), winner.cell.weights, strict=True))
-            winners[name] = {"direction": direction, **weights, "value": winner.metrics[name]}
+            winners[metric.name] = {"direction": metric.direction, **weights, "value": winner.metrics[metric.name]}
+            if metric.guessed:
+                winners[metric.name]["direction_guessed"] = True
     cells = [
         {
             "prompt_weight": result.cell.weights[0],
@@ -204,6 +313,7 @@ def write_tables(output: Path, results: Sequence[CellResult], metrics: Sequence[
             "status": result.status,
             "seconds": round(result.seconds, 1),
             "metrics": {n: v if math.isfinite(v) else None for n, v in result.metrics.items()},
+            **({"reason": result.reason} if result.reason else {}),
             **({"error": result.error} if result.error else {}),
         }
         for result in results
@@ -212,44 +322,10 @@ def write_tables(output: Path, results: Sequence[CellResult], metrics: Sequence[
     return [output / "results.csv", output / "results.json"]
 
 
-def print_table(out: Console, results: Sequence[CellResult], metrics: Sequence[tuple[str, Direction]]) -> None:
-    """The cells, the best first by the first metric, as many metrics as the width allows."""
-    shown = list(metrics)
-    while len(shown) > 1 and 26 + sum(max(9, len(name)) + 2 for name, _ in shown) > out.width:
-        shown.pop()
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("weights", no_wrap=True)
-    table.add_column("ratio", justify="right", no_wrap=True)
-    table.add_column("status", no_wrap=True)
-    for name, _ in shown:
-        table.add_column(name, justify="right", overflow="fold")
-    winners = {name: best(results, name, direction) for name, direction in shown}
-
-    def key(result: CellResult) -> tuple[bool, float, Cell]:
-        if not shown or shown[0][0] not in result.metrics:
-            return True, 0.0, result.cell
-        value = result.metrics[shown[0][0]]
-        return False, value if shown[0][1] == "min" else -value, result.cell
-
-    for result in sorted(results, key=key):
-        ratio = "–" if result.cell.ratio is None else f"{float(result.cell.ratio):.3g}"
-        row = [result.cell.label, ratio, result.status]
-        for name, _ in shown:
-            value = result.metrics.get(name)
-            star = " *" if winners[name] is result else "  "
-            row.append("–  " if value is None else f"{format_value(value)}{star}")
-        table.add_row(*row)
-    out.print(table)
-    if shown:
-        directions = ", ".join(f"{name}: {'lower' if d == 'min' else 'higher'} is better" for name, d in shown)
-        out.print(f"* best. {directions}.")
-    hidden = [name for name, _ in metrics[len(shown) :]]
-    if hidden:
-        out.print(f"Also in results.csv: {', '.join(hidden)}.")
-
-
 def format_value(value: float) -> str:
     """Four significant digits, and no exponent for ordinary numbers."""
+    if not math.isfinite(value):
+        return str(value)
     return f"{value:.4g}" if abs(value) < 1e-3 or abs(value) >= 1e4 else f"{value:.{max(0, 3 - _exponent(value))}f}"
 
 
