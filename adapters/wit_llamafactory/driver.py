@@ -19,7 +19,16 @@ from typing import Any
 
 from wit_llamafactory.checks import OLDEST, TOO_NEW, check_arguments
 from wit_plugins import WITConfig, WITConfigError
-from wit_plugins.cli.borrow import Built, exchanged, for_looking, parser_errors, stopping, weighted_collator
+from wit_plugins.cli.borrow import (
+    Built,
+    exchanged,
+    for_looking,
+    parser_errors,
+    stopping,
+    vocab_size,
+    weighted_collator,
+)
+from wit_plugins.cli.configuration import read_text, unreadable
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split
 from wit_plugins.cli.empty import empty_model
 from wit_plugins.plugins import ActiveStrategies
@@ -47,14 +56,38 @@ class LlamaFactoryDriver(FrameworkDriver):
             and bool(_OWN & set(values))
         )
 
+    def read(self, path: Path) -> Mapping[str, Any]:
+        """By OmegaConf, for which `1e-3` is a number and a key that stands twice an error; JSON as JSON."""
+        if self.version() is None:
+            return super().read(path)
+        import yaml
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        try:
+            if path.suffix == ".json":
+                values: Any = OmegaConf.to_container(OmegaConf.create(json.loads(read_text(path))))
+            else:
+                values = OmegaConf.to_container(OmegaConf.load(path))
+        except json.JSONDecodeError as error:
+            raise WITConfigError(f"{path}: is not JSON: {error}") from None
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError, OverflowError, RecursionError) as error:
+            raise unreadable(path, error) from None
+        if not isinstance(values, dict):
+            raise WITConfigError(f"{path}: holds no mapping of keys to values")
+        return values
+
     def problems(self, job: Job) -> list[str]:
         """What the adapter refuses."""
+        found = super().problems(job)
+        if self.version() is None:
+            return found
         try:
             values, _ = _values(job)
             check_arguments(values)
         except WITConfigError as error:
-            return [str(error)]
-        return []
+            found.append(str(error))
+        return found
 
     def sweep_problems(self, job: Job) -> list[str]:
         """A run that is not evaluated cannot be compared."""
@@ -95,6 +128,7 @@ class LlamaFactoryDriver(FrameworkDriver):
             truncation="both",
             row_length=data_args.cutoff_len if data_args.packing else None,
             problems=problems,
+            vocab_size=vocab_size(trainer),
         )
 
     def command(self, job: Job, output: Path, resume: Path | None, port: int | None = None) -> list[str]:
