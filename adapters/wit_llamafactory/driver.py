@@ -178,6 +178,9 @@ def _build_trainer(values: dict[str, Any], job: Job) -> tuple[Any, dict[str, Any
 
     with parser_errors(job.name, "LLaMA-Factory does not take these options"):
         arguments = get_train_args(values)
+    cutoff = arguments[1].cutoff_len  # which LLaMA-Factory takes as it is
+    if not isinstance(cutoff, int):
+        raise WITConfigError(f"cutoff_len = {cutoff!r}: is not a whole number; write one such as 2048")
     get_dataset = workflow.get_dataset
     uncut: dict[str, Any] = {}
 

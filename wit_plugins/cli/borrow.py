@@ -73,7 +73,10 @@ def weighted_collator(
 def vocab_size(trainer: Any) -> int | None:
     """How many ids the trainer's model knows; `None` if it does not say."""
     model: Any = causal_lm(trainer)
-    return getattr(model.get_input_embeddings(), "num_embeddings", None)
+    try:
+        return getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:
+        return None
 
 
 @contextlib.contextmanager

@@ -118,13 +118,23 @@ def check_weights(values: Mapping[str, Any], overrides: Mapping[str, Any], weigh
     values = {**values, **overrides}
     block = values.get(_BLOCK)
     if isinstance(block, Mapping):
-        within = {key.removeprefix(f"{_BLOCK}."): v for key, v in overrides.items() if key.startswith(f"{_BLOCK}.")}
+        within = {key.partition(".")[2]: _number(v) for key, v in overrides.items() if key.startswith(f"{_BLOCK}.")}
         if not any("." in key for key in within):  # deeper in the block, the framework's own way of merging counts
             WITConfig.parse({**block, **within, **weights}, _BLOCK)
     elif block is None:
         for key, value in values.items():
             if key not in WITConfig.model_fields and (meant := closest(key, WITConfig.model_fields, _CLOSE)):
                 raise WITConfigError(f"{key} = {value!r}: unknown key; did you mean {meant!r}?")
+
+
+def _number(value: Any) -> Any:
+    """Text of the command line that some framework takes for a number, such as `1e-3`, as that number."""
+    import yaml
+
+    if not isinstance(value, str):
+        return value
+    read = yaml.load(value, Loader=_lenient_loader()) if re.fullmatch(r"[-+.\deE]+", value) else None
+    return read if isinstance(read, float) else value
 
 
 def closest(name: Any, known: Any, cutoff: float = 0.75) -> str | None:

@@ -20,6 +20,7 @@ from wit_plugins.tokens.roles import IGNORE_INDEX, document_starts, token_array
 from wit_plugins.tokens.transport import decode
 
 BLOCK = 512
+_BEGIN = 8  # ids by which a row is found again
 # Columns that only this package reads; they are handed over as arrays, which spares millions of Python integers.
 _ARRAY_COLUMNS = {"input_ids", "labels", "attention_mask", "position_ids", "seq_lengths"}
 
@@ -75,7 +76,7 @@ def read(
         row_starts.append(position)
         for index, example in enumerate(row if isinstance(row, list) else [row]):
             within = f", example {index} of those packed into it" if isinstance(row, list) and len(row) > 1 else ""
-            with row_errors(f"dataset {dataset}, row {number} (from 0){within}"):
+            with row_errors(f"dataset {dataset}, row {number} (from 0){within}", example):
                 check_columns(example, vocab_size)
                 own_ids, own_codes = token_array(example["input_ids"]), collator.codes(example)
                 starts = document_starts(example, len(own_ids)) if len(own_ids) else np.zeros(0, dtype=np.int64)
@@ -100,8 +101,12 @@ def read(
 
 
 @contextlib.contextmanager
-def row_errors(where: str) -> Iterator[None]:
+def row_errors(where: str, example: Mapping[str, Any]) -> Iterator[None]:
     """What is wrong with an example becomes an error that says which.
+
+    Args:
+        where (`str`): its dataset and row, as training gets them.
+        example (`Mapping`): its beginning is named as well, since frameworks shuffle.
 
     Raises:
         WITConfigError: for a `ValueError`, or what numpy raises for values that are no numbers.
@@ -110,7 +115,10 @@ def row_errors(where: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError, OverflowError, KeyError) as error:
         said = f"there is no column {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise WITConfigError(f"{where}: {said}; mend it, or take it out of the data") from None
+        begin = ", ".join(str(token) for token in list(example.get("input_ids", ()))[:_BEGIN])
+        raise WITConfigError(
+            f"{where}: {said}; mend it, or take it out of the data (its input_ids begin {begin})"
+        ) from None
 
 
 def check_columns(example: Mapping[str, Any], vocab_size: int | None) -> None:

@@ -201,7 +201,7 @@ def _compare_with_uncut(
     for block in blocks(uncut):
         size = 0
         for number, example in enumerate(block, examples):
-            with row_errors(f"dataset {name}, row {number} (from 0) before truncation"):
+            with row_errors(f"dataset {name}, row {number} (from 0) before truncation", example):
                 check_columns(example, prepared.vocab_size)
                 _, roles, _ = example_roles(example)
             is_response = roles == RESPONSE
