@@ -6,6 +6,7 @@ exchanged for one that reads the configuration file alone.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import sys
@@ -31,6 +32,7 @@ _LEFT_OUT = {"deepspeed", "fsdp", "fsdp_config", "fsdp_version", "resume_from_ch
 _LEFT_OUT |= {"wandb_project", "wandb_name", "use_mlflow", "use_comet", "use_ray", "torch_compile"}
 _PROCESSES = {"AXOLOTL_DATASET_NUM_PROC", "AXOLOTL_DATASET_PROCESSES", "RUNPOD_CPU_COUNT"}
 _BYTES_A_PROCESS = 16 * 1024 * 1024  # of data, for which starting one more pays
+_BYTES_A_FILE = 4096  # at least, so that a folder of very many is not read to its end
 
 
 class AxolotlDriver(FrameworkDriver):
@@ -63,6 +65,8 @@ class AxolotlDriver(FrameworkDriver):
             read_config(values)
         except WITConfigError as error:
             found.append(str(error))
+        except (TypeError, ValueError, OverflowError):
+            pass  # a value of the wrong kind for a key of Axolotl's, whose own schema says so
         return found
 
     def sweep_problems(self, job: Job) -> list[str]:
@@ -157,15 +161,20 @@ def _processes(values: Mapping[str, Any]) -> int | None:
     """How many processes the data needs; `None` to leave it to Axolotl, which takes one a core even for ten rows."""
     if values.get("dataset_num_proc") or values.get("dataset_processes") or _PROCESSES & set(os.environ):
         return None
+    most = os.cpu_count() or 1
     size = 0
     for key in ("datasets", "test_datasets"):
-        for entry in values.get(key) or []:
+        entries = values.get(key)
+        for entry in entries if isinstance(entries, list) else []:
             path = Path(str(entry.get("path"))) if isinstance(entry, Mapping) else None
             if path is None or not path.exists():
                 return None  # of a hub, and of any size
-            files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-            size += sum(file.stat().st_size for file in files)
-    return min(os.cpu_count() or 1, 1 + size // _BYTES_A_PROCESS)
+            for file in [path] if path.is_file() else path.rglob("*"):
+                with contextlib.suppress(OSError):  # gone again, or not for us
+                    size += max(file.stat().st_size, _BYTES_A_FILE)
+                if size >= most * _BYTES_A_PROCESS:
+                    return most
+    return 1 + size // _BYTES_A_PROCESS
 
 
 def _yaml(values: Mapping[str, Any]) -> str:
@@ -212,14 +221,10 @@ def _build_trainer(path: Path) -> tuple[Any, list[str], list[Any], Any]:
         tokenizer = load_tokenizer(cfg)
         try:
             train.setup_model_and_trainer(cfg, data)
-        except WITConfigError as error:
+        except ValueError as error:  # WITConfigError is one; others are about an example, which reading all names
             if not trainers:
                 raise
             problems.append(str(error))
-        except ValueError:
-            # An example whose columns do not fit each other: whoever reads all of them says which.
-            if not trainers:
-                raise
     return trainers[-1], problems, captured, tokenizer
 
 

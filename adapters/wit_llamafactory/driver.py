@@ -154,11 +154,16 @@ def _argument(value: Any) -> str:
 
 def _values(job: Job) -> tuple[dict[str, Any], WITConfig]:
     """The file with its overrides as LLaMA-Factory merges them, without the `wit:` block; and the block."""
+    import yaml
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     overrides = [f"{key}={_argument(value)}" for key, value in job.overrides.items()]
-    merged = OmegaConf.merge(OmegaConf.create(dict(job.values)), OmegaConf.from_dotlist(overrides))
-    values: Any = OmegaConf.to_container(merged)
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(dict(job.values)), OmegaConf.from_dotlist(overrides))
+        values: Any = OmegaConf.to_container(merged)
+    except (OmegaConfBaseException, TypeError, ValueError, yaml.YAMLError) as error:
+        raise WITConfigError(f"{job.name}: --set does not fit the file: {' '.join(str(error).split())}") from None
     block = values.pop("wit", None)
     if block is None and not job.weights:
         raise WITConfigError(

@@ -129,6 +129,9 @@ def test_a_configuration_for_machines_that_are_not_here(place, capsys):
         ({"wit": {"prompt_wieght": 0.2}}, "unknown key 'prompt_wieght'; did you mean 'prompt_weight'?"),
         ({"plugins": "wit_axolotl.WITPlugin"}, "plugins = 'wit_axolotl.WITPlugin': is no list; write plugins: - wit"),
         ({"train_on_inputs": True}, "train_on_inputs = True"),
+        ({"context_parallel_size": "x"}, "Axolotl refuses it"),
+        ({"datasets": 5}, "Axolotl refuses it"),
+        ({"sequence_len": "1e999999999"}, "sequence_len"),
         ({"datasets": [{"path": "/nowhere.jsonl", "ds_type": "json", "type": "alpaca"}]}, "Axolotl refuses it"),
     ],
 )

@@ -216,6 +216,12 @@ def test_many_unknown_keys_and_endless_numbers(workplace, capsys):
         assert len(out) < 2000
 
 
+def test_a_block_that_cannot_be_merged(workplace, capsys):
+    code, out, err = wit(capsys, "check", workplace.write(wit=[1]), "--set", "wit.prompt_weight=0.5")
+    assert code == 1, err
+    assert "--set does not fit the file" in out
+
+
 def test_files_are_recognised(workplace):
     assert choose_driver(job(workplace.write(wit=WIT)), None).name == "llamafactory"
     trl = {"model_name_or_path": "m", "dataset_name": "d"}

@@ -116,7 +116,7 @@ def prepare(driver: FrameworkDriver, job: Job, screen: TextIO) -> Prepared:
             return driver.prepare(job)
     except WITError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # some libraries leave the process where others raise
         raise WITConfigError(f"{job.name}: {driver.title} refuses it: {reasons(error)}") from error
 
 
