@@ -256,7 +256,7 @@ def test_numbers_of_the_command_line(capsys, option, value):
         wit("preview", "c.yaml", f"{option}={value}", capsys=capsys)
     assert left.value.code == 2
     err = capsys.readouterr().err
-    assert "is not a whole number above 0" in err
+    assert "is not a whole number from 1 on" in err
     assert "_positive" not in err
 
 
