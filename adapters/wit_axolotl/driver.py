@@ -6,19 +6,21 @@ exchanged for one that reads the configuration file alone.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from wit_axolotl.config import PLUGIN, is_listed, read_config
 from wit_axolotl.trainer import OLDEST, TOO_NEW
 from wit_plugins import WITConfigError, attached
-from wit_plugins.cli.borrow import exchanged
+from wit_plugins.cli.borrow import exchanged, vocab_size
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split
 from wit_plugins.cli.empty import empty_model
 from wit_plugins.plugins import ActiveStrategies
@@ -28,6 +30,9 @@ from wit_plugins.tokens.collator import WeightedCollator
 _NOT_HERE: dict[str, Any] = {"bf16": False, "fp16": False, "tf32": False}
 _LEFT_OUT = {"deepspeed", "fsdp", "fsdp_config", "fsdp_version", "resume_from_checkpoint", "hub_model_id", "use_wandb"}
 _LEFT_OUT |= {"wandb_project", "wandb_name", "use_mlflow", "use_comet", "use_ray", "torch_compile"}
+_PROCESSES = {"AXOLOTL_DATASET_NUM_PROC", "AXOLOTL_DATASET_PROCESSES", "RUNPOD_CPU_COUNT"}
+_BYTES_A_PROCESS = 16 * 1024 * 1024  # of data, for which starting one more pays
+_BYTES_A_FILE = 4096  # at least, so that a folder of very many is not read to its end
 
 
 class AxolotlDriver(FrameworkDriver):
@@ -45,17 +50,24 @@ class AxolotlDriver(FrameworkDriver):
     def problems(self, job: Job) -> list[str]:
         """A block without the plugin line, which Axolotl would train without, and what the adapter refuses."""
         values = _values(job)
+        found = super().problems(job)
+        plugins = values.get("plugins")
+        if plugins is not None and not isinstance(plugins, list):
+            return [*found, f"plugins = {plugins!r}: is no list; write\n    plugins:\n      - {PLUGIN}"]
         if not is_listed(values):
             block = "there is a wit: block, but " if values.get("wit") else "there is no wit: block, and "
             return [
+                *found,
                 f"{block}plugins does not name {PLUGIN}, so Axolotl would train without weights; add\n"
-                f"    plugins:\n      - {PLUGIN}"
+                f"    plugins:\n      - {PLUGIN}",
             ]
         try:
             read_config(values)
         except WITConfigError as error:
-            return [str(error)]
-        return []
+            found.append(str(error))
+        except (TypeError, ValueError, OverflowError):
+            pass  # a value of the wrong kind for a key of Axolotl's, whose own schema says so
+        return found
 
     def sweep_problems(self, job: Job) -> list[str]:
         """A run that is not evaluated cannot be compared."""
@@ -68,10 +80,12 @@ class AxolotlDriver(FrameworkDriver):
         """Run Axolotl until its trainer is there."""
         self.check_installed()
         os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")  # looking at data is nobody else's business
-        for problem in self.problems(job):
+        for problem in self.problems(replace(job, repeated=())):
             raise WITConfigError(problem)
         values = _values(job)
         config = read_config(values)
+        if processes := _processes(values):
+            values["dataset_num_proc"] = processes
         with tempfile.TemporaryDirectory(prefix="wit-") as folder:
             values = {key: value for key, value in values.items() if key not in _LEFT_OUT}
             values |= {**_NOT_HERE, "output_dir": f"{folder}/out"}
@@ -100,6 +114,7 @@ class AxolotlDriver(FrameworkDriver):
                 truncation="start" if strategy == "truncate" else "dropped",
                 row_length=getattr(sampler, "batch_max_len", None),
                 problems=problems,
+                vocab_size=vocab_size(trainer),
             )
 
     def files(self, job: Job, output: Path, resume: Path | None) -> dict[Path, str]:
@@ -140,6 +155,26 @@ def _values(job: Job) -> dict[str, Any]:
             # A file without any weights, of which the command line asks what they would do.
             values["plugins"] = [*(values.get("plugins") or []), PLUGIN]
     return values
+
+
+def _processes(values: Mapping[str, Any]) -> int | None:
+    """How many processes the data needs; `None` to leave it to Axolotl, which takes one a core even for ten rows."""
+    if values.get("dataset_num_proc") or values.get("dataset_processes") or _PROCESSES & set(os.environ):
+        return None
+    most = os.cpu_count() or 1
+    size = 0
+    for key in ("datasets", "test_datasets"):
+        entries = values.get(key)
+        for entry in entries if isinstance(entries, list) else []:
+            path = Path(str(entry.get("path"))) if isinstance(entry, Mapping) else None
+            if path is None or not path.exists():
+                return None  # of a hub, and of any size
+            for file in [path] if path.is_file() else path.rglob("*"):
+                with contextlib.suppress(OSError):  # gone again, or not for us
+                    size += max(file.stat().st_size, _BYTES_A_FILE)
+                if size >= most * _BYTES_A_PROCESS:
+                    return most
+    return 1 + size // _BYTES_A_PROCESS
 
 
 def _yaml(values: Mapping[str, Any]) -> str:
@@ -186,7 +221,7 @@ def _build_trainer(path: Path) -> tuple[Any, list[str], list[Any], Any]:
         tokenizer = load_tokenizer(cfg)
         try:
             train.setup_model_and_trainer(cfg, data)
-        except WITConfigError as error:
+        except ValueError as error:  # WITConfigError is one; others are about an example, which reading all names
             if not trainers:
                 raise
             problems.append(str(error))

@@ -19,7 +19,16 @@ from typing import Any
 
 from wit_llamafactory.checks import OLDEST, TOO_NEW, check_arguments
 from wit_plugins import WITConfig, WITConfigError
-from wit_plugins.cli.borrow import Built, exchanged, for_looking, parser_errors, stopping, weighted_collator
+from wit_plugins.cli.borrow import (
+    Built,
+    exchanged,
+    for_looking,
+    parser_errors,
+    stopping,
+    vocab_size,
+    weighted_collator,
+)
+from wit_plugins.cli.configuration import read_text, unreadable
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split
 from wit_plugins.cli.empty import empty_model
 from wit_plugins.plugins import ActiveStrategies
@@ -47,14 +56,38 @@ class LlamaFactoryDriver(FrameworkDriver):
             and bool(_OWN & set(values))
         )
 
+    def read(self, path: Path) -> Mapping[str, Any]:
+        """By OmegaConf, for which `1e-3` is a number and a key that stands twice an error; JSON as JSON."""
+        if self.version() is None:
+            return super().read(path)
+        import yaml
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        try:
+            if path.suffix == ".json":
+                values: Any = OmegaConf.to_container(OmegaConf.create(json.loads(read_text(path))))
+            else:
+                values = OmegaConf.to_container(OmegaConf.load(path))
+        except json.JSONDecodeError as error:
+            raise WITConfigError(f"{path}: is not JSON: {error}") from None
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError, OverflowError, RecursionError) as error:
+            raise unreadable(path, error) from None
+        if not isinstance(values, dict):
+            raise WITConfigError(f"{path}: holds no mapping of keys to values")
+        return values
+
     def problems(self, job: Job) -> list[str]:
         """What the adapter refuses."""
+        found = super().problems(job)
+        if self.version() is None:
+            return found
         try:
             values, _ = _values(job)
             check_arguments(values)
         except WITConfigError as error:
-            return [str(error)]
-        return []
+            found.append(str(error))
+        return found
 
     def sweep_problems(self, job: Job) -> list[str]:
         """A run that is not evaluated cannot be compared."""
@@ -95,6 +128,7 @@ class LlamaFactoryDriver(FrameworkDriver):
             truncation="both",
             row_length=data_args.cutoff_len if data_args.packing else None,
             problems=problems,
+            vocab_size=vocab_size(trainer),
         )
 
     def command(self, job: Job, output: Path, resume: Path | None, port: int | None = None) -> list[str]:
@@ -120,11 +154,16 @@ def _argument(value: Any) -> str:
 
 def _values(job: Job) -> tuple[dict[str, Any], WITConfig]:
     """The file with its overrides as LLaMA-Factory merges them, without the `wit:` block; and the block."""
+    import yaml
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     overrides = [f"{key}={_argument(value)}" for key, value in job.overrides.items()]
-    merged = OmegaConf.merge(OmegaConf.create(dict(job.values)), OmegaConf.from_dotlist(overrides))
-    values: Any = OmegaConf.to_container(merged)
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(dict(job.values)), OmegaConf.from_dotlist(overrides))
+        values: Any = OmegaConf.to_container(merged)
+    except (OmegaConfBaseException, TypeError, ValueError, yaml.YAMLError) as error:
+        raise WITConfigError(f"{job.name}: --set does not fit the file: {' '.join(str(error).split())}") from None
     block = values.pop("wit", None)
     if block is None and not job.weights:
         raise WITConfigError(
@@ -144,6 +183,9 @@ def _build_trainer(values: dict[str, Any], job: Job) -> tuple[Any, dict[str, Any
 
     with parser_errors(job.name, "LLaMA-Factory does not take these options"):
         arguments = get_train_args(values)
+    cutoff = arguments[1].cutoff_len  # which LLaMA-Factory takes as it is
+    if not isinstance(cutoff, int):
+        raise WITConfigError(f"cutoff_len = {cutoff!r}: is not a whole number; write one such as 2048")
     get_dataset = workflow.get_dataset
     uncut: dict[str, Any] = {}
 

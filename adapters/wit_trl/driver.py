@@ -16,12 +16,22 @@ from pathlib import Path
 from typing import Any
 
 from wit_plugins import WITConfigError
-from wit_plugins.cli.borrow import Built, exchanged, for_looking, parser_errors, stopping, weighted_collator
+from wit_plugins.cli.borrow import (
+    Built,
+    exchanged,
+    for_looking,
+    parser_errors,
+    stopping,
+    vocab_size,
+    weighted_collator,
+)
+from wit_plugins.cli.configuration import closest
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split
 from wit_plugins.cli.empty import empty_model
 from wit_plugins.plugins import ActiveStrategies
 from wit_trl.plugin import OLDEST, TOO_NEW
 
+_NAMED = 5  # unknown keys; a file with more of them is not what it is taken for
 _OTHERS = {"base_model", "stage", "finetuning_type", "template", "wit"}  # keys of Axolotl and of LLaMA-Factory
 _NOT_HERE = {"load_in_4bit": False, "load_in_8bit": False, "torch_compile": False}
 _LEFT_OUT = {"accelerator_config", "parallelism_config", "hub_token", "activation_offloading", "optim_args"}
@@ -53,17 +63,14 @@ class TRLDriver(FrameworkDriver):
             values = {key: value for key, value in values.items() if value is not None}
             values = for_looking(values, folder, _LEFT_OUT, **_NOT_HERE)
             path = Path(folder, "config.yaml")
-            path.write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
+            path.write_text(_yaml(values), encoding="utf-8")
             parsed = _parse(make_parser(prog="wit"), ["--config", str(path)], job)
             config = parsed[-1].config()
             strategies = ActiveStrategies(config.active_strategies())
             trainer, uncut = _build_trainer(parsed[:-1])
         args = trainer.args
         if hasattr(trainer.train_dataset, "__len__") and not len(trainer.train_dataset):
-            raise WITConfigError(
-                f"{job.name}: no training example is left: with max_length = {args.max_length} no response is reached, "
-                "and TRL drops such examples; allow more tokens"
-            )
+            raise WITConfigError(f"{job.name}: no training example is left: {_why_none(uncut.get('train'), args)}")
         collator, problems = weighted_collator(trainer, config, strategies)
         packed = args.packing and args.max_length is not None
         splits_docs = args.packing and args.packing_strategy in ("bfd_split", "wrapped")
@@ -81,19 +88,27 @@ class TRLDriver(FrameworkDriver):
             else "start",
             row_length=args.max_length if packed else None,
             problems=problems,
+            vocab_size=vocab_size(trainer),
         )
 
     def problems(self, job: Job) -> list[str]:
         """Options that `trl sft` and accelerate do not know."""
+        found = super().problems(job)
         if self.version() is None:
-            return []
+            return found
         from wit_trl.sft import make_parser
 
         known = {action.dest for action in make_parser(prog="wit")._actions} | _launcher_options()
         unknown = [key for key in {**job.values, **job.overrides} if key not in known and key != "env"]
-        return [
-            f"{key}: neither `trl sft` nor accelerate nor the weights have an option of this name" for key in unknown
-        ]
+        for key in unknown[:_NAMED]:
+            meant = closest(key, known)
+            found.append(
+                f"{key}: neither `trl sft` nor accelerate nor the weights have an option of this name"
+                + (f"; did you mean {meant!r}?" if meant else "; take it out")
+            )
+        if len(unknown) > _NAMED:
+            found.append(f"and {len(unknown) - _NAMED:,} more keys that nobody knows; is this a file of `trl sft`?")
+        return found
 
     def sweep_problems(self, job: Job) -> list[str]:
         """A run that is not evaluated cannot be compared."""
@@ -120,6 +135,23 @@ class TRLDriver(FrameworkDriver):
             else:
                 command.append(f"--{key}={_argument(key, value)}")
         return command
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    import yaml
+
+    # Not JSON, of which YAML 1.1 reads numbers such as 1e-05 as text, and which has no dates.
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+
+
+def _why_none(uncut: Any, args: Any) -> str:
+    """Why TRL has dropped every example, and the way out: it does so where no label of an example counts."""
+    if uncut is not None and not any(any(label != -100 for label in row["labels"]) for row in uncut):
+        return (
+            "every label of every example is -100, so there is no response, and TRL drops such examples; check the "
+            "labels column, or what masks it (completion_only_loss, assistant_only_loss)"
+        )
+    return f"with max_length = {args.max_length} no response is reached, and TRL drops such examples; allow more tokens"
 
 
 def _argument(key: str, value: Any) -> str:
@@ -182,7 +214,8 @@ def _empty_model(model_id: str, **kwargs: Any) -> Any:
     where = {key: kwargs[key] for key in ("revision", "trust_remote_code") if kwargs.get(key) is not None}
     tokenizer_alone = Path(model_id, "tokenizer_config.json").is_file() and not Path(model_id, "config.json").exists()
     if tokenizer_alone:
-        size = len(AutoTokenizer.from_pretrained(model_id, **where))
+        # Ids may have gaps, so that there are higher ones than tokens.
+        size = max(AutoTokenizer.from_pretrained(model_id, **where).get_vocab().values()) + 1
         shape: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8}
         shape |= {"num_hidden_layers": 1, "num_attention_heads": 1}
         config: Any = LlamaConfig(vocab_size=size, **shape)

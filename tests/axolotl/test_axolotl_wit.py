@@ -19,6 +19,7 @@ from wit_plugins.cli.driver import Job, choose_driver
 from wit_plugins.cli.preview.documents import view
 from wit_plugins.cli.preview.summary import summarise
 from wit_plugins.cli.text import TokenText
+from wit_plugins.errors import WITConfigError
 
 ROOT = next(p for p in Path(__file__).parents if (p / "configs" / "axolotl").is_dir())
 
@@ -125,14 +126,93 @@ def test_a_configuration_for_machines_that_are_not_here(place, capsys):
         ({"plugins": None, "wit": None}, "there is no wit: block, and plugins does not name"),
         ({"wit": None}, "there is no wit: block; add"),
         ({"wit": {"prompt_weight": -1}}, "prompt_weight = -1"),
+        ({"wit": {"prompt_wieght": 0.2}}, "unknown key 'prompt_wieght'; did you mean 'prompt_weight'?"),
+        ({"plugins": "wit_axolotl.WITPlugin"}, "plugins = 'wit_axolotl.WITPlugin': is no list; write plugins: - wit"),
         ({"train_on_inputs": True}, "train_on_inputs = True"),
+        ({"context_parallel_size": "x"}, "Axolotl refuses it"),
+        ({"datasets": 5}, "Axolotl refuses it"),
+        ({"sequence_len": "1e999999999"}, "sequence_len"),
         ({"datasets": [{"path": "/nowhere.jsonl", "ds_type": "json", "type": "alpaca"}]}, "Axolotl refuses it"),
     ],
 )
 def test_check_says_what_is_wrong(place, capsys, settings, message):
     code, out, _ = wit(capsys, "check", config(place, **settings))
     assert code == 1
-    assert message in out
+    assert out.count(message) == 1
+    assert out.endswith(": 1 problem")
+
+
+def test_the_file_is_read_as_axolotl_reads_it(place, capsys):
+    """1e-3 is text to PyYAML, by which Axolotl reads: training refuses it as a weight, so the command does."""
+    from axolotl.cli.config import load_cfg
+
+    path = config(place)
+    path.write_text(path.read_text().replace("prompt_weight: 0.2", "prompt_weight: 1e-3"))
+    PluginManager.get_instance().plugins.clear()
+    with pytest.raises(WITConfigError) as refused:
+        load_cfg(str(path))
+    code, out, _ = wit(capsys, "check", path)
+    assert code == 1
+    assert f"problem: {refused.value}" in out
+
+
+def test_a_key_that_stands_twice(place, capsys):
+    path = config(place)
+    first = 1 + path.read_text().splitlines().index("seed: 7")
+    path.write_text(path.read_text() + "seed: 8\n")
+    code, out, _ = wit(capsys, "check", path)
+    assert code == 1
+    assert f"seed stands twice, on line {first} and on line {len(path.read_text().splitlines())}" in out
+
+
+@pytest.mark.parametrize("number", [5, 500])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": [-100, 9]}, "labels has 2 entries for 4 input_ids"),
+        ({"input_ids": [7, 8, 5000, 9]}, "input_ids has 5000 at position 2"),
+        ({"labels": [-100, -100, -7, 9]}, "labels has -7 at position 2"),
+        ({"attention_mask": [1, 1]}, "attention_mask has 2 entries for 4 input_ids"),
+    ],
+)
+def test_the_row_that_is_wrong_is_named(place, tmp_path, capsys, change, message, number):
+    """Axolotl shuffles, so it is found by its number in the shuffled data, and by how it begins."""
+    rows = [
+        {"input_ids": [3 + n // 40, 3 + n % 40, 9, 9], "attention_mask": [1] * 4, "labels": [-100, -100, 9, 9]}
+        for n in range(520)
+    ]
+    rows[number] = {name: change.get(name, values) for name, values in rows[number].items()}
+    if "input_ids" in change:
+        rows[number]["input_ids"] = [*rows[number]["input_ids"][:2], 5000, 9]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"datasets": [{"path": str(path), "ds_type": "json", "type": None}], "dataset_prepared_path": None}
+    code, out, _ = wit(capsys, "check", config(place, **settings))
+    assert code == 1
+    assert f" (from 0): {message}" in out
+    assert f"(its input_ids begin {str(rows[number]['input_ids'])[1:-1]})" in out
+
+
+@pytest.mark.parametrize(("said", "most"), [({}, 1), ({"dataset_num_proc": 2}, 2)])
+def test_few_examples_are_prepared_by_few_processes(place, capsys, monkeypatch, said, most):
+    """Unless the configuration says otherwise; Axolotl starts one for each core of the machine."""
+    from datasets import Dataset
+
+    asked = []
+    for name in ("map", "filter"):
+        original = getattr(Dataset, name)
+        monkeypatch.setattr(
+            Dataset,
+            name,
+            lambda *args, original=original, **kwargs: (
+                asked.append(kwargs.get("num_proc")) or original(*args, **kwargs)
+            ),
+        )
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    settings = {"dataset_num_proc": None, "dataset_prepared_path": None, **said}
+    code, out, _ = wit(capsys, "check", config(place, **settings))
+    assert code == 0, out
+    assert max(number or 1 for number in asked) == most
 
 
 def test_files_are_recognised(place):

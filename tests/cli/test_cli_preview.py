@@ -293,7 +293,11 @@ def test_check_is_content_with_a_good_file(tmp_path, capsys):
         ({"prompt_weight": -1}, "prompt_weight = -1"),
         ({"prompt_weight": None}, "prompt_weight is missing"),
         ({"normalization": "mean"}, "normalization = 'mean'"),
-        ({"promt_weight": 0.2}, "promt_weight: neither `trl sft` nor accelerate"),
+        ({"promt_weight": 0.2}, "promt_weight = 0.2: unknown key; did you mean 'prompt_weight'?"),
+        (
+            {"max_lenght": 9},
+            "max_lenght: neither `trl sft` nor accelerate nor the weights have an option of this name; did",
+        ),
         ({"loss_type": "dft"}, "loss_type = 'dft'"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor = 0.1"),
         ({"max_length": 3}, "no training example is left: with max_length = 3"),
@@ -312,10 +316,10 @@ def test_check_says_what_is_wrong(tmp_path, capsys, changes, message):
 
 
 def test_check_says_several_things_at_once(tmp_path, capsys):
-    path = workplace(tmp_path, promt_weight=1, label_smoothing_factor=0.1)
+    path = workplace(tmp_path, lerning_rate=1, label_smoothing_factor=0.1)
     code, out, _ = wit("check", path, capsys=capsys)
     assert code == 1
-    assert "promt_weight" in out
+    assert "did you mean 'learning_rate'?" in " ".join(out.split())
     assert "label_smoothing_factor" in out
     assert out.rstrip().endswith("2 problems")
 

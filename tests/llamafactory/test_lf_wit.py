@@ -138,6 +138,90 @@ def test_check_says_what_is_wrong(workplace, capsys, changes, message):
     assert message in out
 
 
+def test_a_problem_is_said_once(workplace, capsys):
+    _, out, _ = wit(capsys, "check", workplace.write(wit={**WIT, "prompt_weight": 1}, stage="pt"))
+    assert out.count("stage = 'pt'") == 1
+    assert out.endswith(": 1 problem")
+
+
+def test_the_file_is_read_as_llamafactory_reads_it(workplace, monkeypatch, capsys):
+    """Against its own reader. PyYAML takes 1e-3 for text."""
+    from llamafactory.hparams.parser import read_args
+
+    path = workplace.write(wit=WIT)
+    path.write_text(path.read_text().replace("prompt_weight: 0.2", "prompt_weight: 1e-3") + "weight_decay: 1e-2\n")
+    monkeypatch.setattr("sys.argv", ["llamafactory-cli", str(path)])
+    read = LlamaFactoryDriver().read(path)
+    assert read == read_args()
+    assert (read["weight_decay"], read["wit"]["prompt_weight"]) == (0.01, 0.001)
+    code, out, _ = wit(capsys, "check", path)
+    assert code == 0, out
+    assert "prompt_weight=0.001" in out
+    code, out, _ = wit(capsys, "check", path, "--set", "wit.prompt_weight=2e-3")
+    assert code == 0, out
+    assert "prompt_weight=0.002" in out
+
+
+def test_a_key_that_stands_twice(workplace, monkeypatch, capsys):
+    from llamafactory.hparams.parser import read_args
+
+    path = workplace.write(wit=WIT)
+    first = 1 + path.read_text().splitlines().index("stage: sft")
+    path.write_text(path.read_text() + "stage: sft\n")
+    last = len(path.read_text().splitlines())
+    monkeypatch.setattr("sys.argv", ["llamafactory-cli", str(path)])
+    with pytest.raises(yaml.YAMLError, match="duplicate key stage"):
+        read_args()
+    code, out, _ = wit(capsys, "check", path)
+    assert code == 1
+    assert f"stage stands twice, on line {first} and on line {last}" in out
+    assert "duplicate key stage" in out
+
+
+@pytest.mark.parametrize("number", [5, 500])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": [-100, 9]}, "labels has 2 entries for 4 input_ids"),
+        ({"input_ids": [7, 8, 5000, 9]}, "input_ids has 5000 at position 2"),
+        ({"labels": [-100, -100, -7, 9]}, "labels has -7 at position 2"),
+        ({"attention_mask": [1, 1]}, "attention_mask has 2 entries for 4 input_ids"),
+    ],
+)
+def test_the_row_that_is_wrong_is_named(workplace, tmp_path, capsys, change, message, number):
+    from datasets import Dataset, DatasetDict
+
+    rows = [{"input_ids": [7, 8, 9, 9], "attention_mask": [1] * 4, "labels": [-100, -100, 9, 9]} for _ in range(520)]
+    rows[number] |= change
+    DatasetDict(train=Dataset.from_list(rows)).save_to_disk(tmp_path / "tokenised")
+    code, out, _ = wit(capsys, "check", workplace.write(wit=WIT, tokenized_path=str(tmp_path / "tokenised")))
+    assert code == 1
+    assert f"dataset train, row {number} (from 0): {message}" in out
+
+
+def test_many_unknown_keys_and_endless_numbers(workplace, capsys):
+    path = workplace.write(wit=WIT)
+    text = path.read_text()
+    path.write_text(text + "".join(f"key{i}: {i}\n" for i in range(3000)))
+    code, out, _ = wit(capsys, "check", path)
+    assert code == 1
+    assert "key0" in out
+    assert "more characters)" in out
+    assert len(out) < 3000
+    for key in ("cutoff_len", "seed", "prompt_weight"):
+        path.write_text("".join(line for line in text.splitlines(True) if f"{key}:" not in line))
+        given = f"wit.{key}" if key in WIT else key
+        code, out, _ = wit(capsys, "check", path, "--set", f"{given}=1e999999999")
+        assert code == 1, key
+        assert len(out) < 2000
+
+
+def test_a_block_that_cannot_be_merged(workplace, capsys):
+    code, out, err = wit(capsys, "check", workplace.write(wit=[1]), "--set", "wit.prompt_weight=0.5")
+    assert code == 1, err
+    assert "--set does not fit the file" in out
+
+
 def test_files_are_recognised(workplace):
     assert choose_driver(job(workplace.write(wit=WIT)), None).name == "llamafactory"
     trl = {"model_name_or_path": "m", "dataset_name": "d"}

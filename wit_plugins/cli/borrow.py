@@ -11,7 +11,7 @@ from wit_plugins.config import WITConfig
 from wit_plugins.errors import WITConfigError
 from wit_plugins.plugins import ActiveStrategies
 from wit_plugins.tokens.collator import WeightedCollator
-from wit_plugins.training.attach import attach
+from wit_plugins.training.attach import attach, causal_lm
 
 # What decides where and how transformers' trainer trains, and nothing about the data. A laptop must be able to show
 # the data of a configuration for eight GPUs.
@@ -59,11 +59,21 @@ def weighted_collator(
     trainer: Any, config: WITConfig, strategies: ActiveStrategies
 ) -> tuple[WeightedCollator, list[str]]:
     """The collator with the weights attached, and why they cannot be attached for training, if so."""
+    own = trainer.data_collator
     try:
         attach(trainer, config)
         return trainer.data_collator, []
-    except WITConfigError as error:
-        return WeightedCollator(trainer.data_collator, strategies), [str(error)]
+    except ValueError as error:  # WITConfigError is one; others are about an example, which reading all of them names
+        return WeightedCollator(own, strategies), [str(error)]
+
+
+def vocab_size(trainer: Any) -> int | None:
+    """How many ids the trainer's model knows; `None` if it does not say."""
+    model: Any = causal_lm(trainer)
+    try:
+        return getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:
+        return None
 
 
 @contextlib.contextmanager

@@ -8,20 +8,22 @@ roles and weights included, is the same for every framework, and comes from the 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from packaging.version import Version
 
+from wit_plugins.cli import configuration
+from wit_plugins.cli.text import visible
 from wit_plugins.config import WITConfig, did_you_mean
 from wit_plugins.errors import WITConfigError
-from wit_plugins.plugins import plugin_manager
-from wit_plugins.tokens.collator import WeightedCollator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from wit_plugins.tokens.collator import WeightedCollator
 
 WEIGHTS = ("prompt_weight", "response_weight")
 
@@ -32,20 +34,22 @@ class Job:
 
     Attributes:
         path (`Path | None`): the configuration file; `None` if everything was said on the command line.
-        values (`Mapping`): the file's content.
+        values (`Mapping`): the file's content, as the framework reads it (see [`FrameworkDriver.read`]).
         overrides (`Mapping`): `--set key=value`, by the framework's own names; a value of `None` was written `null`.
         weights (`Mapping`): `prompt_weight`, `response_weight` where the command line gives them.
+        repeated (`Sequence[str]`): about each key that stands twice in the file.
     """
 
     path: Path | None
     values: Mapping[str, Any]
     overrides: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
+    repeated: Sequence[str] = ()
 
     @property
     def name(self) -> str:
-        """What to call it in a message."""
-        return str(self.path) if self.path else "the command line"
+        """What to call it in a message: a file's name, without anything that a terminal would act on."""
+        return visible(str(self.path)) if self.path else "the command line"
 
     def with_weights(self, prompt_weight: float, response_weight: float) -> Job:
         """The same job at other weights."""
@@ -84,6 +88,7 @@ class Prepared:
             prompts and its responses, it is `split` into several, or `dropped`.
         row_length (`int | None`): how many tokens a packed row has room for; `None` if nothing is packed.
         problems (`list[str]`): why training would refuse to start, each with the way out.
+        vocab_size (`int | None`): how many ids the model knows.
     """
 
     framework: str
@@ -95,6 +100,7 @@ class Prepared:
     truncation: Literal["start", "end", "both", "split", "dropped"] = "start"
     row_length: int | None = None
     problems: list[str] = field(default_factory=list)
+    vocab_size: int | None = None
 
 
 class FrameworkDriver:
@@ -117,9 +123,17 @@ class FrameworkDriver:
         """Whether this is a configuration of this framework. The framework need not be installed."""
         raise NotImplementedError
 
+    def read(self, path: Path) -> Mapping[str, Any]:
+        """A configuration file as the framework itself reads it; by default by `yaml.safe_load`.
+
+        Raises:
+            WITConfigError: if the framework cannot read it.
+        """
+        return configuration.safe_load(path)
+
     def problems(self, job: Job) -> list[str]:
         """What is wrong with a configuration that can be said without the framework, each with the way out."""
-        return []
+        return list(job.repeated)
 
     def prepare(self, job: Job) -> Prepared:
         """Have the framework build the data, without loading the model's weights.
@@ -171,6 +185,8 @@ class FrameworkDriver:
 
 def drivers() -> list[FrameworkDriver]:
     """The drivers of all adapters, by name."""
+    from wit_plugins.plugins import plugin_manager  # loads the adapters, which a typing mistake need not wait for
+
     found = plugin_manager().hook.framework_driver()
     return sorted(found, key=lambda driver: driver.name)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import logging
 import os
 import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,6 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if importlib.util.find_spec("rich") is None:
             raise WITConfigError("`wit` needs the package rich; pip install 'wit-plugins[cli]'")
-        # The progress bars of the libraries underneath stay; their chatter about devices and caches goes.
         logging.getLogger().setLevel(logging.ERROR)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -69,12 +68,14 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--no-summary", action="store_true", help="leave the summary of the whole dataset out")
     command.add_argument("--limit", type=_positive, metavar="N", help="summarise the first N rows only")
     command.add_argument("--color", choices=("auto", "always", "never"), default="auto")
+    _verbose_argument(command)
 
     command = _command(commands, "check", "validate a configuration and its data", _run_check)
     _job_arguments(command)
     _weight_arguments(command)
     command.add_argument("--strict", action="store_true", help="count warnings as problems")
     command.add_argument("--limit", type=_positive, metavar="N", help="look at the first N rows of each dataset only")
+    _verbose_argument(command)
 
     command = _command(commands, "sweep", "train a grid of weights, one run a cell, and draw what came out", _run_sweep)
     _job_arguments(command)
@@ -132,6 +133,10 @@ def _weight_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--response-weight", type=float, metavar="λr", help="instead of the configuration's")
 
 
+def _verbose_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--verbose", action="store_true", help="show what the libraries underneath print")
+
+
 def _metric_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--metric",
@@ -152,7 +157,7 @@ def _positive(text: str) -> int:
 def _numbers(text: str) -> list[int]:
     try:
         numbers = [int(part) for part in text.split(",")]
-    except ValueError:
+    except ValueError:  # also for thousands of digits
         numbers = [-1]
     if min(numbers) < 0:
         raise argparse.ArgumentTypeError(f"{text!r} are not row numbers such as 0,5,17")
@@ -167,7 +172,7 @@ def _assignment(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
         return key, value
     # To YAML 1.1 `no` is false, but here somebody wrote eval_strategy=no.
     word = isinstance(parsed, bool) and value.lower() not in ("true", "false")
@@ -175,16 +180,32 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 
 def _job(options: argparse.Namespace) -> tuple[FrameworkDriver, Job]:
-    """The configuration, read, and whose it is."""
-    from wit_plugins.cli.driver import WEIGHTS, Job, choose_driver
+    """The configuration, read, and whose it is.
+
+    Raises:
+        WITConfigError: if the file or the command line cannot be used, or the weights in them are wrong. Typing
+            mistakes in those are found before any framework, or PyTorch, is imported.
+    """
+    job = _plain_job(options)
+    if problem := _weights_problem(job):
+        raise WITConfigError(f"{job.name}: {problem}")
+    return _for_framework(job, options.framework)
+
+
+def _plain_job(options: argparse.Namespace) -> Job:
+    """The configuration as it is written."""
+    from wit_plugins.cli import configuration
+    from wit_plugins.cli.driver import WEIGHTS, Job
 
     given = {name: getattr(options, name, None) for name in WEIGHTS}
     weights = {name: float(value) for name, value in given.items() if value is not None}
     dataset, tokenizer = getattr(options, "dataset", None), getattr(options, "tokenizer", None)
+    repeated: list[str] = []
     if options.config is not None:
         if dataset or tokenizer:
             raise WITConfigError("a configuration and --dataset or --tokenizer were given; give one or the other")
-        values = read_config(options.config)
+        plain = configuration.look(options.config)
+        values, repeated = plain.values, plain.repeated
     elif dataset and tokenizer:
         values = {"model_name_or_path": tokenizer, **_dataset_values(dataset)}
         options.framework = options.framework or "trl"
@@ -194,8 +215,26 @@ def _job(options: argparse.Namespace) -> tuple[FrameworkDriver, Job]:
     taken = [name for name in WEIGHTS if name in overrides]
     if taken:
         raise WITConfigError(f"--set {taken[0]}=…: write --{taken[0].replace('_', '-')} instead")
-    job = Job(options.config, values, overrides, weights)
-    return choose_driver(job, options.framework), job
+    return Job(options.config, values, overrides, weights, repeated)
+
+
+def _weights_problem(job: Job) -> str | None:
+    """What is wrong with the weights in a configuration as it is written, if something is."""
+    from wit_plugins.cli.configuration import check_weights
+
+    try:
+        check_weights(job.values, job.overrides, job.weights)
+    except WITConfigError as error:
+        return str(error)
+    return None
+
+
+def _for_framework(job: Job, name: str | None) -> tuple[FrameworkDriver, Job]:
+    """Whose it is, and the file as that framework reads it."""
+    from wit_plugins.cli.driver import choose_driver
+
+    driver = choose_driver(job, name)
+    return driver, job if job.path is None else dataclasses.replace(job, values=driver.read(job.path))
 
 
 def _dataset_values(dataset: str) -> dict[str, Any]:
@@ -208,44 +247,37 @@ def _dataset_values(dataset: str) -> dict[str, Any]:
     return {"dataset_name": dataset}
 
 
-def read_config(path: Path) -> Mapping[str, Any]:
-    """A YAML or JSON file that holds a mapping.
-
-    Raises:
-        WITConfigError: if it cannot be read, or is no mapping.
-    """
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise WITConfigError(f"{path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise WITConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise WITConfigError(f"{path}: holds no mapping of keys to values")
-    return values
-
-
 def _run_preview(options: argparse.Namespace) -> int:
-    from wit_plugins.cli.preview.command import Options, preview
+    from wit_plugins.cli.quiet import quiet
 
-    driver, job = _job(options)
+    with quiet(options.verbose):  # importing a framework prints too
+        driver, job = _job(options)
+        from wit_plugins.cli.preview.command import Options, preview
     return preview(
         driver,
         job,
         Options(
             options.rows, options.split, options.max_tokens, options.limit, not options.no_summary, options.html,
-            options.color,
+            options.color, options.verbose,
         ),
     )  # fmt: skip
 
 
 def _run_check(options: argparse.Namespace) -> int:
-    from wit_plugins.cli.preview.command import check
+    from wit_plugins.cli.check import check, refuse
+    from wit_plugins.cli.quiet import quiet
 
-    driver, job = _job(options)
-    return check(driver, job, options.strict, options.limit)
+    plain = _plain_job(options)
+    if problem := _weights_problem(plain):
+        return refuse(plain.name, [*plain.repeated, problem])
+    try:
+        with quiet(options.verbose):  # importing a framework prints too
+            driver, job = _for_framework(plain, options.framework)
+    except WITConfigError as error:
+        if not plain.repeated:
+            raise
+        return refuse(plain.name, [*plain.repeated, str(error)])
+    return check(driver, job, options.strict, options.limit, options.verbose)
 
 
 def _run_sweep(options: argparse.Namespace) -> int:

@@ -1,15 +1,14 @@
-"""`wit preview` and `wit check`: the data of a configuration, as training would see it."""
+"""`wit preview`: the data of a configuration, as training would see it. `wit check` reads it in the same way."""
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import time
 import warnings as python_warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -21,9 +20,11 @@ from wit_plugins.cli.preview.documents import view
 from wit_plugins.cli.preview.rows import first_rows
 from wit_plugins.cli.preview.summary import Summary, summarise, warnings
 from wit_plugins.cli.preview.terminal import print_legend, print_rows, print_summary
-from wit_plugins.cli.text import TokenText
+from wit_plugins.cli.quiet import quiet
+from wit_plugins.cli.text import TokenText, visible
 from wit_plugins.errors import WITConfigError, WITError
 
+_LONGEST = 1500  # characters of a framework's own message; some list all that they know
 _STREAM_ROWS = 10_000  # of a stream, whose end nobody knows, unless --limit says otherwise
 
 
@@ -39,6 +40,7 @@ class Options:
         summary (`bool`): whether there is one.
         html (`Path | None`): where to write the page.
         color (`str`): `auto`, `always` or `never`.
+        verbose (`bool`): whether what the libraries print is shown.
     """
 
     rows: list[int]
@@ -48,26 +50,35 @@ class Options:
     summary: bool = True
     html: Path | None = None
     color: str = "auto"
+    verbose: bool = False
 
 
 def preview(driver: FrameworkDriver, job: Job, options: Options) -> int:
     """Show it; the exit code is 1 if training would refuse to start."""
+    if options.html is not None:
+        from wit_plugins.cli.preview.page import check_writable
+
+        check_writable(options.html)  # before the work, and not after it
     out = console(color=options.color)
-    prepared = _prepare(driver, job)
-    split = _split(prepared, options.split)
-    rows = first_rows(split.rows, options.rows)
-    if not rows:
-        raise WITConfigError(f"the dataset {options.split!r} has no row {options.rows[0]}; choose others with --rows")
-    shown = view(rows, options.rows, prepared, TokenText(prepared.tokenizer))
+    summary, found = None, list(job.repeated)
+    with quiet(options.verbose) as screen:
+        prepared = prepare(driver, job, screen)
+        split = _split(prepared, options.split)
+        rows = first_rows(split.rows, options.rows)
+        if not rows:
+            raise WITConfigError(
+                f"the dataset {options.split!r} has no row {options.rows[0]}; choose others with --rows"
+            )
+        shown = view(rows, options.rows, prepared, TokenText(prepared.tokenizer), options.split)
+        if options.summary:
+            summary = summarise_split(prepared, options.split, split, options.limit, screen, say_rate=True)
+            found += warnings(summary, prepared.config, prepared)
     heaviest = max((t.weight for row in shown for d in row.documents for t in d.tokens), default=0.0)
     out.print(Text(f"{job.name}: {prepared.framework}, {prepared.config.summary()}", "bold"))
     print_legend(out, prepared, heaviest)
     print_rows(out, shown, heaviest, options.max_tokens)
-    summary, found = None, []
-    if options.summary:
-        summary = _summarise(prepared, split, options.limit)
+    if summary is not None:
         print_summary(out, options.split, summary, prepared)
-        found = warnings(summary, prepared.config, prepared)
     if found or prepared.problems:
         out.print()
     print_messages(out, "problem", prepared.problems)
@@ -76,35 +87,8 @@ def preview(driver: FrameworkDriver, job: Job, options: Options) -> int:
         from wit_plugins.cli.preview.page import write_page
 
         write_page(options.html, job.name, prepared, options.split, shown, summary, prepared.problems, found)
-        out.print(Text(f"\nWritten: {options.html}"), soft_wrap=True)
+        out.print(Text(f"\nWritten: {visible(str(options.html))}"), soft_wrap=True)
     return 1 if prepared.problems else 0
-
-
-def check(driver: FrameworkDriver, job: Job, strict: bool, limit: int | None = None) -> int:
-    """All validation, none of the drawing; the exit code is 1 if there is a problem (or, if strict, a warning)."""
-    out = console()
-    problems = driver.problems(job)
-    found: list[str] = []
-    prepared = None
-    try:
-        prepared = _prepare(driver, job)
-    except WITConfigError as error:
-        problems.append(str(error))
-    if prepared is not None:
-        problems += prepared.problems
-        for name, split in prepared.splits.items():
-            summary = _summarise(prepared, split, limit)
-            found += [f"dataset {name}: {text}" for text in warnings(summary, prepared.config, prepared)]
-    print_messages(out, "problem", problems)
-    print_messages(out, "warning", list(dict.fromkeys(found)))
-    if problems:
-        out.print(
-            Text(f"{job.name}: {len(problems)} {'problem' if len(problems) == 1 else 'problems'}"), soft_wrap=True
-        )
-        return 1
-    assert prepared is not None
-    out.print(Text(f"{job.name}: fine for {prepared.framework}, {prepared.config.summary()}"), soft_wrap=True)
-    return 1 if strict and found else 0
 
 
 def _split(prepared: Prepared, name: str) -> Split:
@@ -114,22 +98,52 @@ def _split(prepared: Prepared, name: str) -> Split:
     return prepared.splits[name]
 
 
-def _prepare(driver: FrameworkDriver, job: Job) -> Prepared:
-    """The framework's data; what the framework itself refuses becomes an error like any other."""
+def prepare(driver: FrameworkDriver, job: Job, screen: TextIO) -> Prepared:
+    """The framework's data; what the framework itself refuses becomes an error like any other.
+
+    Args:
+        driver ([`FrameworkDriver`]): the framework's.
+        job ([`Job`]): the configuration.
+        screen (`TextIO`): where a sign of life is shown, if it is a terminal.
+
+    Raises:
+        WITConfigError: with the framework's own message, or the driver's.
+    """
+    err = Console(file=screen, markup=False, highlight=False)
     try:
-        with python_warnings.catch_warnings():
+        with python_warnings.catch_warnings(), err.status(f"{driver.title} prepares the data"):
             python_warnings.simplefilter("ignore")  # about devices and deprecations, which is nothing about the data
-            with contextlib.redirect_stdout(sys.stderr):  # frameworks print there too
-                return driver.prepare(job)
+            return driver.prepare(job)
     except WITError:
         raise
-    except Exception as error:
-        message = f"{job.name}: {driver.title} refuses it: {type(error).__name__}: {error}"
-        raise WITConfigError(message) from error
+    except (Exception, SystemExit) as error:  # some libraries leave the process where others raise
+        raise WITConfigError(f"{job.name}: {driver.title} refuses it: {reasons(error)}") from error
 
 
-def _summarise(prepared: Prepared, split: Split, limit: int | None) -> Summary:
-    """The summary, with a bar, and the rate at the end."""
+def reasons(error: BaseException) -> str:
+    """What an exception says, and what the exceptions say that it was raised from; cut where it is very long."""
+    said: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and len(said) < 5:
+        text = " ".join(str(cause).split())
+        if isinstance(cause, StopIteration) and not text:  # what `datasets` and its users raise when they ask for one
+            text = "a dataset has no rows; look for an empty data file"
+        if len(text) > _LONGEST:
+            text = f"{text[:_LONGEST]} … ({len(text) - _LONGEST:,} more characters)"
+        if not said or text not in said[-1]:
+            said.append(f"{type(cause).__name__}: {text}" if text else f"{type(cause).__name__}, without a message")
+        cause = cause.__cause__
+    return "; because of ".join(said)
+
+
+def summarise_split(
+    prepared: Prepared, name: str, split: Split, limit: int | None, screen: TextIO, say_rate: bool = False
+) -> Summary:
+    """The summary, with a bar where there is a terminal.
+
+    Raises:
+        WITConfigError: if a row cannot be trained on: which, and why.
+    """
     known = hasattr(split.rows, "__len__")
     if limit is None and not known:
         limit = _STREAM_ROWS
@@ -139,22 +153,23 @@ def _summarise(prepared: Prepared, split: Split, limit: int | None) -> Summary:
         if hasattr(split.uncut, "__len__") and prepared.max_length is not None:
             total += len(split.uncut)  # type: ignore[arg-type]
     twice = ", before and after truncation" if split.uncut is not None and prepared.max_length is not None else ""
-    with _progress(f"Reading the dataset{twice}", total) as advance:
-        return summarise(prepared, split, limit, advance)
+    with _progress(f"Reading the dataset{twice}", total, screen, say_rate) as advance:
+        return summarise(prepared, split, limit, advance, name)
 
 
 @contextmanager
-def _progress(label: str, total: int | None) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr over rows, with the tokens a second; one line of result where there is no terminal."""
-    err = Console(stderr=True, markup=False, highlight=False)
+def _progress(label: str, total: int | None, screen: TextIO, say_rate: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar over rows, with the tokens a second; if wanted, one line of result after it."""
+    err = Console(file=screen, markup=False, highlight=False)
     start, tokens = time.monotonic(), 0
 
     def rate() -> str:
         seconds = time.monotonic() - start
         return f"{tokens:,} tokens, {tokens / max(seconds, 1e-9):,.0f} a second"
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[rate]}"), console=err, transient=True) as bar:
+    columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn()]
+    columns += [TimeElapsedColumn(), TextColumn("{task.fields[rate]}")]
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(label, total=total, rate="")
 
         def advance(rows: int, more: int) -> None:
@@ -163,4 +178,5 @@ def _progress(label: str, total: int | None) -> Iterator[Callable[[int, int], No
             bar.update(task, advance=rows, rate=rate())
 
         yield advance
-    err.print(Text(f"{label}: {rate()} ({time.monotonic() - start:.1f} s)", "dim"))
+    if say_rate:
+        err.print(Text(f"{label}: {rate()} ({time.monotonic() - start:.1f} s)", "dim"))

@@ -105,11 +105,15 @@ class Row:
     padding: int
 
 
-def view(rows: list[Any], numbers: list[int], prepared: Prepared, text: TokenText) -> list[Row]:
-    """Rows ready to be drawn."""
+def view(rows: list[Any], numbers: list[int], prepared: Prepared, text: TokenText, dataset: str = "train") -> list[Row]:
+    """Rows ready to be drawn.
+
+    Raises:
+        WITConfigError: if one cannot be trained on: which, and why.
+    """
     made = []
     for row, number in zip(rows, numbers, strict=False):
-        tokens = read([row], prepared.collator, prepared.tokenizer.pad_token_id)
+        tokens = read([row], prepared.collator, prepared.tokenizer.pad_token_id, prepared.vocab_size, dataset, number)
         end = len(tokens) - int(tokens.padding.sum())
         starts = tokens.document_starts
         documents = []

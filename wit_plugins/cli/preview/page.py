@@ -7,6 +7,8 @@ the dataset can at most look odd.
 from __future__ import annotations
 
 import datetime
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,37 @@ from wit_plugins.cli.preview.documents import Row, Token
 from wit_plugins.cli.preview.summary import BINS, Summary
 from wit_plugins.cli.preview.terminal import shade, summary_facts
 from wit_plugins.cli.text import visible
+from wit_plugins.errors import WITConfigError
 from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
 
+_TRIAL = 1_000_000  # bytes that must find room before the work begins
 MAX_TOKENS = 4000  # of one document; a browser gets slow with more
 _NAMES = {PROMPT: "prompt", RESPONSE: "response", NEITHER: "first token, not predicted"}
+
+
+def check_writable(path: Path) -> None:
+    """Make sure that a page can be written there, by writing as much as a page may need beside it.
+
+    Raises:
+        WITConfigError: if it cannot, naming the file and the way out.
+    """
+    if path.is_dir():
+        raise WITConfigError(f"--html {path}: is a folder; name a file in it, such as {path / 'preview.html'}")
+    if not path.parent.is_dir():
+        raise WITConfigError(f"--html {path}: there is no folder {path.parent}; make it first, or name another")
+    if path.exists() and not path.is_file():
+        return  # a device or a pipe, into which nothing may be written to try
+    try:
+        with tempfile.TemporaryFile(dir=path.parent) as trial:
+            trial.write(bytes(_TRIAL))
+        if path.exists():
+            path.open("ab").close()
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> WITConfigError:
+    return WITConfigError(f"--html {path}: cannot be written: {error.strerror or error}; name a file in another place")
 
 
 def write_page(
@@ -44,6 +73,9 @@ def write_page(
         rows (`list[Row]`): what to show token by token.
         summary ([`Summary`] | None): of the whole dataset.
         problems, warnings (`list[str]`): what to say at the top.
+
+    Raises:
+        WITConfigError: if it cannot be written; an older page is then as it was.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("wit_plugins.cli.preview"),
@@ -80,7 +112,16 @@ def write_page(
             ),
         ],
     )
-    path.write_text(page, encoding="utf-8")
+    path = path.resolve()  # what a link names is replaced, and not the link
+    made = path.with_name(f".{path.name}.{os.getpid()}") if path.is_file() or not path.exists() else path
+    try:
+        made.write_text(page, encoding="utf-8")
+        if made != path:
+            made.replace(path)
+    except OSError as error:
+        if made != path:
+            made.unlink(missing_ok=True)
+        raise _unwritable(path, error) from None
 
 
 def _row(row: Row, heaviest: float) -> dict[str, Any]:

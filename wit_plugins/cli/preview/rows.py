@@ -5,19 +5,22 @@ Roles and weights come from `WeightedCollator.codes`, which is what training cal
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from wit_plugins.errors import WITConfigError
 from wit_plugins.tokens.collator import WeightedCollator
-from wit_plugins.tokens.roles import document_starts, token_array
+from wit_plugins.tokens.roles import IGNORE_INDEX, document_starts, token_array
 from wit_plugins.tokens.transport import decode
 
 BLOCK = 512
+_BEGIN = 8  # ids by which a row is found again
 # Columns that only this package reads; they are handed over as arrays, which spares millions of Python integers.
 _ARRAY_COLUMNS = {"input_ids", "labels", "attention_mask", "position_ids", "seq_lengths"}
 
@@ -46,21 +49,37 @@ class Tokens:
         return len(self.input_ids)
 
 
-def read(rows: list[Any], collator: WeightedCollator, pad_id: int | None) -> Tokens:
+def read(
+    rows: list[Any],
+    collator: WeightedCollator,
+    pad_id: int | None,
+    vocab_size: int | None = None,
+    dataset: str = "train",
+    first: int = 0,
+) -> Tokens:
     """The tokens of some rows.
 
     Args:
         rows (`list`): examples, or lists of examples that are packed into one row.
         collator ([`WeightedCollator`]): gives roles and weights.
         pad_id (`int | None`): the padding token's id.
+        vocab_size (`int | None`): how many ids the model knows.
+        dataset (`str`): where the rows come from, for messages.
+        first (`int`): the number of the first of them there.
+
+    Raises:
+        WITConfigError: if a row cannot be trained on: its number, the value and the way out.
     """
     ids, codes, documents, row_starts, padding = [], [], [], [], []
     position = 0
-    for row in rows:
+    for number, row in enumerate(rows, first):
         row_starts.append(position)
-        for example in row if isinstance(row, list) else [row]:
-            own_ids, own_codes = token_array(example["input_ids"]), collator.codes(example)
-            starts = document_starts(example, len(own_ids)) if len(own_ids) else np.zeros(0, dtype=np.int64)
+        for index, example in enumerate(row if isinstance(row, list) else [row]):
+            within = f", example {index} of those packed into it" if isinstance(row, list) and len(row) > 1 else ""
+            with row_errors(f"dataset {dataset}, row {number} (from 0){within}", example):
+                check_columns(example, vocab_size)
+                own_ids, own_codes = token_array(example["input_ids"]), collator.codes(example)
+                starts = document_starts(example, len(own_ids)) if len(own_ids) else np.zeros(0, dtype=np.int64)
             pad = _trailing_padding(own_ids, own_codes, pad_id)
             ids.append(own_ids)
             codes.append(own_codes)
@@ -79,6 +98,57 @@ def read(rows: list[Any], collator: WeightedCollator, pad_id: int | None) -> Tok
         np.array(row_starts, dtype=np.int64),
         np.concatenate(padding),
     )
+
+
+@contextlib.contextmanager
+def row_errors(where: str, example: Mapping[str, Any]) -> Iterator[None]:
+    """What is wrong with an example becomes an error that says which.
+
+    Args:
+        where (`str`): its dataset and row, as training gets them.
+        example (`Mapping`): its beginning is named as well, since frameworks shuffle.
+
+    Raises:
+        WITConfigError: for a `ValueError`, or what numpy raises for values that are no numbers.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OverflowError, KeyError) as error:
+        said = f"there is no column {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        begin = ", ".join(str(token) for token in list(example.get("input_ids", ()))[:_BEGIN])
+        raise WITConfigError(
+            f"{where}: {said}; mend it, or take it out of the data (its input_ids begin {begin})"
+        ) from None
+
+
+def check_columns(example: Mapping[str, Any], vocab_size: int | None) -> None:
+    """Columns of one length, and ids that the model knows.
+
+    Args:
+        example (`Mapping`): with `input_ids` and `labels`, and perhaps `attention_mask`.
+        vocab_size (`int | None`): how many ids the model knows.
+
+    Raises:
+        ValueError: naming the column, the value and its position.
+    """
+    ids, labels = token_array(example["input_ids"]), token_array(example["labels"])
+    columns = {"labels": len(labels)}
+    mask = example.get("attention_mask")
+    if mask is not None and np.ndim(mask) == 1:  # one of more dimensions says nothing about single tokens
+        columns["attention_mask"] = len(mask)
+    for name, length in columns.items():
+        if length != len(ids):
+            raise ValueError(f"{name} has {length:,} entries for {len(ids):,} input_ids")
+    last = (vocab_size or np.iinfo(np.int64).max) - 1
+    for name, values, wrong in (
+        ("input_ids", ids, (ids < 0) | (ids > last)),
+        ("labels", labels, (labels != IGNORE_INDEX) & ((labels < 0) | (labels > last))),
+    ):
+        if wrong.any():
+            at = int(wrong.argmax())
+            allowed = f"0 to {last:,}" if vocab_size else "0 and above"
+            allowed += f", or {IGNORE_INDEX} where a token is masked" if name == "labels" else ""
+            raise ValueError(f"{name} has {int(values[at])} at position {at}; the model knows {allowed}")
 
 
 def _trailing_padding(input_ids: np.ndarray, codes: np.ndarray, pad_id: int | None) -> int:

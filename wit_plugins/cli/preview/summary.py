@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from wit_plugins.cli.driver import Prepared, Split
-from wit_plugins.cli.preview.rows import Tokens, blocks, read
+from wit_plugins.cli.preview.rows import Tokens, blocks, check_columns, read, row_errors
 from wit_plugins.cli.text import TokenText, visible
 from wit_plugins.config import WITConfig
-from wit_plugins.tokens.roles import PROMPT, RESPONSE, example_roles
+from wit_plugins.tokens.roles import IGNORE_INDEX, PROMPT, RESPONSE, example_roles, token_array
 
 BINS = 20
 HIGH_SHARE = 0.95
@@ -44,6 +44,8 @@ class Summary:
         cut_responses (`int`): of those, the ones that lose response tokens, where one end is cut off.
         lost, lost_response (`int`): tokens, and response tokens, of all examples that are not in the dataset any more.
         dropped (`int`): examples that were left out altogether.
+        dropped_prompt (`int`): their prompt tokens within the maximum length, where they were left out because no
+            response token is: prompt_weight would have counted them.
         complete (`bool`): whether every row was read.
     """
 
@@ -71,6 +73,7 @@ class Summary:
     lost: int = 0
     lost_response: int = 0
     dropped: int = 0
+    dropped_prompt: int = 0
     complete: bool = True
 
     @property
@@ -148,7 +151,11 @@ class Summary:
 
 
 def summarise(
-    prepared: Prepared, split: Split, limit: int | None = None, progress: Callable[[int, int], None] | None = None
+    prepared: Prepared,
+    split: Split,
+    limit: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    name: str = "train",
 ) -> Summary:
     """Read a dataset once (twice with its uncut form), never more than 512 rows in memory.
 
@@ -157,6 +164,10 @@ def summarise(
         split ([`Split`]): the dataset.
         limit (`int | None`): how many rows to read at most.
         progress (`Callable | None`): called with the rows and tokens that were read, after every block.
+        name (`str`): the dataset's, for messages.
+
+    Raises:
+        WITConfigError: if a row cannot be trained on: which, and why.
     """
     summary = Summary()
     text = TokenText(prepared.tokenizer)
@@ -165,7 +176,7 @@ def summarise(
     pad_id = prepared.tokenizer.pad_token_id
     as_arrays = set(prepared.config.strategies) <= {"dft"}  # other strategies may look at the columns themselves
     for block in blocks(split.rows, limit, as_arrays):
-        tokens = read(block, prepared.collator, pad_id)
+        tokens = read(block, prepared.collator, pad_id, prepared.vocab_size, name, summary.rows)
         summary.add(tokens, is_special, prepared.max_length)
         if progress is not None:
             progress(len(block), len(tokens))
@@ -174,26 +185,32 @@ def summarise(
     if limit is not None and summary.rows == limit and _length(split.rows) != limit:
         summary.complete = False
     elif split.uncut is not None and prepared.max_length is not None:
-        _compare_with_uncut(summary, prepared, split.uncut, progress)
+        _compare_with_uncut(summary, prepared, split.uncut, progress, name)
     return summary
 
 
 def _compare_with_uncut(
-    summary: Summary, prepared: Prepared, uncut: Any, progress: Callable[[int, int], None] | None
+    summary: Summary, prepared: Prepared, uncut: Any, progress: Callable[[int, int], None] | None, name: str
 ) -> None:
     """What truncation took away."""
     summary.long = 0
     examples = tokens = response = 0
+    unanswered: list[int] = []  # the prompt tokens of each example that keeps no response
     limit = prepared.max_length
     assert limit is not None
     for block in blocks(uncut):
         size = 0
-        for example in block:
-            _, roles, _ = example_roles(example)
+        for number, example in enumerate(block, examples):
+            with row_errors(f"dataset {name}, row {number} (from 0) before truncation", example):
+                check_columns(example, prepared.vocab_size)
+                _, roles, _ = example_roles(example)
             is_response = roles == RESPONSE
             examples += 1
             size += len(roles)
             response += int(is_response.sum())
+            left = slice(-limit, None) if prepared.truncation == "end" else slice(limit)
+            if len(roles) and (token_array(example["labels"])[left] == IGNORE_INDEX).all():
+                unanswered.append(min(len(roles), limit) - 1)
             if len(roles) > limit:
                 summary.long += 1
                 gone = is_response[:-limit] if prepared.truncation == "end" else is_response[limit:]
@@ -205,6 +222,8 @@ def _compare_with_uncut(
     summary.lost_response = max(0, response - summary.response)
     if prepared.truncation != "split":
         summary.dropped = max(0, examples - summary.documents)
+    if summary.dropped == len(unanswered) and prepared.truncation in ("start", "end"):
+        summary.dropped_prompt = sum(unanswered)
 
 
 def _length(rows: Any) -> int | None:

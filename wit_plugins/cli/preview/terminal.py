@@ -198,6 +198,8 @@ def summary_facts(summary: Summary, prepared: Prepared) -> list[tuple[str, str]]
     elif summary.long >= 0:
         lost = f"; {summary.lost:,} tokens lost, {summary.lost_response:,} of them response" if summary.lost > 0 else ""
         dropped = f"; {summary.dropped:,} examples left out" if summary.dropped else ""
+        if summary.dropped_prompt:
+            dropped += f", and with them {summary.dropped_prompt:,} prompt tokens that would fit"
         verb = {"split": "split", "dropped": "dropped"}.get(prepared.truncation, "cut")
         facts.append((f"{verb} at {limit:,} tokens", f"{summary.long:,}{lost}{dropped}"))
     else:

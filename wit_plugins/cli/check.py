@@ -1,0 +1,71 @@
+"""`wit check`: all validation, none of the drawing. The answer comes last, and alone on standard output."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.text import Text
+
+from wit_plugins.cli.console import console, print_messages
+from wit_plugins.cli.driver import FrameworkDriver, Job
+from wit_plugins.errors import WITConfigError
+
+_SHOWN = 10  # messages; who has more has one mistake many times
+
+
+def refuse(name: str, problems: list[str]) -> int:
+    """Print what is wrong with a configuration; returns the exit code."""
+    out = console()
+    problems = list(dict.fromkeys(problems))
+    _print(out, "problem", problems)
+    count = f"{len(problems):,} {'problem' if len(problems) == 1 else 'problems'}"
+    out.print(Text(f"{name}: {count}"), soft_wrap=True)
+    return 1
+
+
+def check(driver: FrameworkDriver, job: Job, strict: bool, limit: int | None = None, verbose: bool = False) -> int:
+    """Check the configuration and its data.
+
+    Args:
+        driver ([`FrameworkDriver`]): the framework's.
+        job ([`Job`]): the configuration.
+        strict (`bool`): whether a warning counts as a problem.
+        limit (`int | None`): how many rows of each dataset to read.
+        verbose (`bool`): show what the libraries print.
+
+    Returns:
+        `int`: the exit code: 1 if there is a problem (or, if strict, a warning).
+    """
+    from wit_plugins.cli.preview.command import prepare, summarise_split
+    from wit_plugins.cli.preview.summary import warnings
+    from wit_plugins.cli.quiet import quiet
+
+    problems = driver.problems(job)
+    found: list[str] = []
+    prepared = None
+    with quiet(verbose) as screen:
+        try:
+            prepared = prepare(driver, job, screen)
+        except WITConfigError as error:
+            problems.append(str(error))
+        else:
+            problems += prepared.problems
+        for name, split in prepared.splits.items() if prepared is not None else ():
+            assert prepared is not None
+            try:
+                summary = summarise_split(prepared, name, split, limit, screen)
+            except WITConfigError as error:
+                problems.append(str(error))
+                continue
+            found += [f"dataset {name}: {text}" for text in warnings(summary, prepared.config, prepared)]
+    found = list(dict.fromkeys(found))
+    out = console()
+    _print(out, "warning", found)
+    if problems or prepared is None:
+        return refuse(job.name, problems)
+    out.print(Text(f"{job.name}: fine for {prepared.framework}, {prepared.config.summary()}"), soft_wrap=True)
+    return 1 if strict and found else 0
+
+
+def _print(out: Console, kind: str, messages: list[str]) -> None:
+    more = len(messages) - _SHOWN
+    print_messages(out, kind, messages[:_SHOWN] + ([f"… and {more:,} more of these"] if more > 0 else []))
