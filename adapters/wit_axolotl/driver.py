@@ -20,11 +20,10 @@ from typing import Any
 from wit_axolotl.config import PLUGIN, is_listed, read_config
 from wit_axolotl.trainer import OLDEST, TOO_NEW
 from wit_plugins import WITConfigError, attached
-from wit_plugins.cli.borrow import exchanged, vocab_size
+from wit_plugins.cli.borrow import exchanged, unattached_collator
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split
 from wit_plugins.cli.empty import empty_model
 from wit_plugins.plugins import ActiveStrategies
-from wit_plugins.tokens.collator import WeightedCollator
 
 # What decides where and how a model is trained, and nothing about the data.
 _NOT_HERE: dict[str, Any] = {"bf16": False, "fp16": False, "tf32": False}
@@ -98,7 +97,7 @@ class AxolotlDriver(FrameworkDriver):
             strategies = ActiveStrategies(config.active_strategies())
             collator = trainer.data_collator
             if attached(trainer) is None:
-                collator = WeightedCollator(collator, strategies)
+                collator = unattached_collator(trainer, collator, strategies)
             sampler = trainer.get_train_dataloader().batch_sampler
             strategy = str(values.get("excess_length_strategy") or "drop").lower()
             # Nothing may point into the temporary folder when it is gone.
@@ -114,7 +113,6 @@ class AxolotlDriver(FrameworkDriver):
                 truncation="start" if strategy == "truncate" else "dropped",
                 row_length=getattr(sampler, "batch_max_len", None),
                 problems=problems,
-                vocab_size=vocab_size(trainer),
             )
 
     def files(self, job: Job, output: Path, resume: Path | None) -> dict[Path, str]:

@@ -25,7 +25,6 @@ from wit_plugins.cli.borrow import (
     for_looking,
     parser_errors,
     stopping,
-    vocab_size,
     weighted_collator,
 )
 from wit_plugins.cli.configuration import read_text, unreadable
@@ -128,7 +127,6 @@ class LlamaFactoryDriver(FrameworkDriver):
             truncation="both",
             row_length=data_args.cutoff_len if data_args.packing else None,
             problems=problems,
-            vocab_size=vocab_size(trainer),
         )
 
     def command(self, job: Job, output: Path, resume: Path | None, port: int | None = None) -> list[str]:

@@ -22,7 +22,6 @@ from wit_plugins.cli.borrow import (
     for_looking,
     parser_errors,
     stopping,
-    vocab_size,
     weighted_collator,
 )
 from wit_plugins.cli.configuration import closest
@@ -88,7 +87,6 @@ class TRLDriver(FrameworkDriver):
             else "start",
             row_length=args.max_length if packed else None,
             problems=problems,
-            vocab_size=vocab_size(trainer),
         )
 
     def problems(self, job: Job) -> list[str]:

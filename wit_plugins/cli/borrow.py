@@ -11,7 +11,8 @@ from wit_plugins.config import WITConfig
 from wit_plugins.errors import WITConfigError
 from wit_plugins.plugins import ActiveStrategies
 from wit_plugins.tokens.collator import WeightedCollator
-from wit_plugins.training.attach import attach, causal_lm
+from wit_plugins.training.adapter import TrainerAdapter
+from wit_plugins.training.attach import attach, example_reader
 
 # What decides where and how transformers' trainer trains, and nothing about the data. A laptop must be able to show
 # the data of a configuration for eight GPUs.
@@ -64,16 +65,15 @@ def weighted_collator(
         attach(trainer, config)
         return trainer.data_collator, []
     except ValueError as error:  # WITConfigError is one; others are about an example, which reading all of them names
-        return WeightedCollator(own, strategies), [str(error)]
+        return unattached_collator(trainer, own, strategies), [str(error)]
 
 
-def vocab_size(trainer: Any) -> int | None:
-    """How many ids the trainer's model knows; `None` if it does not say."""
-    model: Any = causal_lm(trainer)
+def unattached_collator(trainer: Any, collator: Any, strategies: ActiveStrategies) -> WeightedCollator:
+    """A collator with weights for a trainer that refuses them, to show what can be shown."""
     try:
-        return getattr(model.get_input_embeddings(), "num_embeddings", None)
-    except NotImplementedError:
-        return None
+        return WeightedCollator(collator, strategies, example_reader(trainer, TrainerAdapter()))
+    except (AttributeError, NotImplementedError):  # a model that says nothing about its vocabulary
+        return WeightedCollator(collator, strategies)
 
 
 @contextlib.contextmanager

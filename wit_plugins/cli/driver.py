@@ -88,7 +88,6 @@ class Prepared:
             prompts and its responses, it is `split` into several, or `dropped`.
         row_length (`int | None`): how many tokens a packed row has room for; `None` if nothing is packed.
         problems (`list[str]`): why training would refuse to start, each with the way out.
-        vocab_size (`int | None`): how many ids the model knows.
     """
 
     framework: str
@@ -100,7 +99,6 @@ class Prepared:
     truncation: Literal["start", "end", "both", "split", "dropped"] = "start"
     row_length: int | None = None
     problems: list[str] = field(default_factory=list)
-    vocab_size: int | None = None
 
 
 class FrameworkDriver:

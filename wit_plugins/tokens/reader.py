@@ -46,19 +46,22 @@ class ExampleReader:
         input_ids, labels = token_array(example["input_ids"]), token_array(example["labels"])
         targets, roles, starts = example_roles({**example, "input_ids": input_ids, "labels": labels})
         self._check_ids("input_ids", input_ids)
-        self._check_ids("labels", labels[labels != IGNORE_INDEX])
+        self._check_ids("labels", labels)
         if self.pad_token_id is not None and example.get("attention_mask") is None:
             self._check_padding((input_ids == self.pad_token_id) & (labels == IGNORE_INDEX), starts)
         return targets, roles, starts
 
     def _check_ids(self, column: str, ids: np.ndarray) -> None:
-        if not ids.size or (ids.min() >= 0 and ids.max() < self.vocab_size):
+        wrong = (ids < 0) | (ids >= self.vocab_size)
+        if column == "labels":
+            wrong &= ids != IGNORE_INDEX
+        if not wrong.any():
             return
-        worst = int(ids[(ids < 0) | (ids >= self.vocab_size)][0])
-        masked = " (only -100 masks a label)" if column == "labels" and worst < 0 else ""
+        at = int(np.argmax(wrong))
+        masked = f", or {IGNORE_INDEX} where a token is masked" if column == "labels" else ""
         raise BadExampleError(
-            f"{column} has {worst}, which is outside the model's vocabulary, [0, {self.vocab_size}){masked}; tokenise "
-            "with the model's own tokenizer, or resize the model's embeddings to the tokenizer's"
+            f"{column} has {int(ids[at])} at position {at}; the model knows 0 to {self.vocab_size - 1:,}{masked}; "
+            "tokenise with the model's own tokenizer, or resize the model's embeddings to the tokenizer's"
         )
 
     def _check_padding(self, padding: np.ndarray, starts: np.ndarray) -> None:

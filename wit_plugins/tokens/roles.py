@@ -86,7 +86,7 @@ def example_roles(example: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, n
     """
     input_ids, labels = token_array(example["input_ids"]), token_array(example["labels"])
     if len(input_ids) != len(labels):
-        raise BadExampleError(f"labels have {len(labels)} entries for {len(input_ids)} input_ids; make them as long")
+        raise BadExampleError(f"labels has {len(labels)} entries for {len(input_ids)} input_ids; make them as long")
     is_response = labels != IGNORE_INDEX
     roles = np.where(is_response, RESPONSE, PROMPT).astype(np.uint8)
     starts = document_starts(example, len(input_ids)) if len(input_ids) else np.zeros(0, dtype=np.int64)

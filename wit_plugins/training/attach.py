@@ -62,7 +62,7 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
     changes = Changes()
     head = make_head(model)
     try:
-        reader = _reader(trainer, model, adapter)
+        reader = example_reader(trainer, adapter)
         attachment = Attachment(config, adapter, head, make_head, reader, changes)
         dataset = getattr(trainer, "train_dataset", None)
         if dataset is not None and can_be_read_again(dataset):
@@ -118,7 +118,9 @@ def _adapter(trainer: Trainer) -> TrainerAdapter:
     return adapter
 
 
-def _reader(trainer: Trainer, model: Any, adapter: TrainerAdapter) -> ExampleReader:
+def example_reader(trainer: Trainer, adapter: TrainerAdapter) -> ExampleReader:
+    """How a trainer's examples are read."""
+    model: Any = causal_lm(trainer)
     embeddings = getattr(model.get_input_embeddings(), "num_embeddings", 0)
     vocab_size = max(model.config.get_text_config().vocab_size, embeddings)
     return ExampleReader(

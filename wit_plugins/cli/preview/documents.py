@@ -113,7 +113,7 @@ def view(rows: list[Any], numbers: list[int], prepared: Prepared, text: TokenTex
     """
     made = []
     for row, number in zip(rows, numbers, strict=False):
-        tokens = read([row], prepared.collator, prepared.tokenizer.pad_token_id, prepared.vocab_size, dataset, number)
+        tokens = read([row], prepared.collator, prepared.tokenizer.pad_token_id, dataset, number)
         end = len(tokens) - int(tokens.padding.sum())
         starts = tokens.document_starts
         documents = []

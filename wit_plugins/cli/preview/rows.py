@@ -16,7 +16,7 @@ import torch
 
 from wit_plugins.errors import WITConfigError
 from wit_plugins.tokens.collator import WeightedCollator
-from wit_plugins.tokens.roles import IGNORE_INDEX, document_starts, token_array
+from wit_plugins.tokens.roles import document_starts, token_array
 from wit_plugins.tokens.transport import decode
 
 BLOCK = 512
@@ -53,7 +53,6 @@ def read(
     rows: list[Any],
     collator: WeightedCollator,
     pad_id: int | None,
-    vocab_size: int | None = None,
     dataset: str = "train",
     first: int = 0,
 ) -> Tokens:
@@ -63,7 +62,6 @@ def read(
         rows (`list`): examples, or lists of examples that are packed into one row.
         collator ([`WeightedCollator`]): gives roles and weights.
         pad_id (`int | None`): the padding token's id.
-        vocab_size (`int | None`): how many ids the model knows.
         dataset (`str`): where the rows come from, for messages.
         first (`int`): the number of the first of them there.
 
@@ -77,7 +75,6 @@ def read(
         for index, example in enumerate(row if isinstance(row, list) else [row]):
             within = f", example {index} of those packed into it" if isinstance(row, list) and len(row) > 1 else ""
             with row_errors(f"dataset {dataset}, row {number} (from 0){within}", example):
-                check_columns(example, vocab_size)
                 own_ids, own_codes = token_array(example["input_ids"]), collator.codes(example)
                 starts = document_starts(example, len(own_ids)) if len(own_ids) else np.zeros(0, dtype=np.int64)
             pad = _trailing_padding(own_ids, own_codes, pad_id)
@@ -119,36 +116,6 @@ def row_errors(where: str, example: Mapping[str, Any]) -> Iterator[None]:
         raise WITConfigError(
             f"{where}: {said}; mend it, or take it out of the data (its input_ids begin {begin})"
         ) from None
-
-
-def check_columns(example: Mapping[str, Any], vocab_size: int | None) -> None:
-    """Columns of one length, and ids that the model knows.
-
-    Args:
-        example (`Mapping`): with `input_ids` and `labels`, and perhaps `attention_mask`.
-        vocab_size (`int | None`): how many ids the model knows.
-
-    Raises:
-        ValueError: naming the column, the value and its position.
-    """
-    ids, labels = token_array(example["input_ids"]), token_array(example["labels"])
-    columns = {"labels": len(labels)}
-    mask = example.get("attention_mask")
-    if mask is not None and np.ndim(mask) == 1:  # one of more dimensions says nothing about single tokens
-        columns["attention_mask"] = len(mask)
-    for name, length in columns.items():
-        if length != len(ids):
-            raise ValueError(f"{name} has {length:,} entries for {len(ids):,} input_ids")
-    last = (vocab_size or np.iinfo(np.int64).max) - 1
-    for name, values, wrong in (
-        ("input_ids", ids, (ids < 0) | (ids > last)),
-        ("labels", labels, (labels != IGNORE_INDEX) & ((labels < 0) | (labels > last))),
-    ):
-        if wrong.any():
-            at = int(wrong.argmax())
-            allowed = f"0 to {last:,}" if vocab_size else "0 and above"
-            allowed += f", or {IGNORE_INDEX} where a token is masked" if name == "labels" else ""
-            raise ValueError(f"{name} has {int(values[at])} at position {at}; the model knows {allowed}")
 
 
 def _trailing_padding(input_ids: np.ndarray, codes: np.ndarray, pad_id: int | None) -> int:

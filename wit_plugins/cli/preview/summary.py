@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from wit_plugins.cli.driver import Prepared, Split
-from wit_plugins.cli.preview.rows import Tokens, blocks, check_columns, read, row_errors
+from wit_plugins.cli.preview.rows import Tokens, blocks, read, row_errors
 from wit_plugins.cli.text import TokenText, visible
 from wit_plugins.config import WITConfig
-from wit_plugins.tokens.roles import IGNORE_INDEX, PROMPT, RESPONSE, example_roles, token_array
+from wit_plugins.tokens.roles import IGNORE_INDEX, PROMPT, RESPONSE, token_array
 
 BINS = 20
 HIGH_SHARE = 0.95
@@ -176,7 +176,7 @@ def summarise(
     pad_id = prepared.tokenizer.pad_token_id
     as_arrays = set(prepared.config.strategies) <= {"dft"}  # other strategies may look at the columns themselves
     for block in blocks(split.rows, limit, as_arrays):
-        tokens = read(block, prepared.collator, pad_id, prepared.vocab_size, name, summary.rows)
+        tokens = read(block, prepared.collator, pad_id, name, summary.rows)
         summary.add(tokens, is_special, prepared.max_length)
         if progress is not None:
             progress(len(block), len(tokens))
@@ -202,8 +202,7 @@ def _compare_with_uncut(
         size = 0
         for number, example in enumerate(block, examples):
             with row_errors(f"dataset {name}, row {number} (from 0) before truncation", example):
-                check_columns(example, prepared.vocab_size)
-                _, roles, _ = example_roles(example)
+                _, roles, _ = prepared.collator.reader(example)
             is_response = roles == RESPONSE
             examples += 1
             size += len(roles)

@@ -151,7 +151,7 @@ def _checked(driver: FrameworkDriver, job: Job) -> int:
 
 
 def _check(driver: FrameworkDriver, job: Job) -> None:
-    from wit_plugins.cli.preview.command import check
+    from wit_plugins.cli.check import check
 
     logging.getLogger().setLevel(logging.ERROR)
     try:
