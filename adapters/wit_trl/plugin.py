@@ -16,7 +16,7 @@ from packaging.version import Version
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from wit_plugins import WITConfigError, hookimpl
-from wit_plugins.training.adapter import TrainerAdapter
+from wit_plugins.training.adapter import AuxLossSums, TrainerAdapter
 
 if TYPE_CHECKING:
     from wit_plugins.cli.driver import FrameworkDriver
@@ -105,6 +105,10 @@ class TRLAdapter(TrainerAdapter):
             return
         options = trainer.args.liger_kernel_config or {}
         changes.set(trainer.args, "liger_kernel_config", {**options, "fused_linear_cross_entropy": False})
+
+    def aux_loss_sums(self, trainer: Any) -> AuxLossSums:
+        """Averaged since TRL 1.15, which adds it by itself; before, what `transformers.Trainer` does."""
+        return AuxLossSums(False, False) if self.fused_head else super().aux_loss_sums(trainer)
 
     def reads_logits(self, step: Any) -> bool:
         """TRL recomputes logits by itself since 1.15; before that `loss_type="nll"` takes its metrics from them."""

@@ -69,6 +69,7 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
     if getattr(trainer, "train_dataset", None) is not None:
         first_tokens = check_dataset(trainer.train_dataset, adapter.masking_hint)
 
+    aux_loss_sums = adapter.aux_loss_sums(trainer)  # before it is changed
     changes = Changes()
     head = WeightedHead(causal_lm(trainer), strategies, adapter, config.normalization, config.loss_impl)
     try:
@@ -85,7 +86,7 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
         changes.undo()
         head.remove()
         raise
-    trainer.__dict__["_wit"] = Attachment(config, adapter, head, first_tokens)
+    trainer.__dict__["_wit"] = Attachment(config, adapter, head, aux_loss_sums, first_tokens)
     trainer.__dict__["_wit_changes"] = changes
 
 
