@@ -137,6 +137,30 @@ def reference_step(
     return loss.item(), grads
 
 
+def aux_loss_step(
+    model: torch.nn.Module, micro_batches: Sequence[Sequence[Document]], scale: float
+) -> dict[str, torch.Tensor]:
+    """Gradients of a mixture of experts' auxiliary losses, one a micro-batch, summed and multiplied by `scale`.
+
+    In float64, from the router's logits of each document on its own (no padding), by the Switch Transformer's formula
+    as Mixtral has it: all layers' tokens together, the share that an expert is given times its mean probability.
+    """
+    model = plain_copy(model).train()
+    model.config._experts_implementation = "eager"
+    config = model.config
+    for docs in micro_batches:
+        layers: list[torch.Tensor] = []
+        for doc in docs:
+            out = model(input_ids=torch.tensor([doc.input_ids]), use_cache=False, output_router_logits=True)
+            layers += out.router_logits
+        probabilities = torch.cat(layers).softmax(-1)
+        chosen = torch.zeros_like(probabilities)
+        chosen.scatter_(1, probabilities.topk(config.num_experts_per_tok, dim=-1).indices, 1.0)
+        aux_loss = config.num_local_experts * (chosen.mean(0) * probabilities.mean(0)).sum()
+        (scale * config.router_aux_loss_coef * aux_loss).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
 def role_losses(model: torch.nn.Module, docs: Sequence[Document]) -> dict[str, float]:
     """Unweighted mean losses of prompt and response, and the numbers of tokens, from the formula at (1, 0), (0, 1)."""
     model = plain_copy(model).eval()

@@ -2,12 +2,16 @@
 
 from typing import TYPE_CHECKING, Any
 
-from wit_plugins import WITConfigError
+from wit_plugins import WITConfigError, front_door
 
 if TYPE_CHECKING:
     from wit_axolotl.plugin import WITPlugin
 
 __all__ = ["WITPlugin"]
+
+
+class _NoSuchPlugin(WITConfigError, AttributeError):
+    """What `getattr` expects, said as a mistake in the configuration."""
 
 
 def __getattr__(name: str) -> Any:
@@ -17,8 +21,10 @@ def __getattr__(name: str) -> Any:
             from wit_axolotl.plugin import WITPlugin
         except ImportError as error:
             # Axolotl prints an ImportError and trains on without the plugin; any other error stops it.
+            front_door.install("wit_axolotl")
             raise WITConfigError(f"plugins: wit_axolotl.WITPlugin cannot be imported: {error}") from error
         return WITPlugin
     if name.startswith("_"):
         raise AttributeError(name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; the plugin is wit_axolotl.WITPlugin")
+    front_door.install("wit_axolotl")
+    raise _NoSuchPlugin(f"plugins: module {__name__!r} has no attribute {name!r}; the plugin is wit_axolotl.WITPlugin")

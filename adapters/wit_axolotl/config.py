@@ -23,8 +23,15 @@ class WITArgs(BaseModel):
 
 
 def is_listed(cfg: Mapping[str, Any]) -> bool:
-    """Whether a configuration has the plugin line."""
-    return any(str(name).split(".")[0] == "wit_axolotl" for name in cfg.get("plugins") or [])
+    """Whether a configuration has the plugin line.
+
+    Raises:
+        WITConfigError: if `plugins` is a text and not a list, whose letters Axolotl takes for names.
+    """
+    plugins = cfg.get("plugins") or []
+    if isinstance(plugins, str):
+        raise WITConfigError(f"plugins = {plugins!r}: Axolotl takes a list; write plugins: [{plugins}]")
+    return any(str(name).split(".")[0] == "wit_axolotl" for name in plugins)
 
 
 def read_config(cfg: Mapping[str, Any]) -> WITConfig:

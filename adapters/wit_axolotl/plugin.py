@@ -13,7 +13,7 @@ from axolotl.integrations.base import BasePlugin
 
 from wit_axolotl.config import PLUGIN, is_listed, read_config
 from wit_axolotl.trainer import check_version
-from wit_plugins import WITConfig, WITConfigError, attach
+from wit_plugins import WITConfig, WITConfigError, attach, front_door
 from wit_plugins.training.records import save_config
 
 
@@ -32,6 +32,7 @@ class WITPlugin(BasePlugin):
             WITConfigError: naming the key, its value and the way out.
         """
         self._config = None
+        front_door.install("wit_axolotl")
         check_version()
         # Axolotl's plugin manager outlives a run: it also calls plugins that the present configuration does not name.
         if is_listed(cfg):

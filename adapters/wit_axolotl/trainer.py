@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.version import Version
 
 from wit_plugins import WITConfigError, hookimpl
-from wit_plugins.training.adapter import TrainerAdapter
+from wit_plugins.training.adapter import AuxLossSums, TrainerAdapter
 
 if TYPE_CHECKING:
     from wit_plugins.cli.driver import FrameworkDriver
@@ -44,6 +44,14 @@ class AxolotlAdapter(TrainerAdapter):
 
     def __init__(self) -> None:
         self.framework = f"Axolotl {check_version()}"
+
+    def aux_loss_sums(self, trainer: Any) -> AuxLossSums:
+        """Averaged over the ranks: `average_tokens_across_devices` is on for the weights, Axolotl switches it off.
+
+        Over micro-batches too, where `AxolotlTrainer` says that the model takes no loss arguments: that is any model
+        whose decoder has no `num_items_in_batch` among its arguments by name.
+        """
+        return super().aux_loss_sums(trainer)._replace(ranks=False)
 
 
 def check_version() -> Version:

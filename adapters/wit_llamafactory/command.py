@@ -6,12 +6,19 @@ runs in the end is exchanged, in this process or, under torchrun, in every worke
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from wit_llamafactory.checks import check_arguments, check_version
 from wit_plugins import WITConfigError
+from wit_plugins.errors import WITError
+from wit_plugins.front_door import report
+
+PROG = "llamafactory-wit"
 
 
 def main() -> int:
@@ -30,12 +37,25 @@ def main() -> int:
                 "the wit block out of the configuration"
             )
         check_arguments({"use_mca": is_env_enabled("USE_MCA"), "use_kt": is_env_enabled("USE_KT")})
+        _find_torchrun()
         with _weighted_launcher():
             cli.main()
-    except WITConfigError as error:
-        print(f"llamafactory-wit: {error}", file=sys.stderr)
+    except WITError as error:
+        report(error, PROG)
         return 1
+    except subprocess.CalledProcessError as error:
+        # torchrun has said which worker failed, and of what; LLaMA-Factory's call of it says nothing more.
+        return error.returncode if error.returncode > 0 else 128 - error.returncode
     return 0
+
+
+def _find_torchrun() -> None:
+    """Let LLaMA-Factory's launcher, which starts torchrun by its name, find the one of this environment.
+
+    It is beside the interpreter, which the command itself was started with, whether or not the environment is active.
+    """
+    if shutil.which("torchrun") is None:
+        os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
 
 
 def _is_weighted(argv: list[str]) -> bool:

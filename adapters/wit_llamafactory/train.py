@@ -19,6 +19,8 @@ if __name__ == "__main__" and os.path.realpath(sys.path[0]) == os.path.dirname(o
 
 from wit_llamafactory.checks import check_arguments
 from wit_plugins import WITConfig, WITConfigError
+from wit_plugins.errors import WITError
+from wit_plugins.front_door import report
 from wit_plugins.plugins import ActiveStrategies
 
 WIT_KEY = "wit"
@@ -31,9 +33,11 @@ def read_arguments(argv: list[str]) -> dict[str, Any] | None:
         argv (`list[str]`): what follows `train`: a YAML or JSON file, then `key=value` overrides.
 
     Raises:
-        WITConfigError: if settings of the weights are given without a file.
+        WITConfigError: if settings of the weights are given without a file, or the file cannot be read.
     """
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     if not argv or not argv[0].endswith((".yaml", ".yml", ".json")):
         for argument in argv:
@@ -45,12 +49,16 @@ def read_arguments(argv: list[str]) -> dict[str, Any] | None:
                 )
         return None
     path = Path(argv[0])
-    if path.suffix == ".json":
-        loaded = OmegaConf.create(json.loads(path.read_text(encoding="utf-8")))
-    else:
-        loaded = OmegaConf.load(path)
-    merged = OmegaConf.merge(loaded, OmegaConf.from_cli(argv[1:]))
-    values: Any = OmegaConf.to_container(merged)
+    try:
+        if path.suffix == ".json":
+            loaded = OmegaConf.create(json.loads(path.read_text(encoding="utf-8")))
+        else:
+            loaded = OmegaConf.load(path)
+        merged = OmegaConf.merge(loaded, OmegaConf.from_cli(argv[1:]))
+        values: Any = OmegaConf.to_container(merged)
+    except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException) as error:
+        what = (error.strerror if isinstance(error, OSError) else None) or f"{type(error).__name__}: {error}"
+        raise WITConfigError(f"{argv[0]}: the configuration cannot be read: {what}") from error
     return values if isinstance(values, dict) else None
 
 
@@ -94,8 +102,8 @@ def main() -> int:
     """Train; says in one line what is wrong with a configuration. Returns the exit code."""
     try:
         train()
-    except WITConfigError as error:
-        print(f"llamafactory-wit: {error}", file=sys.stderr)
+    except WITError as error:
+        report(error, "llamafactory-wit")
         return 1
     return 0
 

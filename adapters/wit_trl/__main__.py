@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from wit_plugins.front_door import report
+
 _USAGE = """usage: python -m wit_trl sft --prompt_weight 0.2 [--response_weight 0.8] [everything that `trl sft` takes]
 
 Supervised fine-tuning with TRL, with one weight for prompt tokens and one for response tokens.
@@ -18,9 +20,7 @@ def main(argv: list[str] | None = None) -> int:
         print(_USAGE, end="")
         return 0
     if argv[0] != "sft":
-        print(
-            f"wit_trl: {argv[0]!r} has no prompt and response weights; use `trl {argv[0]}`\n{_USAGE}", file=sys.stderr
-        )
+        report(ValueError(f"{argv[0]!r} has no prompt and response weights; use `trl {argv[0]}`"), "wit_trl")
         return 2
     from wit_trl.sft import launch
 

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from wit_plugins import WITConfigError, hookimpl
 from wit_plugins.errors import BadExampleError
 from wit_plugins.tokens.roles import token_array
-from wit_plugins.training.adapter import TrainerAdapter
+from wit_plugins.training.adapter import AuxLossSums, TrainerAdapter
 from wit_plugins.training.attach import causal_lm
 
 if TYPE_CHECKING:
@@ -133,6 +133,10 @@ class TRLAdapter(TrainerAdapter):
                 "TRL drops the mask, and its model would attend to them; take the padding off (TRL pads by itself)"
             )
         return {**example, "attention_mask": mask}
+
+    def aux_loss_sums(self, trainer: Any) -> AuxLossSums:
+        """Averaged since TRL 1.15, which adds it by itself; before, what `transformers.Trainer` does."""
+        return AuxLossSums(False, False) if self.fused_head else super().aux_loss_sums(trainer)
 
     def reads_logits(self, step: Any) -> bool:
         """TRL recomputes logits by itself since 1.15; before that `loss_type="nll"` takes its metrics from them."""

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import inspect
 import json
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from wit_plugins import WITConfig, WITConfigError
+from wit_plugins.config import did_you_mean
+from wit_plugins.errors import WITError
+from wit_plugins.front_door import report, reported_by_worker
 
+PROG = "python -m wit_trl sft"
 _HELP = {name: (info.description or "").replace("%", "%%") for name, info in WITConfig.model_fields.items()}
 
 
@@ -41,11 +46,11 @@ class WITArguments:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         if values["prompt_weight"] is None:
             raise WITConfigError(
-                "wit_trl sft: prompt_weight is missing; add --prompt_weight 0.2 (or prompt_weight: 0.2 to the YAML "
+                "prompt_weight is missing; add --prompt_weight 0.2 (or prompt_weight: 0.2 to the YAML "
                 "file), or run `trl sft` to train without weights"
             )
         values["strategies"] = _parse_strategies(values["strategies"])
-        return WITConfig.parse(values, "wit_trl sft")
+        return WITConfig.parse(values, "the weights")
 
 
 def _parse_strategies(value: Any) -> Any:
@@ -57,7 +62,7 @@ def _parse_strategies(value: Any) -> Any:
         try:
             return json.loads(value)
         except json.JSONDecodeError as error:
-            raise WITConfigError(f"wit_trl sft: strategies = {value!r} is not JSON: {error}") from error
+            raise WITConfigError(f"strategies = {value!r} is not JSON: {error}") from error
     return [name.strip() for name in value.split(",")]
 
 
@@ -71,23 +76,79 @@ def make_parser(prog: str | None = None) -> Any:
 def launch(argv: list[str]) -> int:
     """Check the arguments, then train through `accelerate launch`; returns the exit code."""
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        launch_args, script_args = _checked(argv)
+    except WITConfigError as error:
+        report(error, PROG)
+        return 2
+    arguments = launch_command_parser().parse_args([*launch_args, "--module", "wit_trl.sft", *script_args])
+    try:
+        launch_command(arguments)
+    except subprocess.CalledProcessError as error:
+        # The process that trained has said what is wrong; how it was started says nothing more.
+        return error.returncode if error.returncode > 0 else 128 - error.returncode
+    except ChildFailedError as error:
+        said = reported_by_worker(error)
+        print(said or error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _checked(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments for accelerate, and those for the script.
+
+    Raises:
+        WITConfigError: if they cannot be read, or one is for neither.
+    """
+    from accelerate.commands.launch import launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-    parser = make_parser(prog="python -m wit_trl sft")
-    *parsed, from_config, from_command_line = parser.parse_args_and_config(
-        list(argv), return_remaining_strings=True, separate_remaining_strings=True
-    )
+    parser = make_parser(prog=PROG)
+    # argparse would print the usage of some hundred arguments before its line.
+    parser.usage = f"{PROG} --config FILE.yaml --prompt_weight 0.2 [--response_weight 0.8] [--help]"
     try:
+        *parsed, from_config, from_command_line = parser.parse_args_and_config(
+            list(argv), return_remaining_strings=True, separate_remaining_strings=True
+        )
         parsed[-1].config()
-        _check_script()
-    except WITConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    # What the parser does not know is for accelerate, which refuses what it does not know either.
-    launch_args = resolve_accelerate_config_argument([*from_config, *from_command_line])
-    script_args = _without(list(argv), from_command_line)
-    launch_command(launch_command_parser().parse_args([*launch_args, "--module", "wit_trl.sft", *script_args]))
-    return 0
+    except WITConfigError:
+        raise
+    except IndexError:
+        raise WITConfigError("--config names no file; write --config FILE.yaml") from None
+    except OSError as error:
+        raise WITConfigError(f"{_file_of(argv)}the configuration cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # of its YAML, or of what TRL and transformers check in their arguments
+        raise WITConfigError(f"{_file_of(argv)}{type(error).__name__}: {error}") from error
+    _check_script()
+    # What the parser does not know is for accelerate.
+    try:
+        launch_args = resolve_accelerate_config_argument([*from_config, *from_command_line])
+    except ValueError as error:
+        raise WITConfigError(str(error)) from error
+    known = _options(launch_command_parser())
+    for argument in launch_args:
+        name = argument.split("=")[0]
+        if name.startswith("--") and not any(option.startswith(name) for option in known):
+            where = "" if argument in from_command_line else _file_of(argv)
+            hint = did_you_mean(name, [*known, *_options(parser)])
+            raise WITConfigError(
+                f"{where}neither TRL nor accelerate knows {name}{hint if 'mean' in hint else f'; see {PROG} --help'}"
+            )
+    return launch_args, _without(list(argv), from_command_line)
+
+
+def _options(parser: Any) -> list[str]:
+    return [option for action in parser._actions for option in action.option_strings]
+
+
+def _file_of(argv: Sequence[str]) -> str:
+    """`"FILE: "` if there is one."""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        if argument == "--config" and following:
+            return f"{following}: "
+    return ""
 
 
 def _without(items: list[str], removed: list[str]) -> list[str]:
@@ -138,15 +199,20 @@ def _weighted_trainer(config: WITConfig) -> Iterator[None]:
         trl.SFTTrainer = original
 
 
-def main() -> None:
-    """Train: what every process runs."""
+def main() -> int:
+    """Train: what every process runs. Returns the exit code."""
     from trl.scripts import sft
 
-    *arguments, wit = make_parser().parse_args_and_config(fail_with_unknown_args=False)
-    _check_script()
-    with _weighted_trainer(wit.config()):
-        sft.main(*arguments)
+    try:
+        *arguments, wit = make_parser().parse_args_and_config(fail_with_unknown_args=False)
+        _check_script()
+        with _weighted_trainer(wit.config()):
+            sft.main(*arguments)
+    except WITError as error:
+        report(error, PROG)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -130,8 +130,13 @@ class Recorded:
         """The documents that came to the collator, with the roles that Axolotl's masking gave them."""
         if not self.seen:  # collated in a worker
             return from_prepared(self.trainer.train_dataset)
+        return [doc for docs in self.micro_batches for doc in docs]
+
+    @property
+    def micro_batches(self) -> list[list[Document]]:
+        """The same, call by call of the collator."""
         by_ids = {tuple(doc.input_ids): doc for doc in from_prepared(self.trainer.train_dataset)}
-        return [by_ids[tuple(int(i) for i in example["input_ids"])] for example in _flat(self.seen)]
+        return [[by_ids[tuple(int(i) for i in e["input_ids"])] for e in _flat(features)] for features in self.seen]
 
     @contextmanager
     def at_start(self) -> Iterator[Any]:

@@ -2,7 +2,8 @@
 
 import pytest
 from axokit import CHAT, assert_step_is_exact, axolotl, from_prepared, train, weights_of
-from support import all_relative_error, role_losses
+from support import all_relative_error, aux_loss_step, mixtral, reference_step, role_losses
+from words import tokenizer
 
 WEIGHTINGS = [(0.0, 1.0), (0.2, 0.8), (1.0, 1.0)]
 LORA = {
@@ -100,3 +101,28 @@ def test_packed_evaluation_counts_every_row(place):
     assert 2 <= len(rows) < len(docs)
     expected = role_losses(run.trainer.model, [docs[i] for row in rows for i in row])
     assert {k: run.logged(f"eval_{k}")[0] for k in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_mixture_of_experts_keeps_its_auxiliary_loss(place, tmp_path):
+    """Averaged over the step's micro-batches, as Axolotl does by itself: against the formula, the gates' step too."""
+    model = mixtral()
+    model.resize_token_embeddings(64)
+    for part in (model, tokenizer()):
+        part.save_pretrained(tmp_path / "model")
+    args = {"base_model": str(tmp_path / "model"), "micro_batch_size": 2, "gradient_accumulation_steps": 4}
+    run = place.train(**args)
+    assert run.trainer._wit.aux_loss_sums == (False, False)
+    batches = run.micro_batches
+    assert [len(docs) for docs in batches] == [2, 2, 2, 2]
+    with run.at_start() as start:
+        start.config._experts_implementation = "eager"  # the others have no float64
+        _, expected = reference_step(start, run.docs, 0.2, 0.8)
+        for name, grad in aux_loss_step(start, batches, 1 / 4).items():
+            expected[name] = expected[name] + grad
+    gates = [name for name in expected if name.endswith("mlp.gate.weight")]
+    assert len(gates) == 2
+    assert all_relative_error({n: run.taken[n] for n in gates}, {n: expected[n] for n in gates}) < 1e-4
+    assert all_relative_error(run.taken, expected) < 1e-4
+    own = place.train(**args, wit=None, plugins=["axokit.Recorder"])
+    assert not own.trainer.model_accepts_loss_kwargs
+    assert run.micro_batches == own.micro_batches

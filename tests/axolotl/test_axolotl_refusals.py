@@ -77,6 +77,26 @@ def test_the_block_without_the_plugin_line_in_a_process_that_had_it(place):
     plugin.post_trainer_create(cfg, trainer=None)  # nothing to do
 
 
+def test_a_text_in_the_place_of_the_list_of_plugins():
+    """Axolotl stops at its first letter before it asks us; `wit check` asks us."""
+    from wit_axolotl.config import is_listed
+
+    with pytest.raises(WITConfigError, match=r"plugins = 'wit_axolotl.WITPlugin': .*\[wit_axolotl.WITPlugin\]"):
+        is_listed({"plugins": "wit_axolotl.WITPlugin", "wit": {"prompt_weight": 0.2}})
+
+
+def test_a_dataset_without_a_prompt_is_said_without_a_traceback(place, monkeypatch, capsys):
+    """What the trainer's data is refused for, as the interpreter shows it."""
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    try:
+        place.train(kind="completion")
+    except WITConfigError:
+        capsys.readouterr()
+        sys.excepthook(*sys.exc_info())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("wit_axolotl: the training dataset has nothing masked in any of its 8 examples")
+
+
 def test_a_plugin_that_cannot_be_imported_stops_the_run(place, monkeypatch):
     """Axolotl would print the ImportError and train on without it."""
     monkeypatch.setitem(sys.modules, "wit_axolotl.plugin", None)

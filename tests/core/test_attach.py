@@ -1,7 +1,9 @@
 """`attach` on a plain `transformers.Trainer`: the whole life of a run."""
 
+import copy
 import functools
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -9,7 +11,16 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from support import all_relative_error, documents, llama, mixtral, reference_step, role_losses, subprocess_env
+from support import (
+    all_relative_error,
+    aux_loss_step,
+    documents,
+    llama,
+    mixtral,
+    reference_step,
+    role_losses,
+    subprocess_env,
+)
 from tokenizers import Tokenizer, models
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -316,6 +327,73 @@ def test_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path, dtype):
         losses.append([e["loss"] for e in trainer.state.log_history if "loss" in e])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5 if dtype == torch.float32 else 2e-2)
     assert len(losses[0]) == 6
+
+
+@pytest.mark.parametrize("takes_loss_arguments", [True, False])
+def test_the_auxiliary_loss_over_micro_batches_is_transformers_own(tmp_path, takes_loss_arguments):
+    """Summed where the model normalises by the step's tokens, averaged where whole losses are: against the formula."""
+    model = mixtral()
+    model.accepts_loss_kwargs = takes_loss_arguments
+    collator, seen = DataCollatorForSeq2Seq(tokenizer()), []
+
+    def collate(features):
+        seen.append([by_ids[tuple(f["input_ids"])] for f in features])
+        return collator(features)
+
+    by_ids = {tuple(d.input_ids): d for d in DOCS}
+    args = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
+    trainer = make_trainer(tmp_path, model, collator=collate, **args)
+    assert trainer.model_accepts_loss_kwargs == takes_loss_arguments
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    _, expected = reference_step(model, DOCS, 0.2, 0.8)
+    initial = copy.deepcopy(model)
+    attach(trainer, CONFIG)
+    trainer.train()
+    aux = aux_loss_step(initial, seen, 1 if takes_loss_arguments else 1 / 4)
+    for name, grad in aux.items():
+        expected[name] = expected[name] + grad
+    taken = {n: (before[n] - p.detach()) / 0.05 for n, p in trainer.model.named_parameters()}
+    gates = [n for n in taken if n.endswith("mlp.gate.weight")]
+    assert len(gates) == 2
+    assert len(seen) == 4
+    assert all_relative_error({n: taken[n] for n in gates}, {n: expected[n] for n in gates}) < 1e-4
+    assert all_relative_error(taken, expected) < 1e-4
+
+
+TWO_RANKS = """
+import sys, torch
+from support import Document, all_relative_error, mixtral
+from test_attach import make_trainer
+from wit_plugins import WITConfig, attach
+generator = torch.Generator().manual_seed(3)
+docs = [Document(torch.randint(3, 61, (9,), generator=generator).tolist(), [False] * 4 + [True] * 5) for _ in range(8)]
+for takes_loss_arguments in (True, False):
+    after = []
+    for weighted in (False, True):
+        model = mixtral()
+        model.accepts_loss_kwargs = takes_loss_arguments
+        args = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
+        trainer = make_trainer(__import__("pathlib").Path(sys.argv[1]), model, [d.example() for d in docs], **args)
+        assert trainer.accelerator.num_processes == 2
+        if weighted:
+            attach(trainer, WITConfig(prompt_weight=0.0))
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        trainer.train()
+        after.append({n: before[n] - p.detach() for n, p in model.named_parameters()})
+    for part in ("", "mlp.gate"):
+        own, mine = ({n: t for n, t in taken.items() if part in n} for taken in after)
+        assert all_relative_error(mine, own) < 1e-4, (takes_loss_arguments, part, all_relative_error(mine, own))
+"""
+
+
+def test_the_auxiliary_loss_over_ranks_is_transformers_own(tmp_path):
+    """Two ranks, two micro-batches; as many tokens in each, so that whole losses averaged are the step's loss."""
+    (tmp_path / "run.py").write_text(TWO_RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "run.py", "."]
+    env = subprocess_env()
+    env["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), env["PYTHONPATH"]])
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_autocast(tmp_path):

@@ -1,9 +1,11 @@
 """`llamafactory-wit`: LLaMA-Factory's own command line, with weights where there is a `wit:` block."""
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 from lfkit import (
@@ -113,7 +115,7 @@ def test_every_sub_command_goes_to_llamafactory_untouched(monkeypatch):
 
 @pytest.mark.parametrize(
     ("argv", "wit"),
-    [(["train", "missing.yaml"], None), (["train", "cfg.yaml", "no_such_key=1"], WIT), (["eval"], None)],
+    [(["train", "cfg.yaml", "no_such_key=1"], WIT), (["eval"], None)],
 )
 def test_exit_codes_of_mistakes(workplace, tmp_path, argv, wit):
     """Those of LLaMA-Factory, with weights and without."""
@@ -126,10 +128,29 @@ def test_exit_codes_of_mistakes(workplace, tmp_path, argv, wit):
     assert done.stderr.strip().splitlines()[-1] == own.stderr.strip().splitlines()[-1]
 
 
+def test_torchrun_is_found_where_the_environment_is_not_active(workplace, tmp_path, monkeypatch):
+    """The command started by its path: LLaMA-Factory's launcher asks the PATH for torchrun."""
+    started = []
+
+    def start(arguments, env, **kwargs):
+        started.append(shutil.which(arguments[0], path=env["PATH"]))
+        return subprocess.CompletedProcess(arguments, 0)
+
+    monkeypatch.setattr(subprocess, "run", start)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("FORCE_TORCHRUN", "1")
+    config = workplace.write(f"{tmp_path.name}.yaml", wit=WIT)
+    with pytest.raises(SystemExit) as ended:
+        run_command(monkeypatch, "train", str(config))
+    assert ended.value.code == 0
+    assert started == [str(Path(sys.executable).parent / "torchrun")]
+
+
 def test_a_failing_worker_fails_the_command(workplace, tmp_path):
     config = workplace.write(f"{tmp_path.name}.yaml", wit=WIT, template="nonsense", output_dir=str(tmp_path))
     done = start_command(workplace.folder, "train", str(config), FORCE_TORCHRUN="1", NPROC_PER_NODE="1")
     assert done.returncode == 1
+    assert "CalledProcessError" not in done.stderr
     assert "Template nonsense does not exist" in done.stderr
 
 

@@ -100,6 +100,19 @@ def test_mistakes_are_said_before_anything_is_launched(workplace, args, message)
     assert not (workplace / "out").exists()
 
 
+@pytest.mark.parametrize("processes", [[], ["--multi_gpu", "--num_processes", "2"]], ids=["one", "two"])
+def test_a_mistake_in_the_data_is_the_last_line(workplace, processes):
+    """Only the trainer sees it, in every process of accelerate's; it is said once, and nothing of how they ended."""
+    unmasked = json.dumps({"input_ids": [3, 4, 5], "labels": [3, 4, 5]}) + "\n"
+    (workplace / "data" / "train.jsonl").write_text(unmasked * 8)
+    done = run(workplace, "sft", "--config", "sft.yaml", "--prompt_weight", "0.2", *processes)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    last = done.stderr.rstrip().splitlines()[-1]
+    assert last.startswith("python -m wit_trl sft: the training dataset has nothing masked in any of its 8 examples")
+    assert done.stderr.count("nothing masked") == 1
+
+
 def test_help_names_the_weights_and_trl_s_arguments(workplace):
     done = run(workplace, "sft", "--help")
     assert done.returncode == 0

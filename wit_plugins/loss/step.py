@@ -20,6 +20,8 @@ class Step:
         training (`bool`): whether this is training; in evaluation tokens of weight 0 are computed as well.
         prediction_loss_only (`bool`): in evaluation, whether nobody asked for the logits.
         aux_loss_coefficient (`float`): the model's own weight of a mixture of experts' auxiliary loss.
+        aux_loss_scale (`float`): what that loss is multiplied by beside it, so that what the trainer makes of the whole
+            loss afterwards leaves it as the trainer without weights would have it.
         result ([`WeightedLoss`] | None): set by the head.
         aux_loss (`torch.Tensor | None`): the auxiliary loss that came with it, detached.
     """
@@ -28,6 +30,7 @@ class Step:
     training: bool
     prediction_loss_only: bool = True
     aux_loss_coefficient: float = 0.0
+    aux_loss_scale: float = 1.0
     result: WeightedLoss | None = None
     aux_loss: torch.Tensor | None = None
 

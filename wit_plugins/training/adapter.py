@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -12,6 +12,18 @@ if TYPE_CHECKING:
     from wit_plugins.loss.step import Step
     from wit_plugins.loss.weighted import WeightedLoss
     from wit_plugins.training.changes import Changes
+
+
+class AuxLossSums(NamedTuple):
+    """Over what a trainer sums the auxiliary losses of one step; over the rest it averages them.
+
+    Attributes:
+        micro_batches (`bool`): whether over the step's accumulated micro-batches.
+        ranks (`bool`): whether over the data-parallel ranks.
+    """
+
+    micro_batches: bool
+    ranks: bool
 
 
 class TrainerAdapter:
@@ -48,6 +60,23 @@ class TrainerAdapter:
         """
         return example
 
+    def aux_loss_sums(self, trainer: Trainer) -> AuxLossSums:
+        """How the trainer, as it is without weights, adds up a mixture of experts' auxiliary losses.
+
+        `transformers.Trainer` lets the model normalise by the step's tokens where its forward takes loss arguments. The
+        auxiliary loss comes with that loss and is not normalised: it is added once a micro-batch, and multiplied by
+        the number of ranks as the rest is, to undo that DDP averages. Where the forward takes none, whole losses are
+        averaged. [`attach`] needs the first, so it asks before it changes the trainer, and keeps to the answer.
+
+        Args:
+            trainer (`transformers.Trainer`): before anything of it is changed.
+        """
+        counts = bool(trainer.model_accepts_loss_kwargs)
+        return AuxLossSums(
+            micro_batches=counts or bool(getattr(trainer, "loss_is_scaled_for_ga", None)),
+            ranks=counts and bool(trainer.args.average_tokens_across_devices),
+        )
+
     def reads_logits(self, step: Step) -> bool:
         """Whether the trainer reads the logits off the model's output in this call of `compute_loss`."""
         return not step.training and not step.prediction_loss_only
@@ -62,6 +91,6 @@ class TrainerAdapter:
         """
         loss = result.loss.clone()  # trainers multiply it in place by the number of processes
         if output.get("aux_loss") is not None:
-            loss = loss + step.aux_loss_coefficient * output["aux_loss"].to(loss.device)
+            loss = loss + step.aux_loss_coefficient * step.aux_loss_scale * output["aux_loss"].to(loss.device)
         # The loss comes first, where code that takes outputs[0] looks for it.
         return type(output)(**{"loss": loss, **{k: v for k, v in output.items() if k != "loss"}})

@@ -52,6 +52,7 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
     _check_trainer(trainer)
     strategies = ActiveStrategies(config.active_strategies())
     model = causal_lm(trainer)
+    aux_loss_sums = adapter.aux_loss_sums(trainer)  # before it is changed
     make_head = functools.partial(
         WeightedHead,
         strategies=strategies,
@@ -63,7 +64,7 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
     head = make_head(model)
     try:
         reader = example_reader(trainer, adapter)
-        attachment = Attachment(config, adapter, head, make_head, reader, changes)
+        attachment = Attachment(config, adapter, head, make_head, reader, changes, aux_loss_sums)
         dataset = getattr(trainer, "train_dataset", None)
         if dataset is not None and can_be_read_again(dataset):
             attachment.first_tokens = check_dataset(dataset, adapter.masking_hint, reader)

@@ -29,7 +29,7 @@ from wit_plugins.tokens.collator import CODES_KEY
 from wit_plugins.tokens.dataset_check import StreamCheck, locate_bad_example
 from wit_plugins.tokens.reader import ExampleReader
 from wit_plugins.training import records
-from wit_plugins.training.adapter import TrainerAdapter
+from wit_plugins.training.adapter import AuxLossSums, TrainerAdapter
 from wit_plugins.training.changes import Changes
 from wit_plugins.training.metrics import RoleMetrics
 from wit_plugins.training.recorder import RunRecorder, recorder
@@ -57,6 +57,7 @@ class Attachment:
     make_head: Callable[[nn.Module], WeightedHead]  # the same head on another model
     reader: ExampleReader
     changes: Changes
+    aux_loss_sums: AuxLossSums
     stream_check: StreamCheck | None = None  # while a stream's first examples come by
     first_tokens: tuple[int, int] | None = None  # prompt and response tokens in the first examples
     training: RoleMetrics = field(default_factory=RoleMetrics)
@@ -136,6 +137,8 @@ class WeightedTrainerMixin(_Base):
                 "the trainer's data_collator; prepare the dataset with labels that are -100 on the prompt"
             )
         step = wit.head.step = Step(num_items_in_batch, training, wit.prediction_loss_only)
+        if num_items_in_batch is not None:  # else the trainer averages whole losses, as it does without weights
+            step.aux_loss_scale = self._aux_loss_scale() / self._loss_scale()
         try:
             loss = super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
@@ -165,21 +168,29 @@ class WeightedTrainerMixin(_Base):
             wit.evaluation.add_gathered(step.result, self.accelerator, self.get_tp_size())
         return loss
 
+    def _loss_scale(self) -> int:
+        """What the trainer multiplies a normalised loss by, to undo that the ranks' gradients are averaged."""
+        if not self.args.average_tokens_across_devices:
+            return 1
+        return self.accelerator.num_processes // self.get_tp_size()
+
+    def _aux_loss_scale(self) -> float:
+        """What the trainer without weights has an auxiliary loss multiplied by when it goes backward."""
+        sums = self._wit.aux_loss_sums
+        ranks = self.accelerator.num_processes // self.get_tp_size() if sums.ranks else 1
+        return ranks / (1 if sums.micro_batches else self.current_gradient_accumulation_steps)
+
     def _verify(self, loss: torch.Tensor, step: Step) -> None:
         """Compare the trainer's loss of the first micro-batch with the head's, so that no trainer ignores it."""
         assert step.result is not None
-        expected = step.result.loss.detach().float()
-        processes = 1
-        if self.args.average_tokens_across_devices and step.num_items is not None:
-            processes = self.accelerator.num_processes // self.get_tp_size()
-        loss, expected = loss.detach().float(), expected.to(loss.device) * processes
-        allowed = [expected]
+        expected = step.result.loss.detach().float().to(loss.device)
+        if step.num_items is not None:
+            expected = expected * self._loss_scale()
         if step.aux_loss is not None:
-            # Trainers differ in how they average the auxiliary loss over micro-batches and ranks.
-            aux = step.aux_loss_coefficient * step.aux_loss.float().to(loss.device)
-            steps = getattr(self, "current_gradient_accumulation_steps", 1)
-            allowed = [expected + aux * scale for scale in (1, processes, 1 / steps, processes / steps)]
-        if not any(torch.allclose(loss, value, rtol=1e-3, atol=1e-6, equal_nan=True) for value in allowed):
+            aux_loss = step.aux_loss_coefficient * step.aux_loss.float().to(loss.device)
+            expected = expected + aux_loss * (self._aux_loss_scale() if step.num_items is not None else 1)
+        loss = loss.detach().float()
+        if not torch.allclose(loss, expected, rtol=1e-3, atol=1e-6, equal_nan=True):
             raise WeightsNotAppliedError(
                 f"{type(self).__mro__[2].__name__} computes a loss of {loss.item():.6g} where the weighted loss is "
                 f"{expected.item():.6g}: its compute_loss does not use the loss of the model, so the weights cannot "
