@@ -15,7 +15,7 @@ class _NoSuchPlugin(WITConfigError, AttributeError):
 
 
 def __getattr__(name: str) -> Any:
-    # Looked up late: the trainer's side (wit_axolotl.trainer) is loaded where Axolotl is not installed.
+    # Looked up late: the trainer's side (wit_axolotl.hooks) is loaded where Axolotl is not installed.
     if name == "WITPlugin":
         try:
             from wit_axolotl.plugin import WITPlugin

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from wit_axolotl.config import PLUGIN, is_listed, read_config
-from wit_axolotl.trainer import OLDEST, TOO_NEW
+from wit_axolotl.versions import OLDEST, TOO_NEW
 from wit_plugins import WITConfigError, attached
 from wit_plugins.cli.borrow import exchanged, unattached_collator
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split

@@ -12,7 +12,7 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin
 
 from wit_axolotl.config import PLUGIN, is_listed, read_config
-from wit_axolotl.trainer import check_version
+from wit_axolotl.versions import check_version
 from wit_plugins import WITConfig, WITConfigError, attach, front_door
 from wit_plugins.training.records import save_config
 

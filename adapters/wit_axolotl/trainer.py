@@ -1,37 +1,11 @@
-"""What Axolotl's trainer needs beyond `transformers.Trainer`: the plugin `axolotl` of wit_plugins. Imports it late."""
+"""What Axolotl's trainer needs beyond `transformers.Trainer`."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from packaging.version import Version
-
-from wit_plugins import WITConfigError, hookimpl
+from wit_axolotl.versions import check_version
 from wit_plugins.training.adapter import AuxLossSums, TrainerAdapter
-
-if TYPE_CHECKING:
-    from wit_plugins.cli.driver import FrameworkDriver
-
-OLDEST, TOO_NEW = Version("0.18.0"), Version("0.20")
-
-
-@hookimpl
-def adapt_trainer(trainer: Any) -> TrainerAdapter | None:
-    """The adapter, for any of Axolotl's causal trainers."""
-    module = sys.modules.get("axolotl.core.trainers.base")
-    if module is None or not isinstance(trainer, module.AxolotlTrainer):
-        return None
-    return AxolotlAdapter()
-
-
-@hookimpl
-def framework_driver() -> FrameworkDriver:
-    """Axolotl for the `wit` command."""
-    from wit_axolotl.driver import AxolotlDriver
-
-    return AxolotlDriver()
 
 
 class AxolotlAdapter(TrainerAdapter):
@@ -52,15 +26,3 @@ class AxolotlAdapter(TrainerAdapter):
         whose decoder has no `num_items_in_batch` among its arguments by name.
         """
         return super().aux_loss_sums(trainer)._replace(ranks=False)
-
-
-def check_version() -> Version:
-    """Axolotl's version.
-
-    Raises:
-        WITConfigError: if it is out of range.
-    """
-    version = Version(importlib.metadata.version("axolotl"))
-    if not OLDEST <= version < TOO_NEW:
-        raise WITConfigError(f"Axolotl {version} is not supported; pip install 'axolotl>={OLDEST},<{TOO_NEW}'")
-    return version

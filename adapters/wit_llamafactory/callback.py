@@ -11,7 +11,7 @@ from wit_plugins import WeightsNotAppliedError, WITConfig, WITConfigError, attac
 from wit_plugins.plugins import ActiveStrategies
 
 
-class WITCallback(TrainerCallback):
+class WITCallback(TrainerCallback, patch.CarriesWeights):
     """Train with weights on prompt and response tokens.
 
     A callback never sees its trainer, so making one, and unpickling one in a Ray worker, patches LLaMA-Factory's SFT in
@@ -35,7 +35,7 @@ class WITCallback(TrainerCallback):
         values = {"prompt_weight": prompt_weight, "response_weight": response_weight, **settings}
         self.config = WITConfig.parse(values, "WITCallback")
         ActiveStrategies(self.config.active_strategies())  # names and options are checked now, not when it is attached
-        self.trainer: Trainer | None = None
+        self.trainer = None
         self.expected = False
         patch.install()
 

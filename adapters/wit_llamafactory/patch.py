@@ -15,15 +15,33 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from wit_llamafactory.checks import check_arguments, check_model, check_version
-from wit_plugins import WeightsNotAppliedError, WITConfigError
+from wit_plugins import WeightsNotAppliedError, WITConfig, WITConfigError
 from wit_plugins.training.records import add_to_model_card
 
 if TYPE_CHECKING:
-    from wit_llamafactory.callback import WITCallback
+    from transformers import Trainer
 
 # Code that the patches rely on, by the function it must be in.
 _CALL_OF_RUN_SFT = "run_sft(model_args, data_args, training_args, finetuning_args, generating_args, callbacks)"
 _CALL_OF_TRAINER = "trainer = CustomSeq2SeqTrainer("
+
+
+class CarriesWeights:
+    """What a run's weights come in: one of its callbacks, `WITCallback`.
+
+    Attributes:
+        config (`WITConfig`): the settings.
+        trainer (`Trainer | None`): the trainer that they are attached to.
+        expected (`bool`): whether the trainer that is being built is the one that they are for.
+    """
+
+    config: WITConfig
+    trainer: Trainer | None
+    expected: bool
+
+    def attach(self, trainer: Trainer) -> None:
+        """Attach the weights to the run's trainer."""
+        raise NotImplementedError
 
 
 def install() -> None:
@@ -80,10 +98,8 @@ def require(function: Any, *pieces: str) -> None:
             )
 
 
-def _weights(callbacks: Any) -> WITCallback | None:
-    from wit_llamafactory.callback import WITCallback
-
-    found = [callback for callback in callbacks or [] if isinstance(callback, WITCallback)]
+def _weights(callbacks: Any) -> CarriesWeights | None:
+    found = [callback for callback in callbacks or [] if isinstance(callback, CarriesWeights)]
     if len(found) > 1:
         raise WITConfigError(
             f"callbacks: {len(found)} of them are a WITCallback ({'; '.join(c.config.summary() for c in found)}); "
@@ -93,7 +109,7 @@ def _weights(callbacks: Any) -> WITCallback | None:
 
 
 @contextmanager
-def _weighted_trainer(workflow: Any, weights: WITCallback) -> Iterator[None]:
+def _weighted_trainer(workflow: Any, weights: CarriesWeights) -> Iterator[None]:
     """While it lasts, the trainer of LLaMA-Factory's SFT attaches the weights when it is made."""
     original: Any = workflow.CustomSeq2SeqTrainer
 
@@ -114,7 +130,7 @@ def _weighted_trainer(workflow: Any, weights: WITCallback) -> Iterator[None]:
         workflow.CustomSeq2SeqTrainer = original
 
 
-def _finish(weights: WITCallback, training_args: Any, finetuning_args: Any) -> None:
+def _finish(weights: CarriesWeights, training_args: Any, finetuning_args: Any) -> None:
     """Draw the roles' losses beside LLaMA-Factory's own curves, and say in the model card how it was weighted."""
     from llamafactory.extras.ploting import plot_loss
 

@@ -28,7 +28,7 @@ from wit_plugins.cli.configuration import closest
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split
 from wit_plugins.cli.empty import empty_model
 from wit_plugins.plugins import ActiveStrategies
-from wit_trl.plugin import OLDEST, TOO_NEW
+from wit_trl.versions import OLDEST, TOO_NEW
 
 _NAMED = 5  # unknown keys; a file with more of them is not what it is taken for
 _OTHERS = {"base_model", "stage", "finetuning_type", "template", "wit"}  # keys of Axolotl and of LLaMA-Factory

@@ -111,7 +111,7 @@ def test_a_mistyped_plugin(place):
 
 @pytest.mark.parametrize("version", ["0.17.0", "0.20.0"])
 def test_versions_out_of_range(place, monkeypatch, version):
-    import wit_axolotl.trainer as module
+    import wit_axolotl.versions as module
 
     own = module.importlib.metadata.version
     monkeypatch.setattr(module.importlib.metadata, "version", lambda name: version if name == "axolotl" else own(name))

@@ -2,7 +2,7 @@
 
 import pytest
 import trl
-import wit_trl.plugin
+import wit_trl.versions
 from packaging.version import Version
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 from trlkit import dataset, logs, sft_trainer
@@ -114,7 +114,7 @@ def test_versions_out_of_range(tmp_path, monkeypatch, version):
 
 
 def test_the_range_holds_the_version_under_test():
-    assert Version(trl.__version__) >= wit_trl.plugin.OLDEST
+    assert Version(trl.__version__) >= wit_trl.versions.OLDEST
 
 
 @pytest.mark.parametrize(

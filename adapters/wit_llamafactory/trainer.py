@@ -1,0 +1,39 @@
+"""What LLaMA-Factory's SFT trainer needs beyond `transformers.Trainer`.
+
+Very little: its `compute_loss` is transformers' own, and `predict_with_generate` and `compute_accuracy` read what
+transformers' trainers read.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from wit_llamafactory.checks import check_arguments
+from wit_plugins.training.adapter import TrainerAdapter
+
+
+class LlamaFactoryAdapter(TrainerAdapter):
+    """`llamafactory.train.sft.trainer.CustomSeq2SeqTrainer`.
+
+    Args:
+        version (`str`): LLaMA-Factory's.
+    """
+
+    masking_hint = "set train_on_prompt: false (if tokenized_path was written with it, write that anew)"
+
+    def __init__(self, version: str) -> None:
+        self.framework = f"LLaMA-Factory {version}"
+
+    def check(self, trainer: Any) -> None:
+        """Refuse options that replace the loss."""
+        check_arguments(vars(trainer.finetuning_args))
+
+    def prepare(self, trainer: Any, changes: Any) -> None:
+        """Take the model out of the collator, which only asks for its configuration.
+
+        Data-loader workers that are spawned get a copy of the collator, and a patched model cannot be copied so.
+        """
+        collator = trainer.data_collator.collator
+        if getattr(collator, "model", None) is not None:
+            changes.set(collator, "model", SimpleNamespace(config=collator.model.config))
