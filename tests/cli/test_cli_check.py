@@ -134,7 +134,7 @@ def test_numbers_without_end(tmp_path, capsys, key):
     code, out, _ = wit("check", write(path, path.read_text() + f"{key}: 1e999999999\n"), capsys=capsys)
     assert code == 1
     assert key in out
-    assert len(out.splitlines()) <= 4
+    assert out.rstrip().endswith("1 problem")
 
 
 def test_thirty_thousand_unknown_keys(tmp_path, capsys):

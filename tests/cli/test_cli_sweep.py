@@ -16,23 +16,19 @@ import pytest
 from clikit import processes_of, read_json, run, start, wit, workplace
 from support import subprocess_env
 
-import wit_plugins
 from wit_plugins import WITConfigError
 from wit_plugins.cli.driver import FrameworkDriver, Job
-from wit_plugins.cli.sweep.command import (
-    SweepOptions,
-    _Running,
-    evaluation_script,
-    last_checkpoint,
-    log_reason,
-    log_tail,
-    show,
-    sweep,
-)
+from wit_plugins.cli.sweep.command import sweep
+from wit_plugins.cli.sweep.evaluation import evaluation_script
+from wit_plugins.cli.sweep.folders import last_checkpoint
 from wit_plugins.cli.sweep.grid import Cell, cells, one_per_ratio, parse_weights, ratio_note, same_ratio
 from wit_plugins.cli.sweep.heatmap import colour_limits
+from wit_plugins.cli.sweep.logs import log_reason, log_tail
+from wit_plugins.cli.sweep.metrics import Metric, by_name, numbers
+from wit_plugins.cli.sweep.options import SweepOptions
 from wit_plugins.cli.sweep.report import report
-from wit_plugins.cli.sweep.results import Metric, by_name, choose_metrics, collect, format_value, numbers
+from wit_plugins.cli.sweep.results import choose_metrics, collect, format_value
+from wit_plugins.cli.sweep.runner import _Running, show
 from wit_plugins.runfiles import MetricsReader, read_metrics, write_json
 
 # --- the grid ---------------------------------------------------------------------------------------------------------
@@ -614,10 +610,7 @@ def test_the_report_needs_no_torch(tmp_path):
     another matter, so the package stands there empty.)"""
     made_up(tmp_path)
     code = f"""
-import sys, types
-package = types.ModuleType("wit_plugins")
-package.__path__, package.__version__ = {[os.path.dirname(wit_plugins.__file__)]!r}, "0"
-sys.modules["wit_plugins"] = package
+import sys
 for name in ("torch", "transformers", "accelerate", "datasets", "trl"):
     sys.modules[name] = None  # importing it is an ImportError
 from wit_plugins.cli.main import main

@@ -7,12 +7,20 @@ import dataclasses
 import importlib.util
 import logging
 import os
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import wit_plugins
+from wit_plugins.cli.arguments import (
+    device_list,
+    job_arguments,
+    metric_argument,
+    numbers,
+    positive,
+    verbose_argument,
+    weight_arguments,
+)
 from wit_plugins.errors import WITConfigError, WITError
 
 if TYPE_CHECKING:
@@ -54,35 +62,35 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     command = _command(commands, "preview", "show what each token of the training data weighs", _run_preview)
-    _job_arguments(command, required=False)
-    _weight_arguments(command)
+    job_arguments(command, required=False)
+    weight_arguments(command)
     source = command.add_argument_group("instead of a configuration (TRL)")
     source.add_argument("--dataset", help="a JSON Lines file, a folder, or a dataset of the hub")
     source.add_argument("--tokenizer", help="a tokenizer's or a model's folder, or its name on the hub")
     command.add_argument("--split", default="train", help="which dataset: train, eval, … (default: %(default)s)")
-    command.add_argument("--rows", type=_numbers, default=[0, 1, 2], help="which rows to show, from 0 (default: 0,1,2)")
+    command.add_argument("--rows", type=numbers, default=[0, 1, 2], help="which rows to show, from 0 (default: 0,1,2)")
     command.add_argument(
-        "--max-tokens", type=_positive, default=400, help="of a document in the terminal (default: %(default)s)"
+        "--max-tokens", type=positive, default=400, help="of a document in the terminal (default: %(default)s)"
     )
     command.add_argument("--html", type=Path, metavar="FILE", help="write a page as well")
     command.add_argument("--no-summary", action="store_true", help="leave the summary of the whole dataset out")
-    command.add_argument("--limit", type=_positive, metavar="N", help="summarise the first N rows only")
+    command.add_argument("--limit", type=positive, metavar="N", help="summarise the first N rows only")
     command.add_argument("--color", choices=("auto", "always", "never"), default="auto")
-    _verbose_argument(command)
+    verbose_argument(command)
 
     command = _command(commands, "check", "validate a configuration and its data", _run_check)
-    _job_arguments(command)
-    _weight_arguments(command)
+    job_arguments(command)
+    weight_arguments(command)
     command.add_argument("--strict", action="store_true", help="count warnings as problems")
-    command.add_argument("--limit", type=_positive, metavar="N", help="look at the first N rows of each dataset only")
-    _verbose_argument(command)
+    command.add_argument("--limit", type=positive, metavar="N", help="look at the first N rows of each dataset only")
+    verbose_argument(command)
 
     command = _command(commands, "sweep", "train a grid of weights, one run a cell, and draw what came out", _run_sweep)
-    _job_arguments(command)
+    job_arguments(command)
     command.add_argument("--prompt-weight", required=True, metavar="0,0.2,0.4", help="the grid's prompt weights")
     command.add_argument("--response-weight", required=True, metavar="0.6,0.8,1.0", help="the grid's response weights")
     command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where all runs are kept")
-    command.add_argument("--jobs", type=_positive, metavar="N", help="cells side by side (default: one a device)")
+    command.add_argument("--jobs", type=positive, metavar="N", help="cells side by side (default: one a device)")
     command.add_argument(
         "--devices", metavar="0,1", help="GPUs: each cell gets one; 0+1,2+3 gives each cell two (default: all to each)"
     )
@@ -95,11 +103,11 @@ def make_parser() -> argparse.ArgumentParser:
         "filled in (write them without quotes); its JSON (in {output}, or printed) is collected",
     )
     command.add_argument("--unique-ratios", action="store_true", help="of cells that differ only in scale, run one")
-    _metric_argument(command)
+    metric_argument(command)
 
     command = _command(commands, "report", "draw a sweep's results again from what is there", _run_report)
     command.add_argument("output", type=Path, metavar="FOLDER", help="the --output of `wit sweep`")
-    _metric_argument(command)
+    metric_argument(command)
 
     _command(commands, "env", "what is installed, for a bug report", _run_env)
     return parser
@@ -111,72 +119,6 @@ def _command(commands: Any, name: str, text: str, run: Any) -> argparse.Argument
     )
     command.set_defaults(run=run)
     return command
-
-
-def _job_arguments(command: argparse.ArgumentParser, required: bool = True) -> None:
-    command.add_argument(
-        "config", type=Path, metavar="CONFIG", nargs=None if required else "?", help="the framework's own YAML file"
-    )
-    command.add_argument("--framework", metavar="NAME", help="trl, axolotl or llamafactory; recognised by itself")
-    command.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        type=_assignment,
-        metavar="KEY=VALUE",
-        help="another value for a key of the configuration; may be repeated",
-    )
-
-
-def _weight_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--prompt-weight", type=float, metavar="λp", help="instead of the configuration's")
-    command.add_argument("--response-weight", type=float, metavar="λr", help="instead of the configuration's")
-
-
-def _verbose_argument(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--verbose", action="store_true", help="show what the libraries underneath print")
-
-
-def _metric_argument(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--metric",
-        action="append",
-        default=[],
-        metavar="NAME[:min|:max]",
-        help="a panel of the heat map and a column of the table; may be repeated (default: all, at most six)",
-    )
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return value
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:  # also for thousands of digits
-        numbers = [-1]
-    if min(numbers) < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} are not row numbers such as 0,5,17")
-    return numbers
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    import yaml
-
-    key, found, value = text.partition("=")
-    if not found or not key:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
-    try:
-        parsed = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
-        return key, value
-    # To YAML 1.1 `no` is false, but here somebody wrote eval_strategy=no.
-    word = isinstance(parsed, bool) and value.lower() not in ("true", "false")
-    return key, value if word else parsed
 
 
 def _job(options: argparse.Namespace) -> tuple[FrameworkDriver, Job]:
@@ -281,14 +223,15 @@ def _run_check(options: argparse.Namespace) -> int:
 
 
 def _run_sweep(options: argparse.Namespace) -> int:
-    from wit_plugins.cli.sweep.command import SweepOptions, sweep
+    from wit_plugins.cli.sweep.command import sweep
     from wit_plugins.cli.sweep.grid import cells, parse_weights
+    from wit_plugins.cli.sweep.options import SweepOptions
 
     prompts = parse_weights(options.prompt_weight, "--prompt-weight")
     responses = parse_weights(options.response_weight, "--response-weight")
     options.prompt_weight = options.response_weight = None  # the grid's, and not one run's
     driver, job = _job(options)
-    devices = [] if options.devices is None else _devices(options.devices)
+    devices = [] if options.devices is None else device_list(options.devices)
     jobs = options.jobs or max(1, len(devices))
     if devices and jobs > len(devices):
         raise WITConfigError(f"--jobs = {jobs} is more than the {len(devices)} in --devices; each job needs its own")
@@ -301,19 +244,6 @@ def _run_sweep(options: argparse.Namespace) -> int:
             not options.no_check,
         ),
     )  # fmt: skip
-
-
-def _devices(text: str) -> list[str]:
-    """What each job gets as `CUDA_VISIBLE_DEVICES`: `0+1,2+3` is two jobs with two GPUs each."""
-    groups = [[device.strip() for device in group.split("+")] for group in text.split(",")]
-    named = [device for group in groups for device in group]
-    way_out = "write numbers such as 0,1, or 0+1,2+3 for two each (`nvidia-smi -L` lists what there is)"
-    for device in named:
-        if not re.fullmatch(r"\d{1,4}|(GPU|MIG)-[\w/-]+", device, re.ASCII):
-            raise WITConfigError(f"--devices = {text!r}: {device!r} names no GPU; {way_out}")
-        if named.count(device) > 1:
-            raise WITConfigError(f"--devices = {text!r}: {device} is named twice; each cell needs its own")
-    return [",".join(group) for group in groups]
 
 
 def _run_report(options: argparse.Namespace) -> int:

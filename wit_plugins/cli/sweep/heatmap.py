@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from wit_plugins.cli.sweep.grid import Cell, weight_text
-from wit_plugins.cli.sweep.results import CellResult, Metric, best, format_value
+from wit_plugins.cli.sweep.metrics import Metric
+from wit_plugins.cli.sweep.results import CellResult, best, format_value
 from wit_plugins.cli.text import visible
 
 _UNITS = {"eval_response_loss": "nats per token", "eval_prompt_loss": "nats per token"}

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from wit_plugins.cli.console import console, print_messages
 from wit_plugins.cli.sweep.grid import Cell, ratio_note
+from wit_plugins.cli.sweep.metrics import Metric
 from wit_plugins.cli.sweep.results import (
     EVALUATION_LOG,
     LOG_NAME,
     MAIN_METRIC,
     CellResult,
-    Metric,
     best,
     choose_metrics,
     collect,

@@ -9,13 +9,20 @@ from __future__ import annotations
 import csv
 import io
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from wit_plugins.cli.sweep.grid import Cell, to_fraction
+from wit_plugins.cli.sweep.metrics import (
+    NO_DIRECTION,
+    Metric,
+    by_name,
+    is_result,
+    is_weighted,
+    words,
+)
 from wit_plugins.errors import WITConfigError
 from wit_plugins.runfiles import METRICS_NAME, number, read_json, read_metrics, write_json, write_text
 
@@ -23,39 +30,6 @@ SWEEP_NAME, CELL_NAME, LOG_NAME, EVALUATION_LOG = "sweep.json", "cell.json", "lo
 MAIN_METRIC = "eval_response_loss"
 _STATES = ("running", "interrupted", "failed", "finished", "diverged")
 _MAX_PANELS = 6
-
-# By whole words: "answer_accuracy" contains "wer", and is no word error rate.
-_LOWER = {"loss", "perplexity", "ppl", "error", "errors", "nll", "wer", "cer", "ter", "bpb", "toxicity", "mse", "rmse"}
-_LOWER |= {"mae", "brier", "ece", "hallucination", "hallucinations", "byte"}  # bits_per_byte
-_HIGHER = {"accuracy", "acc", "f1", "em", "match", "win", "pass", "bleu", "chrf", "rouge", "rouge1", "rouge2", "rougel"}
-_HIGHER |= {"mcc", "recall", "precision", "auc", "auroc", "reward", "correct", "meteor", "bertscore"}
-# They may stand behind such a word: acc_norm, pass_at_1.
-_QUALIFIERS = {"norm", "mean", "avg", "average", "macro", "micro", "score", "rate", "at", "l", "lsum"}
-_NO_RESULT_LAST = {"runtime", "epoch", "step", "steps", "flos", "alias", "second", "time", "seen"}  # …_per_second
-_NO_RESULT = {"stderr", "tokens"}
-_NO_DIRECTION = "entropy"  # neither much nor little of it is better, so it gets no panel unless asked for
-
-Direction = Literal["min", "max"]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A metric to draw.
-
-    Attributes:
-        name (`str`): its name.
-        direction (`str`): `min` if less of it is better, else `max`.
-        guessed (`bool`): whether nobody said so and its name does not either.
-    """
-
-    name: str
-    direction: Direction
-    guessed: bool = False
-
-    @property
-    def better(self) -> str:
-        """The direction in words."""
-        return f"{'lower' if self.direction == 'min' else 'higher'} is better{' (a guess)' if self.guessed else ''}"
 
 
 @dataclass
@@ -171,7 +145,7 @@ def collect_cell(output: Path, cell: Cell) -> CellResult:
     losses: dict[str, float] = {}
     for entry in read_metrics(folder / METRICS_NAME):
         losses.update({key: value for key, value in entry.items() if words(key)[-1:] == ["loss"]})
-        evaluated = {key: value for key, value in entry.items() if key.startswith("eval_") and _is_result(key)}
+        evaluated = {key: value for key, value in entry.items() if key.startswith("eval_") and is_result(key)}
         result.metrics.update(evaluated)
         value = evaluated.get(MAIN_METRIC, math.nan)
         if math.isfinite(value):
@@ -180,7 +154,7 @@ def collect_cell(output: Path, cell: Cell) -> CellResult:
             result.step = int(entry["step"])
     if not all(map(math.isfinite, losses.values())):
         result.status = "diverged"
-    for name in [name for name in result.metrics if _is_weighted(name, result.metrics)]:
+    for name in [name for name in result.metrics if is_weighted(name, result.metrics)]:
         del result.metrics[name]  # it cannot be compared between cells
     if lowest is not None:
         result.metrics[f"lowest_{MAIN_METRIC}"] = lowest
@@ -190,44 +164,6 @@ def collect_cell(output: Path, cell: Cell) -> CellResult:
         result.error = evaluation["error"]
         result.reason = evaluation["reason"] or (result.error[-1] if result.error else "it says nothing")
     return result
-
-
-def words(name: str) -> list[str]:
-    """The words of a metric's name: `arc_easy/acc` is arc, easy, acc; `exactMatch` is exact, match."""
-    return [word.lower() for word in re.findall(r"[A-Z][A-Z0-9]*(?![a-z])|[A-Z]?[a-z0-9]+", name)]
-
-
-def _is_weighted(name: str, metrics: Mapping[str, float]) -> bool:
-    """Whether a metric is the weighted loss (`eval_loss`, or `eval_x_loss` of a dataset x) or made from it."""
-    loss = name.endswith("_loss") and f"{name.removesuffix('loss')}response_loss" in metrics
-    return loss or name.endswith(("_ppl", "_perplexity"))
-
-
-def _is_result(name: str) -> bool:
-    found = words(name)
-    return not _NO_RESULT & set(found) and not _NO_RESULT_LAST & set(found[-1:])
-
-
-def numbers(value: Any) -> dict[str, float]:
-    """The numbers in an evaluation's JSON by their path, such as `arc_easy/acc`.
-
-    lm-eval-harness keeps its numbers under `results`, as `acc,none`; its standard errors and settings are left out.
-    """
-    if isinstance(value, dict) and isinstance(value.get("results"), dict):
-        value = value["results"]
-    found: dict[str, float] = {}
-    waiting: list[tuple[str, Any]] = [("", value)]
-    while waiting:
-        path, item = waiting.pop()
-        if isinstance(item, dict):
-            inside = [(str(key).removesuffix(",none"), inner) for key, inner in item.items()]
-            kept = [(f"{path}/{key}" if path else key, inner) for key, inner in inside if "stderr" not in words(key)]
-            waiting += reversed(kept)
-        else:
-            one = number(item)
-            if one is not None and math.isfinite(one):
-                found[path or "value"] = one
-    return found
 
 
 def metric_names(results: Sequence[CellResult]) -> list[str]:
@@ -257,22 +193,8 @@ def choose_metrics(results: Sequence[CellResult], asked: Iterable[str]) -> list[
         chosen.append(Metric(name, "min" if given == "min" else "max") if given else by_name(name))
     if chosen:
         return chosen
-    names = [name for name in known if not name.startswith("lowest_") and _NO_DIRECTION not in words(name)]
+    names = [name for name in known if not name.startswith("lowest_") and NO_DIRECTION not in words(name)]
     return [by_name(name) for name in names[:_MAX_PANELS]]
-
-
-def by_name(name: str) -> Metric:
-    """A metric with the direction that its name says, or a guess.
-
-    The last word that means a direction decides; where another word stands behind it, or none does, it is a guess.
-    """
-    split = [word for word in words(name) if word not in _QUALIFIERS and not word.isdigit()]
-    for place, word in enumerate(reversed(split)):
-        if word in _LOWER:
-            return Metric(name, "min", guessed=place > 0)
-        if word in _HIGHER:
-            return Metric(name, "max", guessed=place > 0)
-    return Metric(name, "max", guessed=True)
 
 
 def best(results: Sequence[CellResult], metric: Metric) -> CellResult | None:
