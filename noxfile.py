@@ -132,8 +132,8 @@ def trl(session: nox.Session, version: str) -> None:
     pytest(session, f"trl-{version}", *paths)
 
 
-CLI_AND_TRL = ["tests/cli/test_cli_preview.py", "tests/cli/test_cli_docs.py"]
-CORE_AND_TRANSFORMERS = [f"tests/core/test_{name}.py" for name in ("attach", "architectures", "patch", "adapters")]
+CLI_AND_TRL = ["tests/cli/test_preview_rows.py", "tests/cli/test_cli_docs.py"]
+CORE_AND_TRANSFORMERS = ["tests/core/loss", "tests/core/training"]
 
 
 @nox.session

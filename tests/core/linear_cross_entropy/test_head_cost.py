@@ -28,7 +28,7 @@ from wit_plugins.linear_cross_entropy import (
     weighted_linear_cross_entropy,
 )
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 from memory import peak_bytes
 
 
@@ -171,7 +171,7 @@ def test_chunks_follow_from_sizes(dtype):
 
 def test_benchmark_runs(tmp_path):
     pytest.importorskip("matplotlib")
-    script = Path(__file__).parents[2] / "benchmarks" / "linear_cross_entropy.py"
+    script = Path(__file__).parents[3] / "benchmarks" / "linear_cross_entropy.py"
     command = [sys.executable, str(script), "--quick", "--device", "cpu", "--out", str(tmp_path / "results")]
     command += ["--methods", "full,checkpointed,liger mean,wit"]
     done = subprocess.run(command, env=subprocess_env(), capture_output=True, text=True, timeout=300)

@@ -1,7 +1,7 @@
 """The hooks of framework adapters: who is asked, whose answer counts."""
 
 import pytest
-from test_attach import CONFIG, make_trainer
+from trainkit import CONFIG, make_trainer
 
 from wit_plugins import WITConfigError, attach, attached, hookimpl
 from wit_plugins.cli.driver import FrameworkDriver, drivers

@@ -1,0 +1,258 @@
+"""What a sweep found: tables, pictures, which way is better."""
+
+import csv
+import json
+import struct
+import subprocess
+import sys
+
+import pytest
+from clikit import read_json, wit
+from sweepkit import grid, made_up
+
+from wit_plugins.cli.sweep.heatmap import colour_limits
+from wit_plugins.cli.sweep.metrics import Metric, by_name
+from wit_plugins.cli.sweep.report import report
+from wit_plugins.cli.sweep.results import collect, format_value
+from wit_plugins.runfiles import write_json
+
+
+def test_results_in_every_form(tmp_path, capsys):
+    assert made_up(tmp_path, prompts="0,0.4,1", responses="0.5,1") == 0
+    out = capsys.readouterr().out
+    runs = tmp_path / "runs"
+    with open(runs / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6
+    for row in rows:
+        prompt, response = float(row["prompt_weight"]), float(row["response_weight"])
+        assert float(row["eval_response_loss"]) == (prompt - 0.4) ** 2 + 1 + 0.1 * response
+        assert float(row["ratio"]) == pytest.approx(prompt / response)
+        assert not {"eval_loss", "eval_ppl"} & set(row)  # weighted: not to be compared
+        assert "eval_runtime" not in row
+    result = read_json(runs / "results.json")
+    assert result["best"]["eval_response_loss"] == {
+        "direction": "min", "prompt_weight": 0.4, "response_weight": 0.5, "value": 1.05,
+    }  # fmt: skip
+    assert result["best"]["eval_accuracy"]["direction"] == "max"
+    assert result["best"]["eval_accuracy"]["prompt_weight"] == 1.0
+    lines = [line for line in out.splitlines() if line.startswith("(")]
+    assert lines[0].startswith("(0.4, 0.5)")
+    assert "1.050 *" in lines[0]
+    assert "lower is better" in out
+    assert "These cells differ only in scale: (0, 0.5) (0, 1)" in " ".join(out.split())
+    assert "No heat map" not in out
+    header = (runs / "heatmap.png").read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    assert min(struct.unpack(">II", header[16:24])) > 300
+
+
+def test_without_matplotlib_there_is_everything_but_the_picture(tmp_path, capsys, monkeypatch):
+    for module in ("command", "report"):
+        monkeypatch.setattr(f"wit_plugins.cli.sweep.{module}.can_draw", lambda: False)
+    assert made_up(tmp_path) == 0
+    out = capsys.readouterr().out
+    assert out.index("No heat map: matplotlib is missing") < out.index("(0.4, 1)")
+    assert (tmp_path / "runs" / "results.csv").is_file()
+    assert not (tmp_path / "runs" / "heatmap.png").exists()
+
+
+def test_the_heat_map_says_what_it_shows(tmp_path, monkeypatch):
+    """Titles, marks and outlines, read off matplotlib's own objects."""
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Rectangle
+
+    made_up(tmp_path, prompts="0,0.4,1", responses="0.5,1")
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    report(tmp_path / "runs", ["eval_response_loss", "eval_accuracy"])
+    (figure,) = figures
+    panels = [axis for axis in figure.axes if axis.get_title()]
+    assert [axis.get_title() for axis in panels] == [
+        "eval_response_loss\nnats per token, lower is better; best (0.4, 0.5): 1.050",
+        "eval_accuracy\nhigher is better; best (1, 0.5): 0.5000",
+    ]
+    for axis, best in zip(panels, ((1, 0), (2, 0)), strict=True):
+        starred = [text.get_position() for text in axis.texts if "★" in text.get_text()]
+        assert starred == [best]
+        outlined = {
+            (round(patch.get_x() + patch.get_width() / 2), round(patch.get_y() + patch.get_height() / 2))
+            for patch in axis.patches
+            if isinstance(patch, Rectangle) and patch.get_edgecolor()[:2] == pytest.approx((0.835, 0.369), abs=0.01)
+        }
+        assert outlined == {(0, 1), (2, 1)}  # (0, 1) and (1, 1) in weights
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "0.4", "1"]
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["best cell", "(0, 1) instruction tuning", "(1, 1) language modelling"]
+
+
+def test_the_report_needs_no_torch(tmp_path):
+    """Neither torch nor transformers nor a framework can be imported there. (What `import wit_plugins` itself brings is
+    another matter, so the package stands there empty.)"""
+    made_up(tmp_path)
+    code = f"""
+import sys
+for name in ("torch", "transformers", "accelerate", "datasets", "trl"):
+    sys.modules[name] = None  # importing it is an ImportError
+from wit_plugins.cli.main import main
+import wit_plugins.cli.sweep.command, wit_plugins.runfiles
+assert not [name for name in sys.modules if name.split(".")[0] in ("rich", "matplotlib", "numpy", "pydantic")]
+sys.exit(main(["report", {str(tmp_path / "runs")!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "1.100 *" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "direction", "guessed"),
+    [
+        ("answer_accuracy", "max", False),  # contains wer
+        ("cerebral_acc", "max", False),  # contains cer
+        ("supplement_f1", "max", False),  # contains ppl
+        ("glossary_recall", "max", False),  # contains loss
+        ("eval_response_loss", "min", False),
+        ("wikitext/word_perplexity", "min", False),
+        ("wikitext/bits_per_byte", "min", False),
+        ("asr/WER", "min", False),
+        ("arc_easy/acc_norm", "max", False),
+        ("gsm8k/exact_match,strict-match", "max", False),
+        ("humaneval/pass@1", "max", False),
+        ("toxicity_score", "min", False),
+        ("error_recall", "max", False),
+        ("rougeLsum", "max", False),
+        ("exactMatch", "max", False),
+        ("MSELoss", "min", False),
+        ("loss_improvement", "min", True),
+        ("helpfulness", "max", True),
+        ("точность", "max", True),
+    ],
+)
+def test_the_direction_of_a_metric(name, direction, guessed):
+    assert by_name(name) == Metric(name, direction, guessed)
+
+
+def test_a_guessed_direction_is_said_to_be_one(tmp_path, capsys):
+    command = 'echo \'{"answer_accuracy": {prompt_weight}, "niceness": {prompt_weight}}\''
+    assert made_up(tmp_path, eval_command=command, metrics=["answer_accuracy", "niceness"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "answer_accuracy: higher is better, niceness: higher is better (a guess)." in out
+    assert "--metric 'niceness:min'" in out
+    found = read_json(tmp_path / "runs" / "results.json")["best"]
+    assert found["answer_accuracy"]["prompt_weight"] == 1.0
+    assert "direction_guessed" not in found["answer_accuracy"]
+    assert found["niceness"]["direction_guessed"] is True
+    assert report(tmp_path / "runs", ["niceness:min"]) == 0
+    out = capsys.readouterr().out
+    assert "niceness: lower is better." in out
+    assert "(a guess)" not in out
+    assert read_json(tmp_path / "runs" / "results.json")["best"]["niceness"]["prompt_weight"] == 0.0
+
+
+def test_numbers_are_left_out_by_whole_words(tmp_path):
+    body = (
+        "log(step=3, eval_multistep_accuracy=1.0, eval_stepwise=2.0, eval_samples_per_second=3.0, eval_num_tokens=4.0)"
+    )
+    made_up(tmp_path, body, prompts="0")
+    found = set(collect(tmp_path / "runs")[0].metrics)
+    assert {"eval_multistep_accuracy", "eval_stepwise"} <= found
+    assert not {"eval_samples_per_second", "eval_num_tokens", "eval_runtime"} & found
+
+
+def test_report_draws_again_what_is_there(tmp_path, capsys):
+    made_up(tmp_path)
+    runs = tmp_path / "runs"
+    for name in ("results.csv", "results.json", "heatmap.png"):
+        (runs / name).unlink()
+    code, _, _ = wit("report", runs, "--metric", "eval_accuracy:min", capsys=capsys)
+    assert code == 0
+    assert read_json(runs / "results.json")["best"]["eval_accuracy"]["prompt_weight"] == 0.0
+    assert (runs / "heatmap.png").is_file()
+    code, _, err = wit("report", runs, "--metric", "acuracy", capsys=capsys)
+    assert code == 2
+    assert "they have: eval_response_loss" in err
+    code, _, err = wit("report", tmp_path, capsys=capsys)
+    assert code == 2
+    assert "holds no sweep" in err
+
+
+def test_a_metric_s_name_does_nothing_to_the_terminal(tmp_path, capsys):
+    """Escape sequences, line breaks and markup, in a name that the run or the evaluation made up."""
+    body = 'log(step=1, **{"eval_\\x1b[2J\\n$x^$ [red]loss": 1.0})'
+    command = """printf '{"a\\u001b]0;owned\\u0007\\u202e": 1}'"""
+    metrics = ["eval_\x1b[2J\n$x^$ [red]loss", "a\x1b]0;owned\x07\u202e"]
+    assert made_up(tmp_path, body, prompts="0", eval_command=command, metrics=metrics) == 0
+    captured = capsys.readouterr()
+    assert not set("\x1b\x07\u202e") & set(captured.out + captured.err)
+    assert "␛[2J⏎$x^$ [red]loss: lower is better" in " ".join(captured.out.split())
+    code, out, err = wit("report", tmp_path / "runs", "--metric", "x\x1b[2J", capsys=capsys)
+    assert code == 2
+    assert "\x1b" not in out + err
+
+
+def test_a_large_grid_prints_what_matters(tmp_path, capsys):
+    cells_ = grid(",".join(f"{i / 10}" for i in range(12)), ",".join(f"{i / 10}" for i in range(1, 11)))
+    runs = tmp_path / "runs"
+    for cell in cells_:
+        write_json(cell.folder(runs) / "cell.json", {"status": "finished", "seconds": 1.0})
+        prompt, response = cell.weights
+        loss = (prompt - 0.35) ** 2 + (response - 0.82) ** 2
+        (cell.folder(runs) / "metrics.jsonl").write_text(json.dumps({"step": 1, "eval_response_loss": loss}) + "\n")
+    listed = [[str(cell.prompt), str(cell.response)] for cell in cells_]
+    write_json(runs / "sweep.json", {"framework": "madeup", "settings": {}, "cells": listed})
+    assert report(runs) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) < 40
+    rows = [line.split(")")[0] + ")" for line in out.splitlines() if " finished " in line]
+    expected = sorted(cells_, key=lambda c: (c.weights[0] - 0.35) ** 2 + (c.weights[1] - 0.82) ** 2)
+    assert set(rows) == {cell.label for cell in expected[:10]} | {"(0, 1)", "(1, 1)"}
+    assert rows[0] == expected[0].label
+    assert "12 of 120 cells are shown (120 finished); all of them are in results.csv" in " ".join(out.split())
+    with open(runs / "results.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 120
+
+
+@pytest.mark.parametrize(
+    ("values", "limits"),
+    [
+        ([4.1, 4.2, 4.3, 900.0], (4.1, 4.3)),
+        ([-900.0, 4.1, 4.2, 4.3], (4.1, 4.3)),
+        ([4.1, 4.15, 4.2, 4.2, 4.3, 90.0, 9e5], (4.1, 4.3)),  # two, and each alone hides the rest
+        ([2.0, 2.0, 2.0, 2.0, 2.1, 900.0], (2.0, 2.1)),
+        ([0.0, 1.0, 2.0, 3.0, 4.0, 5.0], (0.0, 5.0)),
+        ([1.0, 1.0, 5.0, 5.0], (1.0, 5.0)),  # two kinds are no outliers
+        ([2.0, 2.0, 2.0, 900.0], (2.0, 900.0)),  # the rest is one colour because it is one value
+        ([4.3, 4.4, 900.0], (4.3, 900.0)),
+        ([7.0], (7.0, 7.0)),
+        ([], (0.0, 1.0)),
+    ],
+)
+def test_outliers_do_not_take_all_colours(values, limits):
+    assert colour_limits(values) == limits
+
+
+def test_a_clipped_heat_map_says_so(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    body = """
+    if prompt == 1:
+        log(step=9, eval_response_loss=900.0)
+        sys.exit()
+    """
+    made_up(tmp_path, body, prompts="0,0.2,0.4,0.6,0.8,1")
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    report(tmp_path / "runs", ["eval_response_loss"])
+    (axis,) = [axis for axis in figures[0].axes if axis.get_title()]
+    assert axis.get_title().endswith("\ncolours clipped to 1.100 … 1.260; 1 cell lies beyond")
+    (image,) = axis.images
+    assert image.get_clim() == pytest.approx((1.1, 1.26))
+    assert image.colorbar.extend == "max"
+    assert "900.0" in [text.get_text() for text in axis.texts]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(4.3154, "4.315"), (0.05, "0.05000"), (123.456, "123.5"), (1e-5, "1e-05"), (0.0, "0")]
+)
+def test_values_have_four_digits(value, text):
+    assert format_value(value) == text

@@ -1,0 +1,222 @@
+"""Nothing is lost: models without records, damaged files, diverged cells, full disks."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from clikit import read_json, wit, workplace
+from support import subprocess_env
+from sweepkit import GRID, contents, made_up, order, short
+
+from wit_plugins import WITConfigError
+from wit_plugins.cli.sweep.report import report
+from wit_plugins.cli.sweep.results import collect
+from wit_plugins.runfiles import write_json
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{", "null", "[]", '{"status": "made up"}', '{"status": ["finished"]}', "[" * 9999, None], ids=short
+)
+def test_a_model_without_its_cell_json_is_kept(tmp_path, capsys, damage):
+    """Empty after a power cut, cut off, of another kind, lost: the folder is moved and named, and the cell trained."""
+    made_up(tmp_path, "(output / 'model.safetensors').write_text('weights')", prompts="0,1")
+    runs = tmp_path / "runs"
+    path = runs / "p0_r1" / "cell.json"
+    path.unlink()
+    if damage is not None:
+        path.write_text(damage)
+    before = contents(runs / "p0_r1")
+    capsys.readouterr()
+    assert report(runs) == (damage is not None)
+    assert ("cell.json is damaged; start the sweep again" in capsys.readouterr().out) == (damage is not None)
+    assert made_up(tmp_path, prompts="0,1") == 0
+    assert contents(runs / "p0_r1.old-1") == before
+    assert "kept as p0_r1.old-1" in capsys.readouterr().err
+    assert [result.status for result in collect(runs)] == ["finished", "finished"]
+    assert [name for name, *_ in order(tmp_path)] == ["p0_r1", "p1_r1", "p0_r1"]
+
+
+def test_a_foreign_folder_in_a_cell_s_place_is_kept(tmp_path, capsys):
+    """Somebody's checkpoints: neither deleted nor gone on from. A second one gets a second name; a link stays one."""
+    foreign, real = tmp_path / "runs" / "p0_r1", tmp_path / "elsewhere"
+    (foreign / "model" / "checkpoint-5").mkdir(parents=True)
+    (foreign / "model" / "checkpoint-5" / "scheduler.pt").touch()
+    (foreign / "model" / "checkpoint-5" / "trainer_state.json").write_text("{}")
+    (foreign / "metrics.jsonl").write_text('{"step": 1, "eval_response_loss": 0.0}\n')
+    before = contents(foreign)
+    made_up(tmp_path, prompts="0")
+    assert contents(tmp_path / "runs" / "p0_r1.old-1") == before
+    assert order(tmp_path)[0][1] == ""
+    assert collect(tmp_path / "runs")[0].metrics["lowest_eval_response_loss"] > 1
+    real.mkdir()
+    (real / "model.safetensors").write_text("mine")
+    foreign.rename(tmp_path / "runs" / "gone")
+    foreign.symlink_to(real)
+    made_up(tmp_path, prompts="0")
+    assert contents(real) == {Path("model.safetensors"): b"mine"}
+    assert (tmp_path / "runs" / "p0_r1.old-2").is_symlink()
+
+
+def test_what_an_attempt_without_a_checkpoint_left_is_kept(tmp_path, capsys):
+    """It may be the whole model, of a run that was killed right behind its last step."""
+    body = "(output / 'model.safetensors').write_text(str(len(list(folder.glob('model*')))))\n"
+    assert made_up(tmp_path, body + "sys.exit(1)", prompts="0") == 1
+    assert made_up(tmp_path, body + "sys.exit(1)", prompts="0") == 1
+    assert made_up(tmp_path, body, prompts="0") == 0
+    folder = tmp_path / "runs" / "p0_r1"
+    kept = [(folder / name / "model.safetensors").read_text() for name in ("model.old-1", "model.old-2", "model")]
+    assert kept == ["1", "2", "3"]
+    assert f"kept as {folder / 'model.old-2'}" in capsys.readouterr().err
+
+
+def test_a_cell_that_diverges_is_recorded_and_the_sweep_goes_on(tmp_path, capsys):
+    body = """
+    if prompt == 0.4:
+        log(step=2, eval_response_loss=1.5)
+        nan, inf = float("nan"), float("inf")
+        log(step=4, loss=nan, eval_response_loss=nan, eval_prompt_loss=inf, eval_accuracy=9.0)
+        sys.exit(0)
+    """
+    assert made_up(tmp_path, body) == 0
+    captured = capsys.readouterr()
+    assert "(0.4, 1): diverged in" in captured.err
+    runs = tmp_path / "runs"
+    assert read_json(runs / "p0.4_r1" / "cell.json")["status"] == "diverged"
+    assert [result.status for result in collect(runs)] == ["finished", "diverged", "finished"]
+    assert collect(runs)[1].metrics["lowest_eval_response_loss"] == 1.5
+    lines = [line for line in captured.out.splitlines() if line.startswith("(")]
+    assert lines[-1].split()[:4] == ["(0.4,", "1)", "0.4", "diverged"]
+    written = json.loads((runs / "results.json").read_text(), parse_constant=pytest.fail)  # nan is not JSON
+    assert written["best"]["eval_accuracy"]["prompt_weight"] == 1.0
+    assert (runs / "heatmap.png").is_file()
+    # It is done: neither trained again nor evaluated.
+    assert made_up(tmp_path, eval_command="echo '{\"n\": 1}'") == 0
+    assert len(order(tmp_path)) == 3
+    assert [result.metrics.get("n") for result in collect(runs)] == [1.0, None, 1.0]
+    assert report(runs) == 0
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "", "\0" * 100, "{", '{"step"', "[1]\nnull\n7\n", '{"step": "x", "eval_response_loss": "low"}\n',
+        '{"eval_response_loss": 1.0}\n', '{"step": NaN, "eval_response_loss": 1e999}\n', "[" * 100_000 + "\n",
+        '{"step": ' + "9" * 400 + ', "eval_response_loss": ' + "9" * 400 + "}\n",
+        '{"step": ' + "9" * 5000 + "}\n", '{"step": {"a": []}, "eval_response_loss": [1]}\n', b"\xff\xfe{}\n",
+        '{"\\ud800": 1.0, "eval_\\ud800": 1.0, "eval_$x^$ \\u001b[2J": 1e308}\n',
+    ], ids=short)  # fmt: skip
+def test_damaged_metrics_cost_what_stood_in_them(tmp_path, capsys, damage):
+    made_up(tmp_path)
+    runs = tmp_path / "runs"
+    for name in ("metrics.jsonl", "progress.json"):
+        path = runs / "p0.4_r1" / name
+        whole = path.read_bytes() if path.exists() else b""
+        path.write_bytes((damage if isinstance(damage, bytes) else damage.encode()) + b"\n" + whole)
+    assert report(runs) == 0
+    after = collect(runs)
+    assert [result.metrics["eval_response_loss"] for result in after] == pytest.approx([1.26, 1.1, 1.46])
+    assert "\x1b[2J" not in capsys.readouterr().out
+    with open(runs / "results.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 3
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", "{}", '{"framework": "madeup", "settings": {"a": 1}, "cells": [["x", 1]]}']
+)
+def test_a_damaged_sweep_json_is_refused_with_the_way_out(tmp_path, damage):
+    made_up(tmp_path)
+    path = tmp_path / "runs" / "sweep.json"
+    whole = path.read_text()
+    path.write_text(damage)
+    for again in (lambda: report(tmp_path / "runs"), lambda: made_up(tmp_path)):
+        with pytest.raises(WITConfigError, match=r"damaged.*delete that file and start the same `wit sweep` again"):
+            again()
+    path.unlink()  # the way out
+    assert made_up(tmp_path) == 0
+    assert path.read_text() == whole
+    assert len(order(tmp_path)) == 3
+
+
+def test_a_state_with_damaged_parts_is_read_as_far_as_it_goes(tmp_path):
+    made_up(tmp_path)
+    path = tmp_path / "runs" / "p0.4_r1" / "cell.json"
+    state = {**read_json(path), "seconds": "long", "attempts": None, "error": 3, "evaluation": {"metrics": [1]}}
+    path.write_text(json.dumps(state))
+    assert made_up(tmp_path) == 0
+    assert len(order(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere/runs", "n" * 300], ids=short)
+def test_an_output_that_cannot_be_one(tmp_path, place, capsys):
+    (tmp_path / "file").write_text("a report")
+    path = workplace(tmp_path, evaluation=True, eval_strategy="epoch")
+    for more in ([], ["--dry-run"]) if place == "file" else ([],):
+        code, _, err = wit("sweep", path, *GRID, "--output", tmp_path / place, *more, capsys=capsys)
+        assert code == 2
+        assert len(err.splitlines()) == 1
+        assert "--output = " in err
+    assert (tmp_path / "file").read_text() == "a report"
+    code, _, err = wit("report", tmp_path / place, capsys=capsys)
+    assert code == 2
+    assert len(err.splitlines()) == 1
+
+
+FULL = """
+import resource, sys, pathlib
+from sweepkit import MadeUp, grid
+from wit_plugins.cli.sweep.command import sweep
+from wit_plugins.cli.sweep.options import SweepOptions
+from wit_plugins.cli.sweep.report import report
+from wit_plugins.cli.driver import Job
+from wit_plugins.errors import WITConfigError
+runs = pathlib.Path(sys.argv[1])
+soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), hard))  # every write beyond it fails, as on a full disk
+if sys.argv[3] == "report":
+    print("code", report(runs))
+else:
+    try:
+        sweep(MadeUp(), Job(None, {"a": 1}), grid("0,1", "1"), SweepOptions(runs, check=False))
+    except WITConfigError as error:
+        print("refused:", error)
+"""
+
+
+@pytest.mark.parametrize("room", [0, 100, 700])
+def test_a_full_disk(tmp_path, room):
+    """In a process whose files cannot grow: one line that says what to do, and the state before it stays readable."""
+    made_up(tmp_path, prompts="0")
+    runs = tmp_path / "runs"
+    before = (runs / "sweep.json").read_bytes(), (runs / "p0_r1" / "cell.json").read_bytes()
+
+    def limited(what):
+        arguments = [sys.executable, "-c", FULL, str(runs), str(room), what]
+        paths = os.pathsep.join([os.path.dirname(__file__), subprocess_env()["PYTHONPATH"]])
+        return subprocess.run(arguments, env=subprocess_env(PYTHONPATH=paths), capture_output=True, text=True)
+
+    done = limited("report")
+    assert done.returncode == 0, done.stderr
+    assert "1.260 *" in done.stdout  # the table comes first
+    assert "code 1" in done.stdout
+    assert "nothing could be written there (File too large)" in " ".join(done.stdout.split())
+    done = limited("sweep")
+    assert "refused: --output = " in done.stdout or (room and "failed: " in done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+    assert (runs / "p0_r1" / "cell.json").read_bytes() == before[1]
+    assert read_json(runs / "sweep.json")["framework"] == "madeup"
+    assert not list(runs.rglob(".*.json.*"))
+    assert made_up(tmp_path, prompts="0,1") == 0  # with room again, it goes on
+    assert [result.status for result in collect(runs)] == ["finished", "finished"]
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert read_json(path) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

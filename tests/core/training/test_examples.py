@@ -1,0 +1,104 @@
+"""Examples as a trainer gets them: padded, streamed, broken."""
+
+import pytest
+import torch
+from support import (
+    reference_step,
+)
+from trainkit import CONFIG, DOCS, EXAMPLES, GOOD, first_log, make_trainer, padded
+
+from wit_plugins import WITConfigError, attach
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_examples_that_are_padded_already(tmp_path, left):
+    """As the same documents without padding; the first token behind padding on the left is predicted by nothing."""
+    trainer = make_trainer(tmp_path, examples=padded(DOCS, 16, left), per_device_train_batch_size=12)
+    expected, _ = reference_step(trainer.model, DOCS, 0.2, 0.8)
+    attach(trainer, CONFIG)
+    trainer.train()
+    assert first_log(trainer)["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+class Once(torch.utils.data.IterableDataset):
+    """A stream that can be read once, such as a queue."""
+
+    def __init__(self, examples):
+        self.examples = iter(examples)
+
+    def __iter__(self):
+        yield from self.examples
+
+
+class TestStreams:
+    def test_nothing_is_taken_from_a_stream(self, tmp_path, capsys):
+        trainer = make_trainer(tmp_path, examples=Once(EXAMPLES), max_steps=1, per_device_train_batch_size=12)
+        expected, _ = reference_step(trainer.model, DOCS, 0.2, 0.8)
+        attach(trainer, CONFIG)
+        trainer.train()
+        assert trainer.state.global_step == 1
+        assert first_log(trainer)["loss"] == pytest.approx(expected, rel=1e-5)
+        assert "in the first examples" not in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("label", "message"), [(5, "nothing masked in its first 1.. rows.*labels column"), (-100, "no response in its")]
+    )
+    @pytest.mark.parametrize("count", [16, 150])
+    def test_a_role_that_is_missing(self, tmp_path, label, message, count):
+        """With the same words as in a dataset; after 100 rows, or when there are no more."""
+        stream = Once([{"input_ids": [5, 5], "labels": [label, label]}] * count)
+        trainer = make_trainer(tmp_path, examples=stream, max_steps=count // 4)
+        attach(trainer, CONFIG)
+        with pytest.raises(WITConfigError, match=message.replace("1..", "1..?")):
+            trainer.train()
+        assert trainer.state.global_step == min(count // 4, 24)
+
+    def test_a_late_role(self, tmp_path):
+        stream = Once([{"input_ids": [5, 5], "labels": [5, 5]}] * 50 + EXAMPLES)
+        trainer = make_trainer(tmp_path, examples=stream, max_steps=15)
+        attach(trainer, CONFIG)
+        trainer.train()
+        assert trainer.state.global_step == 15
+
+
+BAD_ROWS = [
+    ({"input_ids": [5, 6, 7], "labels": [-100, 6]}, "labels has 2 entries for 3 input_ids"),
+    ({"input_ids": [5, 61, 7], "labels": [-100, -100, 7]}, r"input_ids has 61 at position 1; the model knows 0 to 60; .*own tokenizer"),
+    ({"input_ids": [5, -1, 7], "labels": [-100, -100, 7]}, "input_ids has -1"),
+    ({"input_ids": [5, 6, 7], "labels": [-100, 6, 99]}, "labels has 99"),
+    ({"input_ids": [5, 6, 7], "labels": [-1, 6, 7]}, "labels has -1 at position 0; the model knows 0 to 60, or -100 where a token is masked"),
+    ({**GOOD, "attention_mask": [1, 1]}, "attention_mask has 2 entries for 4 input_ids"),
+    ({"input_ids": [5.5, 6, 7], "labels": [-100, 6, 7]}, "must be integers, not 5.5"),
+    ({"input_ids": [5, None, 7], "labels": [-100, 6, 7]}, "must be integers, not None"),
+    ({"input_ids": [5, 6, 0, 0], "labels": [-100, 6, -100, -100]}, "2 masked pad tokens.*take the padding off"),
+    ({**GOOD, "position_ids": [0, 1]}, "position_ids have 2 entries"),
+]
+
+
+class TestBadRows:
+    @pytest.mark.parametrize(("row", "message"), BAD_ROWS)
+    @pytest.mark.parametrize("index", [3, 150])
+    def test_are_named(self, tmp_path, row, message, index):
+        """In the first hundred when the weights are attached, later when their batch comes, by their position."""
+        trainer = make_trainer(tmp_path, examples=[GOOD] * index + [row] + [GOOD] * 3)
+        if index >= 100:
+            attach(trainer, CONFIG)
+        with pytest.raises(WITConfigError, match=f"example {index} of the training dataset: .*{message}"):
+            (attach(trainer, CONFIG) if index < 100 else trainer.train())
+
+    def test_in_a_worker_and_in_evaluation(self, tmp_path):
+        row, message = BAD_ROWS[1]
+        examples = [GOOD] * 150 + [row]
+        trainer = make_trainer(tmp_path, examples=examples, dataloader_num_workers=1)
+        attach(trainer, CONFIG)
+        with pytest.raises(WITConfigError, match=f"example 150 of the training dataset: {message}"):
+            trainer.train()
+        with pytest.raises(WITConfigError, match=f"example 2 of the evaluation dataset: {message}"):
+            trainer.evaluate([GOOD, GOOD, row])
+
+    def test_in_a_stream_by_their_place_in_the_batch(self, tmp_path):
+        row, message = BAD_ROWS[1]
+        trainer = make_trainer(tmp_path, examples=Once([GOOD, GOOD, row, GOOD]), max_steps=1)
+        attach(trainer, CONFIG)
+        with pytest.raises(WITConfigError, match=f"example 2 of a batch of 4: {message}"):
+            trainer.train()

@@ -1,0 +1,116 @@
+"""What a run logs, says at its ends and leaves behind."""
+
+import json
+import warnings
+
+import pytest
+from support import (
+    role_losses,
+)
+from trainkit import CONFIG, DOCS, first_log, make_trainer
+from transformers import (
+    TrainerCallback,
+)
+
+from wit_plugins import WITConfig, attach
+
+
+def test_logs_cover_the_steps_since_the_last_log(tmp_path):
+    trainer = make_trainer(tmp_path, logging_steps=3, learning_rate=0.0)
+    attach(trainer, CONFIG)
+    trainer.train()
+    expected = role_losses(trainer.model, DOCS)
+    log = first_log(trainer)
+    assert log["step"] == 3
+    assert {k: log[k] for k in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_logs_of_a_callback_are_its_own(tmp_path):
+    """On several ranks the main process may log alone: nothing is reduced then, nothing taken from the next log."""
+    logged = []
+
+    class Logs(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            logs = {"loss": 1.0}
+            trainer.log(logs)
+            logged.append(logs)
+
+    trainer = make_trainer(tmp_path, learning_rate=0.0, logging_steps=3)
+    trainer.add_callback(Logs())
+    attach(trainer, CONFIG)
+    trainer.train()
+    assert [set(logs) - {"epoch"} for logs in logged] == [{"loss"}] * 3
+    expected = role_losses(trainer.model, DOCS)
+    log = next(entry for entry in trainer.state.log_history if "prompt_loss" in entry)
+    assert {k: log[k] for k in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_end_of_training_says_what_was_trained(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, eval_strategy="epoch")
+    attach(trainer, CONFIG)
+    trainer.train()
+    printed = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 120 for line in printed if "WIT" in line)
+    rules = [i for i, line in enumerate(printed) if line == "=" * 80]
+    assert len(rules) == 4  # around both
+    assert printed[rules[0] + 1].startswith("WIT on: prompt_weight=0.2, response_weight=0.8")
+    end = "\n".join(printed[rules[2] + 1 : rules[3]])
+    history = trainer.state.log_history
+    for key in ("prompt_loss", "response_loss", "eval_response_loss"):
+        losses = [entry[key] for entry in history if key in entry]
+        assert f"{key}: {losses[0]:.4f} -> {losses[-1]:.4f}" in end
+    assert "WIT done: 3 steps with prompt_weight=0.2, response_weight=0.8" in end
+    assert str(tmp_path / "out") in end
+
+
+class TestRecords:
+    def test_settings_with_every_checkpoint_and_on_the_card(self, tmp_path):
+        trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2)
+        attach(trainer, CONFIG)
+        trainer.train()
+        trainer.save_model(str(tmp_path / "final"))
+        for folder in (tmp_path / "out" / "checkpoint-2", tmp_path / "out" / "checkpoint-3", tmp_path / "final"):
+            assert json.loads((folder / "wit_config.json").read_text()) == CONFIG.model_dump()
+        for _ in range(2):
+            trainer.create_model_card()
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert card.count("prompt tokens weigh 0.2, response tokens 0.8") == 1
+
+    def test_resuming(self, tmp_path):
+        """The same settings resume silently and exactly; others, or none, warn."""
+        whole = make_trainer(tmp_path, save_strategy="steps", save_steps=1)
+        attach(whole, CONFIG)
+        whole.train()
+        checkpoint = str(tmp_path / "out" / "checkpoint-2")
+
+        again = make_trainer(tmp_path)
+        attach(again, WITConfig(prompt_weight=0.2, response_weight=0.8))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*it is resumed with.*")
+            again.train(resume_from_checkpoint=checkpoint)
+        losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (whole, again)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+        other = make_trainer(tmp_path)
+        attach(other, WITConfig(prompt_weight=0.4))
+        with pytest.warns(UserWarning, match=r"trained with prompt_weight=0\.2.*resumed with prompt_weight=0\.4"):
+            other.train(resume_from_checkpoint=checkpoint)
+
+        (tmp_path / "out" / "checkpoint-3" / "wit_config.json").unlink()
+        with pytest.warns(UserWarning, match="checkpoint-3 was trained without weights"):
+            again.train(resume_from_checkpoint=True)
+
+    @pytest.mark.parametrize(
+        ("text", "reason"),
+        [("", "Expecting value"), ("{broken", "Expecting"), ("[1]", "mapping"), ('{"of_tomorrow": 1}', "of_tomorrow")],
+    )
+    def test_resuming_with_a_record_that_cannot_be_read(self, tmp_path, text, reason):
+        """Damaged, or written by a newer version: no reason not to resume."""
+        trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2)
+        attach(trainer, CONFIG)
+        trainer.train()
+        checkpoint = tmp_path / "out" / "checkpoint-2"
+        (checkpoint / "wit_config.json").write_text(text)
+        with pytest.warns(UserWarning, match=f"cannot be read .*{reason}.*resumed with prompt_weight=0.2"):
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+        assert trainer.state.global_step == 3

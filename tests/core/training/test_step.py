@@ -1,0 +1,252 @@
+"""One optimizer step of a plain trainer against the formula, whatever computes it."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import (
+    all_relative_error,
+    aux_loss_step,
+    llama,
+    mixtral,
+    reference_step,
+    role_losses,
+    subprocess_env,
+)
+from trainkit import CONFIG, DOCS, EXAMPLES, first_log, make_trainer, tokenizer
+from transformers import (
+    DataCollatorForSeq2Seq,
+    Trainer,
+)
+
+from wit_plugins import WITConfig, attach, attached, detach
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+def test_one_optimizer_step(tmp_path, accumulation):
+    trainer = make_trainer(
+        tmp_path, per_device_train_batch_size=12 // accumulation, gradient_accumulation_steps=accumulation
+    )
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    expected_loss, expected_grads = reference_step(trainer.model, DOCS, 0.2, 0.8)
+    expected_roles = role_losses(trainer.model, DOCS)
+    attach(trainer, CONFIG)
+    trainer.train()
+    log = first_log(trainer)
+    assert log["loss"] == pytest.approx(expected_loss, rel=1e-5)
+    assert {k: log[k] for k in expected_roles} == pytest.approx(expected_roles, rel=1e-5)
+    steps = {n: (before[n] - p.detach()) / 0.05 for n, p in trainer.model.named_parameters()}
+    assert all_relative_error(steps, expected_grads) < 1e-4  # a difference of float32 parameters
+
+
+def test_a_trainer_that_averages_its_micro_batches(tmp_path):
+    """Some trainers (Axolotl's) switch the step's count off; the paper's normalisation must hold all the same."""
+    trainer = make_trainer(tmp_path, gradient_accumulation_steps=3)
+    trainer.model_accepts_loss_kwargs = False
+    expected, _ = reference_step(trainer.model, DOCS, 0.2, 0.8)
+    attach(trainer, CONFIG)
+    trainer.train()
+    assert first_log(trainer)["loss"] == pytest.approx(expected, rel=1e-5)
+    detach(trainer)
+    assert trainer.model_accepts_loss_kwargs is False
+
+
+def test_roles_of_weight_zero(tmp_path):
+    """Not computed in training, so not logged; always in evaluation."""
+    trainer = make_trainer(tmp_path, eval_strategy="epoch")
+    attach(trainer, WITConfig(prompt_weight=0.0))
+    trainer.train()
+    log = first_log(trainer)
+    assert "response_loss" in log
+    assert "prompt_loss" not in log
+    assert "prompt_tokens" not in log
+    evaluation = first_log(trainer, "eval_loss")
+    expected = role_losses(trainer.model, DOCS)
+    assert {k: evaluation[f"eval_{k}"] for k in expected} == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path, dtype):
+    """At (0, 1), step for step what transformers does by itself, whose loss holds the auxiliary one."""
+    losses = []
+    for config in (None, WITConfig(prompt_weight=0.0)):
+        trainer = make_trainer(tmp_path, mixtral().to(dtype), gradient_accumulation_steps=2, num_train_epochs=3)
+        if config:
+            attach(trainer, config)
+        trainer.train()
+        losses.append([e["loss"] for e in trainer.state.log_history if "loss" in e])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5 if dtype == torch.float32 else 2e-2)
+    assert len(losses[0]) == 6
+
+
+@pytest.mark.parametrize("takes_loss_arguments", [True, False])
+def test_the_auxiliary_loss_over_micro_batches_is_transformers_own(tmp_path, takes_loss_arguments):
+    """Summed where the model normalises by the step's tokens, averaged where whole losses are: against the formula."""
+    model = mixtral()
+    model.accepts_loss_kwargs = takes_loss_arguments
+    collator, seen = DataCollatorForSeq2Seq(tokenizer()), []
+
+    def collate(features):
+        seen.append([by_ids[tuple(f["input_ids"])] for f in features])
+        return collator(features)
+
+    by_ids = {tuple(d.input_ids): d for d in DOCS}
+    args = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
+    trainer = make_trainer(tmp_path, model, collator=collate, **args)
+    assert trainer.model_accepts_loss_kwargs == takes_loss_arguments
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    _, expected = reference_step(model, DOCS, 0.2, 0.8)
+    initial = copy.deepcopy(model)
+    attach(trainer, CONFIG)
+    trainer.train()
+    aux = aux_loss_step(initial, seen, 1 if takes_loss_arguments else 1 / 4)
+    for name, grad in aux.items():
+        expected[name] = expected[name] + grad
+    taken = {n: (before[n] - p.detach()) / 0.05 for n, p in trainer.model.named_parameters()}
+    gates = [n for n in taken if n.endswith("mlp.gate.weight")]
+    assert len(gates) == 2
+    assert len(seen) == 4
+    assert all_relative_error({n: taken[n] for n in gates}, {n: expected[n] for n in gates}) < 1e-4
+    assert all_relative_error(taken, expected) < 1e-4
+
+
+TWO_RANKS = """
+import sys, torch
+from support import Document, all_relative_error, mixtral
+from trainkit import make_trainer
+from wit_plugins import WITConfig, attach
+generator = torch.Generator().manual_seed(3)
+docs = [Document(torch.randint(3, 61, (9,), generator=generator).tolist(), [False] * 4 + [True] * 5) for _ in range(8)]
+for takes_loss_arguments in (True, False):
+    after = []
+    for weighted in (False, True):
+        model = mixtral()
+        model.accepts_loss_kwargs = takes_loss_arguments
+        args = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
+        trainer = make_trainer(__import__("pathlib").Path(sys.argv[1]), model, [d.example() for d in docs], **args)
+        assert trainer.accelerator.num_processes == 2
+        if weighted:
+            attach(trainer, WITConfig(prompt_weight=0.0))
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        trainer.train()
+        after.append({n: before[n] - p.detach() for n, p in model.named_parameters()})
+    for part in ("", "mlp.gate"):
+        own, mine = ({n: t for n, t in taken.items() if part in n} for taken in after)
+        assert all_relative_error(mine, own) < 1e-4, (takes_loss_arguments, part, all_relative_error(mine, own))
+"""
+
+
+def test_the_auxiliary_loss_over_ranks_is_transformers_own(tmp_path):
+    """Two ranks, two micro-batches; as many tokens in each, so that whole losses averaged are the step's loss."""
+    (tmp_path / "run.py").write_text(TWO_RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "run.py", "."]
+    env = subprocess_env()
+    env["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), env["PYTHONPATH"]])
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_autocast(tmp_path):
+    trainer = make_trainer(tmp_path, bf16=True, per_device_train_batch_size=12)
+    expected, _ = reference_step(trainer.model, DOCS, 0.2, 0.8)
+    attach(trainer, CONFIG)
+    trainer.train()
+    assert first_log(trainer)["loss"] == pytest.approx(expected, rel=2e-2)  # bfloat16 keeps 8 bits
+
+
+def test_autocast_at_0_1_is_the_frameworks_own(tmp_path):
+    losses = []
+    for weighted in (False, True):
+        trainer = make_trainer(tmp_path, bf16=True, num_train_epochs=2)
+        if weighted:
+            attach(trainer, WITConfig(prompt_weight=0.0))
+        trainer.train()
+        losses.append([e["loss"] for e in trainer.state.log_history if "loss" in e])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("option", [{"gradient_checkpointing": True}, {"torch_compile_backend": "aot_eager"}])
+def test_options_of_the_trainer(tmp_path, option):
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=12, **option)
+    expected, _ = reference_step(trainer.model, DOCS, 0.2, 0.8)
+    attach(trainer, CONFIG)
+    trainer.train()
+    assert first_log(trainer)["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_model_init(tmp_path):
+    """It makes another model when training starts, and every time; each is trained with the weights."""
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=12)
+    made = []
+
+    def model_init():
+        made.append(llama(rope_theta=10000.0 + len(made)))
+        return made[-1]
+
+    trainer = Trainer(
+        model_init=model_init,
+        args=trainer.args,
+        data_collator=DataCollatorForSeq2Seq(tokenizer()),
+        train_dataset=EXAMPLES,
+        processing_class=tokenizer(),
+    )
+    attach(trainer, CONFIG)
+    expected, _ = reference_step(llama(), DOCS, 0.2, 0.8)
+    for count in (2, 3):
+        trainer.train()
+        assert len(made) == count
+        assert first_log(trainer)["loss"] == pytest.approx(expected, rel=1e-2)  # another rope, but nearly the same
+    detach(trainer)
+    assert all("forward" not in model.__dict__ for model in made)
+
+
+def test_regional_compilation(tmp_path, monkeypatch, capsys):
+    """Trains another module than `trainer.model`: the step is checked, both roles are logged, all of it exactly."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "1")
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=12, torch_compile_backend="aot_eager")
+    trainer.model.eval()  # as from_pretrained leaves it
+    expected, _ = reference_step(trainer.model, DOCS, 0.2, 0.8)
+    roles = role_losses(trainer.model, DOCS)
+    attach(trainer, CONFIG)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    trainer.train()
+    assert trainer.model_wrapped is not trainer.model
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # and the compiled blocks are the ones that ran
+    assert attached(trainer).head.chosen == "fused"
+    log = first_log(trainer)
+    assert log["loss"] == pytest.approx(expected, rel=1e-4)
+    assert {k: log[k] for k in roles} == pytest.approx(roles, rel=1e-4)
+    assert "WIT loss: " in capsys.readouterr().out
+
+
+def test_liger_kernels(tmp_path):
+    """transformers puts Liger's head on the model when training starts; its layers stay, its head must not.
+
+    Triton interprets Liger's kernels on a CPU in a process of its own.
+    """
+    pytest.importorskip("liger_kernel")
+    script = f"""
+import pathlib, trainkit as t
+from support import reference_step
+from wit_plugins import attach, detach
+options = {{"use_liger_kernel": True, "liger_kernel_config": {{"rms_norm": False, "swiglu": False}}}}
+folder = pathlib.Path({str(tmp_path)!r})
+trainer = t.make_trainer(folder, per_device_train_batch_size=12, eval_strategy="epoch", **options)
+expected, _ = reference_step(trainer.model, t.DOCS, 0.2, 0.8)
+attach(trainer, t.CONFIG)
+trainer.train()
+assert abs(t.first_log(trainer)["loss"] - expected) < 1e-4 * expected
+assert "eval_response_loss" in t.first_log(trainer, "eval_loss")
+import liger_kernel.transformers.rope as rope, transformers.models.llama.modeling_llama as llama
+assert llama.apply_rotary_pos_emb is rope.liger_rotary_pos_emb
+detach(trainer)
+assert trainer.args.liger_kernel_config == options["liger_kernel_config"]
+"""
+    env = subprocess_env(TRITON_INTERPRET="1", WIT_TEST_FOLDER=str(tmp_path))
+    env["PYTHONPATH"] = f"{__file__.rpartition('/')[0]}:{env['PYTHONPATH']}"
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
