@@ -39,6 +39,16 @@ def test_evaluation_is_comparable_between_weightings(tmp_path):
     assert len({round(m["eval_a_loss"], 6) for m in seen}) == 3
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Examples without a length."""
+
+    def __init__(self, examples):
+        self.examples = examples
+
+    def __iter__(self):
+        return iter(self.examples)
+
+
 class Packing(torch.utils.data.BatchSampler):
     """A batch sampler of lists of examples, as Axolotl's: every row is packed from some, and the last from one."""
 
@@ -102,8 +112,7 @@ def test_packed_evaluation_counts_every_row(tmp_path, rows_per_batch, count):
 EVALUATE_ON_TWO = """
 import json, pathlib, sys
 import torch, trainkit as k
-from datasets import Dataset
-from test_evaluation import PackedEvaluation, pack
+from test_evaluation import PackedEvaluation, Stream, pack
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer
 from wit_plugins import attach
 folder, case, count = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -113,7 +122,7 @@ if case == "padded":
     trainer = k.make_trainer(folder, **options)
 elif case == "dispatched":
     options["accelerator_config"] = {"dispatch_batches": True}
-    examples = Dataset.from_list(examples).to_iterable_dataset()
+    examples = Stream(examples)
     # accelerate's dispatcher joins the ranks' batches before it shares them out, so that they must be alike in length
     collator = DataCollatorForSeq2Seq(k.tokenizer(), pad_to_multiple_of=16)
     trainer = k.make_trainer(folder, collator=collator, **options)
