@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from clikit import wit
-from test_cli_preview import byte_level_tokenizer
+from previewkit import byte_level_tokenizer
 from trlkit import tokenizer
 
 from wit_plugins.cli.driver import FrameworkDriver, Job, choose_driver, drivers

@@ -16,8 +16,9 @@ from wit_plugins.tokens.dataset_check import StreamCheck, can_be_read_again, che
 from wit_plugins.tokens.reader import ExampleReader
 from wit_plugins.tokens.transport import MAX_VOCAB_SIZE
 from wit_plugins.training.adapter import TrainerAdapter
+from wit_plugins.training.attachment import ATTRIBUTE, Attachment, unwrapped
 from wit_plugins.training.changes import Changes
-from wit_plugins.training.trainer import ATTRIBUTE, Attachment, WeightedTrainerMixin, unwrapped
+from wit_plugins.training.trainer import WeightedTrainerMixin
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -9,29 +9,22 @@ from __future__ import annotations
 import os
 import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers.trainer_utils import get_last_checkpoint
 
-from wit_plugins.config import WITConfig
 from wit_plugins.errors import BadExampleError, WeightsNotAppliedError, WITConfigError
-from wit_plugins.loss.head import WeightedHead
 from wit_plugins.loss.normalization import step_denominator
 from wit_plugins.loss.step import Step
 from wit_plugins.tokens.collator import CODES_KEY
-from wit_plugins.tokens.dataset_check import StreamCheck, locate_bad_example
-from wit_plugins.tokens.reader import ExampleReader
+from wit_plugins.tokens.dataset_check import locate_bad_example
 from wit_plugins.training import records
-from wit_plugins.training.adapter import AuxLossSums, TrainerAdapter
-from wit_plugins.training.changes import Changes
-from wit_plugins.training.metrics import RoleMetrics
+from wit_plugins.training.attachment import Attachment, unwrapped
 from wit_plugins.training.recorder import RunRecorder, recorder
 
 if TYPE_CHECKING:
@@ -43,41 +36,7 @@ else:
     _Base = object
 
 
-ATTRIBUTE = "_wit"  # of a trainer that weights are attached to
 _RULE = "=" * 80
-
-
-@dataclass
-class Attachment:
-    """What is attached to one trainer."""
-
-    config: WITConfig
-    adapter: TrainerAdapter
-    head: WeightedHead
-    make_head: Callable[[nn.Module], WeightedHead]  # the same head on another model
-    reader: ExampleReader
-    changes: Changes
-    aux_loss_sums: AuxLossSums
-    stream_check: StreamCheck | None = None  # while a stream's first examples come by
-    first_tokens: tuple[int, int] | None = None  # prompt and response tokens in the first examples
-    training: RoleMetrics = field(default_factory=RoleMetrics)
-    evaluation: RoleMetrics = field(default_factory=RoleMetrics)
-    verified: bool = False
-    prediction_loss_only: bool = True
-    reads_log: bool = False  # whether the training loop, on all ranks, is about to log
-
-    def remove(self) -> None:
-        """Put trainer and model back to what they were."""
-        self.changes.undo()
-        self.head.remove()
-
-
-def unwrapped(trainer: Trainer, model: Any) -> nn.Module:
-    """The causal language model below DDP, FSDP, DeepSpeed, compilation and PEFT."""
-    model = trainer.accelerator.unwrap_model(model)
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    return model
 
 
 class WeightedTrainerMixin(_Base):
