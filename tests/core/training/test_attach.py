@@ -1,6 +1,7 @@
 """Attaching and detaching, what is refused, and that nothing is ever applied in silence."""
 
 import functools
+import pickle
 
 import pytest
 import torch
@@ -189,3 +190,15 @@ class TestNeverSilently:
         batch = trainer.data_collator(EXAMPLES[:2])
         with pytest.raises(WeightsNotAppliedError, match="outside the trainer's compute_loss"):
             trainer.model(**batch)
+
+
+def test_a_collator_that_holds_the_model_goes_to_spawned_workers(tmp_path):
+    """`DataCollatorForSeq2Seq(model=…)` takes the patched model along; what arrives is the model of its class."""
+    trainer = make_trainer(tmp_path)
+    trainer.data_collator = DataCollatorForSeq2Seq(tokenizer(), model=trainer.model)
+    attach(trainer, CONFIG)
+    again = pickle.loads(pickle.dumps(trainer.data_collator))
+    batch, here = again(EXAMPLES[:4]), trainer.data_collator(EXAMPLES[:4])
+    assert all(torch.equal(batch[key], here[key]) for key in here)
+    ids = torch.tensor([DOCS[0].input_ids])
+    assert torch.equal(again.collator.model(input_ids=ids).logits, trainer.model(input_ids=ids).logits)
