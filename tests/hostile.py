@@ -240,10 +240,15 @@ _BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 _WIT = [
     *(Row("wit", name, says, text=text, command="check") for name, text, says in _FILES),
     *(Row("wit", name, says, data=data, command="check") for name, data, says in _BAD_DATA),
-    Row("wit", "a bomb of aliases", "config", text=_BOMB, command="check"),
+    Row("wit", "a bomb of aliases", "alias", text=_BOMB, command="check"),
     Row("wit", "very deep nesting", "config", text="a: " + "[" * 20_000 + "]" * 20_000, command="check"),
     Row("wit", "a number with a huge exponent", "prompt_weight|config", weights={"prompt_weight": "1e999999999"}),
-    Row("wit", "a key twice", "prompt_weight", text="model_name_or_path: x\nprompt_weight: 0.2\nprompt_weight: 0.4\n"),
+    Row(
+        "wit",
+        "a key twice",
+        "prompt_weight stands twice, on line 2 and on line 3",
+        text="model_name_or_path: x\nprompt_weight: 0.2\nprompt_weight: 0.4\n",
+    ),
     Row("wit", "no file", "nowhere.yaml", argv=("check", "nowhere.yaml")),
     Row("wit", "a folder for a file", r"\.", argv=("check", ".")),
     Row("wit", "an unknown framework", "framework|megatron", argv=("check", "{config}", "--framework", "megatron")),

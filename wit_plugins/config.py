@@ -146,6 +146,11 @@ def did_you_mean(name: str, known: Any) -> str:
     return f"; known: {', '.join(known)}" if known else ""
 
 
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:100]}… ({len(text):,} characters)"
+
+
 def _readable(error: ValidationError) -> str:
     lines = []
     for item in error.errors():
@@ -154,6 +159,6 @@ def _readable(error: ValidationError) -> str:
         if item["type"] == "missing":
             message = f"is required; add {key}: 0.2" if key == "prompt_weight" else "is required"
         elif key:
-            message = f"= {item['input']!r}: {message}"
+            message = f"= {_shortened(item['input'])}: {message}"
         lines.append(f"{key} {message}".strip())
     return "; ".join(lines)

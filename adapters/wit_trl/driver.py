@@ -30,7 +30,7 @@ from wit_plugins.cli.empty import empty_model
 from wit_plugins.plugins import ActiveStrategies
 from wit_trl.versions import OLDEST, TOO_NEW
 
-_NAMED = 5  # unknown keys; a file with more of them is not what it is taken for
+_NAMED = 3  # unknown keys; a file with more of them is not what it is taken for
 _OTHERS = {"base_model", "stage", "finetuning_type", "template", "wit"}  # keys of Axolotl and of LLaMA-Factory
 _NOT_HERE = {"load_in_4bit": False, "load_in_8bit": False, "torch_compile": False}
 _LEFT_OUT = {"accelerator_config", "parallelism_config", "hub_token", "activation_offloading", "optim_args"}

@@ -65,12 +65,12 @@ class FusedHead:
         if not isinstance(head, nn.Linear) or hasattr(head, "base_layer") or not head.weight.is_floating_point():
             self.obstacle = f"its head is a {type(head).__name__}, not a plain linear layer"
             return None
+        refuse_tensor_parallel(head.weight, model)
         # Nor is a subclass that computes something of its own (fake quantisation), though it may not do so yet.
         own = getattr(head, forward_name(head))
         if getattr(own, "__func__", own) is not nn.Linear.forward:
             self.obstacle = f"its head, a {type(head).__name__}, has a forward of its own"
             return None
-        refuse_tensor_parallel(head.weight, model)
         return head
 
     @property
