@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -148,9 +149,10 @@ def quick(session: nox.Session) -> None:
 def clean(session: nox.Session) -> None:
     """Remove what the sessions leave behind, and environments in the cache whose pins are not used any more."""
     kept = {environment_folder(name) for name in PINS}
-    names = tuple(f"{name}-" for name in PINS)
+    ours = re.compile(r".+-[0-9a-f]{12}|nox-[\d.]+")  # an environment's name ends in the hash of its pins
     for folder in sorted(CACHE.iterdir()) if CACHE.is_dir() else []:
-        if folder.name.startswith((*names, "nox-")) and folder not in kept and not sys.prefix.startswith(str(folder)):
+        running = sys.prefix.startswith(str(folder))  # nox itself
+        if ours.fullmatch(folder.name) and folder not in kept and not running:
             session.log(f"removing {folder}")
             shutil.rmtree(folder, ignore_errors=True)
     for name in (".nox", "build", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis"):
