@@ -97,7 +97,16 @@ def install(session: nox.Session, name: str) -> tuple[Path, dict[str, str]]:
 def pytest(session: nox.Session, name: str, *paths: str) -> None:
     binaries, env = install(session, name)
     # Started as a script, pytest does not put the checkout itself on the path: what is installed is what is tested.
-    command = [str(binaries / "pytest"), "-n", "2", "--durations", "15", *(session.posargs or paths)]
+    command = [
+        str(binaries / "pytest"),
+        "-n",
+        "2",
+        "--dist",
+        "loadgroup",
+        "--durations",
+        "15",
+        *(session.posargs or paths),
+    ]
     session.run(*command, env=env, external=True)
 
 

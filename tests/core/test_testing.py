@@ -93,6 +93,7 @@ def test_the_documented_lines(monkeypatch):
     assert lines == table.splitlines()
 
 
+@pytest.mark.slow
 def test_the_example_package(tmp_path):
     """Installed as a user would, found by its entry point, its own tests pass."""
     package = ROOT / "docs" / "examples" / "wit-reasoning"

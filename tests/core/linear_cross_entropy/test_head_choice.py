@@ -53,6 +53,7 @@ def test_without_triton(monkeypatch, caplog):
         choice.triton_works.cache_clear()
 
 
+@pytest.mark.slow
 def test_triton_kernel_interpreted():
     """The kernel itself, run by Triton's interpreter (which truncates to bfloat16 where a GPU rounds)."""
     pytest.importorskip("triton")
@@ -96,6 +97,7 @@ def test_triton_kernel_interpreted():
     assert out.strip().endswith("ok")
 
 
+@pytest.mark.slow
 def test_triton_kernel_compiles_for_gpus():
     """Down to machine code for Ampere, Hopper and Blackwell; no GPU is needed for that."""
     pytest.importorskip("triton")

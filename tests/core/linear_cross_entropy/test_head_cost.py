@@ -169,6 +169,7 @@ def test_chunks_follow_from_sizes(dtype):
         assert all(length * dtype.itemsize <= 3072 for length in lengths)
 
 
+@pytest.mark.slow
 def test_benchmark_runs(tmp_path):
     pytest.importorskip("matplotlib")
     script = Path(__file__).parents[3] / "benchmarks" / "linear_cross_entropy.py"

@@ -65,6 +65,7 @@ def test_zero3_parameters_are_gathered_while_projecting(monkeypatch):
     assert len(log) == 1
 
 
+@pytest.mark.slow
 def test_tensor_parallel_heads_are_refused():
     in_subprocess(
         """
@@ -120,6 +121,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["single", "half"])
 def test_fsdp2_head(precision, tmp_path):
     """Two processes with different batches: the sharded gradient is the mean of both, as FSDP2 itself makes it."""

@@ -110,73 +110,86 @@ def test_packed_evaluation_counts_every_row(tmp_path, rows_per_batch, count):
 
 
 EVALUATE_ON_TWO = """
-import json, pathlib, sys
+import json, logging, pathlib, sys
 import torch, trainkit as k
-from test_evaluation import PackedEvaluation, Stream, pack
+from test_evaluation import TWO_RANKS, PackedEvaluation, Stream, pack
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer
 from wit_plugins import attach
-folder, case, count = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-examples = k.EXAMPLES[:count]
-options = {"per_device_eval_batch_size": 2}
-if case == "padded":
-    trainer = k.make_trainer(folder, **options)
-elif case == "dispatched":
-    options["accelerator_config"] = {"dispatch_batches": True}
-    examples = Stream(examples)
-    # accelerate's dispatcher joins the ranks' batches before it shares them out, so that they must be alike in length
-    collator = DataCollatorForSeq2Seq(k.tokenizer(), pad_to_multiple_of=16)
-    trainer = k.make_trainer(folder, collator=collator, **options)
-elif case == "whole":
 
-    class Whole(Trainer):
-        def get_eval_dataloader(self, eval_dataset=None):
-            return torch.utils.data.DataLoader(eval_dataset, 2, collate_fn=self.data_collator)
+class Whole(Trainer):
+    def get_eval_dataloader(self, eval_dataset=None):
+        return torch.utils.data.DataLoader(eval_dataset, 2, collate_fn=self.data_collator)
 
-    trainer = k.make_trainer(folder, cls=Whole)
-elif case == "flattened":
-    trainer = k.make_trainer(folder, collator=DataCollatorWithFlattening(), **options)
-else:
-    trainer = k.make_trainer(folder, cls=PackedEvaluation, collator=pack)
-    trainer.rows_per_batch = 2
-    trainer.accelerator.even_batches = case == "evened"
-attach(trainer, k.CONFIG)
-metrics = trainer.evaluate(examples)
-assert trainer.accelerator.num_processes == 2
+folder = pathlib.Path(sys.argv[1])
+warned = []
+logging.getLogger("wit_plugins").addHandler(type("Keep", (logging.Handler,), {"emit": lambda _, r: warned.append(r)})())
+results = []
+for case, count, _ in TWO_RANKS:
+    examples = k.EXAMPLES[:count]
+    options = {"per_device_eval_batch_size": 2}
+    if case == "padded":
+        trainer = k.make_trainer(folder, **options)
+    elif case == "dispatched":
+        options["accelerator_config"] = {"dispatch_batches": True}
+        examples = Stream(examples)
+        # accelerate's dispatcher joins the ranks' batches before it shares them out, so that they must be of one length
+        collator = DataCollatorForSeq2Seq(k.tokenizer(), pad_to_multiple_of=16)
+        trainer = k.make_trainer(folder, collator=collator, **options)
+    elif case == "whole":
+        trainer = k.make_trainer(folder, cls=Whole)
+    elif case == "flattened":
+        trainer = k.make_trainer(folder, collator=DataCollatorWithFlattening(), **options)
+    else:
+        trainer = k.make_trainer(folder, cls=PackedEvaluation, collator=pack)
+        trainer.rows_per_batch = 2
+        trainer.accelerator.even_batches = case == "evened"
+    attach(trainer, k.CONFIG)
+    warned.clear()
+    metrics = trainer.evaluate(examples)
+    assert trainer.accelerator.num_processes == 2
+    said = any("they cannot be told apart" in record.getMessage() for record in warned)
+    results.append({"metrics": metrics, "warned": said})
 if trainer.is_world_process_zero():
-    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "results.json").write_text(json.dumps(results))
 """
+TWO_RANKS = [  # the case, how many documents, which of them instead of the last
+    ("padded", 9, []),  # 4 a step: the last holds 1 real row and 3 repeated ones
+    ("padded", 3, []),
+    ("dispatched", 9, []),
+    ("whole", 9, []),  # a loader that nobody shares out: each rank evaluates everything
+    ("flattened", 9, [8, 0, 1, 2]),  # the last is filled up with the first, and rows do not tell
+    ("packed", 11, []),  # two batches of two rows, one for each rank
+    ("evened", 9, []),  # two batches, the second of one row, filled up with the first row
+]
 
 
-@pytest.mark.parametrize(
-    ("case", "count", "repeated"),
-    [
-        ("padded", 9, []),  # 4 a step: the last holds 1 real row and 3 repeated ones
-        ("padded", 3, []),
-        ("dispatched", 9, []),
-        ("whole", 9, []),  # a loader that nobody shares out: each rank evaluates everything
-        ("flattened", 9, [8, 0, 1, 2]),  # the last is filled up with the first, and rows do not tell
-        ("packed", 11, []),  # two batches of two rows, one for each rank
-        ("evened", 9, []),  # two batches, the second of one row, filled up with the first row
-    ],
-)
-def test_evaluation_on_two_ranks(tmp_path, case, count, repeated):
-    """Every document counts, once where rows tell it; else the repeated count too, and a warning says so."""
-    (tmp_path / "run.py").write_text(EVALUATE_ON_TWO)
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory):
+    """All cases in two processes that are started once."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "run.py").write_text(EVALUATE_ON_TWO)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "run.py"]
     env = subprocess_env(ACCELERATE_USE_CPU="true")
     env["PYTHONPATH"] = f"{__file__.rpartition('/')[0]}:{env['PYTHONPATH']}"
-    command += [str(tmp_path), case, str(count)]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([*command, str(folder)], env=env, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("evaluation on two ranks")
+@pytest.mark.parametrize("number", range(len(TWO_RANKS)), ids=[f"{case}-{count}" for case, count, _ in TWO_RANKS])
+def test_evaluation_on_two_ranks(on_two_ranks, number):
+    """Every document counts, once where rows tell it; else the repeated count too, and a warning says so."""
+    (case, count, repeated), result = TWO_RANKS[number], on_two_ranks[number]
     counted = DOCS[:count]
     if repeated:
         counted = counted[: count - 1] + [DOCS[i] for i in repeated]
     if case == "evened":
         counted = counted + DOCS[:3]
     expected = role_losses(llama(), counted * (2 if case == "whole" else 1))
-    assert {k: metrics[f"eval_{k}"] for k in expected} == pytest.approx(expected, rel=1e-4)
-    assert ("they cannot be told apart" in done.stderr) == (len(counted) > count)
+    assert {k: result["metrics"][f"eval_{k}"] for k in expected} == pytest.approx(expected, rel=1e-4)
+    assert result["warned"] == (len(counted) > count)
 
 
 def test_eval_loss_at_0_1_is_the_frameworks_own(tmp_path):

@@ -139,6 +139,7 @@ for takes_loss_arguments in (True, False):
 """
 
 
+@pytest.mark.slow
 def test_the_auxiliary_loss_over_ranks_is_transformers_own(tmp_path):
     """Two ranks, two micro-batches; as many tokens in each, so that whole losses averaged are the step's loss."""
     (tmp_path / "run.py").write_text(TWO_RANKS)
@@ -168,6 +169,7 @@ def test_autocast_at_0_1_is_the_frameworks_own(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", [{"gradient_checkpointing": True}, {"torch_compile_backend": "aot_eager"}])
 def test_options_of_the_trainer(tmp_path, option):
     trainer = make_trainer(tmp_path, per_device_train_batch_size=12, **option)
@@ -223,6 +225,7 @@ def test_regional_compilation(tmp_path, monkeypatch, capsys):
     assert "WIT loss: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_liger_kernels(tmp_path):
     """transformers puts Liger's head on the model when training starts; its layers stay, its head must not.
 
