@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from wit_plugins.linear_cross_entropy.problem import Tokens
+    from wit_plugins.linear_cross_entropy.problem import Rescale, Tokens
 
 # The softmax takes a chunk in blocks: on a CPU 1 MiB of float32 a thread, to stay in the caches.
 _BLOCK_ELEMENTS_PER_THREAD = 1 << 18
@@ -40,9 +40,9 @@ class Scores:
         return self.weights[tokens]
 
 
-def rescale_weights(rescale: object, nll: torch.Tensor, weights: torch.Tensor, tokens: slice) -> None:
+def rescale_weights(rescale: Rescale, nll: torch.Tensor, weights: torch.Tensor, tokens: slice) -> None:
     """Multiply the weights of some tokens by their dynamic factors, in place."""
-    factors = rescale(-nll[tokens], tokens)  # type: ignore[operator]
+    factors = rescale(-nll[tokens], tokens)
     if factors is not None:
         weights[tokens] *= factors.detach().to(weights.dtype)
 
