@@ -51,10 +51,11 @@ class WITConfig(BaseModel):
         "`fused` where it is possible, checked against the model's own logits in the first batch, else `logits`, with "
         "a warning that says why.",
     )
-    strategies: dict[str, dict[str, Any]] = Field(
+    strategies: dict[str, dict[str, Any] | list[Any]] = Field(
         default_factory=dict,
         description="Further strategies by their registered name, each with its own options, e.g. `{dft: {}}`. A "
-        "list of names is short for no options. All weights are multiplied.",
+        "list of names is short for no options. A strategy says what its options are: a mapping, or, for `spans`, a "
+        "list. All weights are multiplied.",
     )
 
     @model_validator(mode="before")
@@ -69,12 +70,7 @@ class WITConfig(BaseModel):
     @field_validator("prompt_weight", "response_weight")
     @classmethod
     def _survives_float32(cls, value: float) -> float:
-        # Weights travel and multiply as float32, so a value that turns into 0 or inf there would not be applied.
-        try:
-            (as_float32,) = struct.unpack("f", struct.pack("f", value))
-        except OverflowError:
-            as_float32 = math.inf
-        if math.isinf(as_float32) or (value != 0 and as_float32 == 0):
+        if not survives_float32(value):
             raise ValueError("out of the range of float32; use a value such as 0.2")
         return value
 
@@ -90,6 +86,11 @@ class WITConfig(BaseModel):
                 raise ValueError(f"a strategy is named twice in {list(value)}")
             return {name: {} for name in value}
         if isinstance(value, Mapping):
+            for name, options in value.items():
+                if not (options is None or isinstance(options, (Mapping, list, tuple))):
+                    raise ValueError(
+                        f"the options of {name} = {options!r}: are a mapping, or a list where it takes one"
+                    )
             return {name: {} if options is None else options for name, options in value.items()}
         return value
 
@@ -124,7 +125,7 @@ class WITConfig(BaseModel):
         except ValidationError as error:
             raise WITConfigError(f"{source}: {_readable(error)}") from None
 
-    def active_strategies(self) -> dict[str, dict[str, Any]]:
+    def active_strategies(self) -> dict[str, dict[str, Any] | list[Any]]:
         """The strategies of this run by name, with their options: WIT first, then those named in `strategies`."""
         wit = {"prompt_weight": self.prompt_weight, "response_weight": self.response_weight}
         return {"wit": wit, **self.strategies}
@@ -135,6 +136,15 @@ class WITConfig(BaseModel):
         if self.strategies:
             parts.append(f"strategies={self.strategies!r}")
         return ", ".join(parts)
+
+
+def survives_float32(value: float) -> bool:
+    """Whether a weight is still what it is, not 0 or infinity, in the type in which weights travel and multiply."""
+    try:
+        (as_float32,) = struct.unpack("f", struct.pack("f", value))
+    except OverflowError:
+        return False
+    return math.isfinite(as_float32) and (as_float32 != 0 or value == 0)
 
 
 def did_you_mean(name: str, known: Any) -> str:

@@ -1,13 +1,13 @@
 """The contract: everything a weighting strategy or a framework adapter can implement, on one page.
 
-A strategy is a plugin (a module or an object) with a registered name and any of the first three hooks, marked with
+A strategy is a plugin (a module or an object) with a registered name and any of the first four hooks, marked with
 `wit_plugins.hookimpl`. The weights of all active strategies are multiplied. WIT itself is the strategy `wit`.
 An implementation names the arguments that it needs and leaves the others out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
@@ -15,7 +15,7 @@ import pluggy
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from transformers import Trainer
+    from transformers import PreTrainedTokenizerBase, Trainer
 
 PROJECT_NAME = "wit_plugins"
 
@@ -36,23 +36,47 @@ def per_token(function: _Function) -> _Function:
 
 
 @hookspec(firstresult=True)
-def validate_options(options: Mapping[str, Any]) -> None:
+def validate_options(options: Mapping[str, Any] | Sequence[Any]) -> None:
     """Raise `ValueError` if these options of this strategy are wrong; called before training starts."""
 
 
 @hookspec(firstresult=True)
 def static_weights(
-    input_ids: np.ndarray, roles: np.ndarray, example: Mapping[str, Any], options: Mapping[str, Any]
+    input_ids: np.ndarray,
+    roles: np.ndarray,
+    example: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    offsets: np.ndarray,
+    options: Mapping[str, Any] | Sequence[Any],
 ) -> np.ndarray | None:
-    """Weights `[T]` float32 ≥ 0 of one document's `T` tokens, from its ids, its roles and its example's columns."""
+    """Weights `[T]` float32 ≥ 0 of one document's `T` tokens, from its ids, its roles and its example's columns.
+
+    And from its text: `offsets`, int64 `[T, 2]`, says which characters of it each token writes.
+    """
 
 
 @hookspec(firstresult=True)
-def dynamic_weights(log_probs: torch.Tensor, roles: torch.Tensor, options: Mapping[str, Any]) -> torch.Tensor | None:
+def dynamic_weights(
+    log_probs: torch.Tensor, roles: torch.Tensor, options: Mapping[str, Any] | Sequence[Any]
+) -> torch.Tensor | None:
     """Factors `[N]` ≥ 0 for the `N` predicted tokens of a micro-batch, from their detached log-probabilities and roles.
 
     The tokens are those that are computed: with a weight other than 0, and what is reported beside them.
     """
+
+
+@hookspec(firstresult=True)
+def find_spans(
+    input_ids: np.ndarray,
+    roles: np.ndarray,
+    example: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    offsets: np.ndarray,
+    options: Mapping[str, Any] | Sequence[Any],
+) -> Mapping[str, np.ndarray] | None:
+    """The parts of one document that the weights are about, by name: bool `[T]` each, for checks before training."""
 
 
 @hookspec(firstresult=True)

@@ -21,15 +21,19 @@ from wit_plugins.errors import WITConfigError
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from transformers import PreTrainedTokenizerBase
 
+Options = Mapping[str, Any] | Sequence[Any]
 ENTRY_POINT_GROUP = "wit_plugins"
 
 # Built-in strategies come in through the same door as everyone else's: a registered name.
 DEFAULT_STRATEGIES = {
     "wit": "wit_plugins.strategies.wit",
     "dft": "wit_plugins.strategies.dft",
+    "spans": "wit_plugins.strategies.spans",
 }
 HOOKS_OF_A_STRATEGY = ("static_weights", "dynamic_weights")
+TEXT_ARGUMENTS = frozenset({"tokenizer", "text", "offsets"})  # of hooks that are called with a document
 
 
 class _Manager(pluggy.PluginManager):
@@ -147,12 +151,12 @@ def strategy_names() -> list[str]:
 class _Strategy:
     """One active strategy: its own hooks, its options, and nobody who could answer in its place."""
 
-    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
-        self.name, self.options = name, dict(options)
+    def __init__(self, name: str, options: Options) -> None:
+        self.name, self.options = name, options
         manager = plugin_manager()
         self.plugin = manager.get_plugin(name)
         self._hooks: dict[str, pluggy.HookImpl] = {}
-        for hook in ("validate_options", *HOOKS_OF_A_STRATEGY):
+        for hook in ("validate_options", "find_spans", *HOOKS_OF_A_STRATEGY):
             for impl in getattr(manager.hook, hook).get_hookimpls():
                 if impl.plugin is self.plugin:
                     self._hooks[hook] = impl
@@ -171,6 +175,10 @@ class _Strategy:
         arguments["options"] = self.options
         return impl.function(*(arguments[name] for name in impl.argnames))
 
+    def asks_for(self, argument: str) -> bool:
+        """Whether one of its hooks names an argument."""
+        return any(argument in impl.argnames for impl in self._hooks.values())
+
     @property
     def per_token(self) -> bool:
         """Whether its `dynamic_weights` may be asked for some tokens at a time."""
@@ -183,32 +191,104 @@ class ActiveStrategies:
     Picklable, so that a collator that holds it can go to spawned data-loader workers.
 
     Args:
-        options_by_name (`Mapping[str, Mapping]`): registered name to options.
+        options_by_name (`Mapping[str, Mapping | Sequence]`): registered name to options.
 
     Raises:
         WITConfigError: for a name that is not registered, or options that the strategy refuses.
     """
 
-    def __init__(self, options_by_name: Mapping[str, Mapping[str, Any]]):
-        self.options_by_name = {name: dict(options) for name, options in options_by_name.items()}
+    def __init__(self, options_by_name: Mapping[str, Options]):
+        self.options_by_name = {
+            name: dict(options) if isinstance(options, Mapping) else list(options)
+            for name, options in options_by_name.items()
+        }
         known = sorted(set(strategy_names()))
         for name in self.options_by_name:
             if name not in known:
                 raise WITConfigError(f"strategies: {name!r} is not a registered strategy{did_you_mean(name, known)}")
         self._bind()
         for strategy in self._strategies:
-            try:
-                strategy.call("validate_options")
-            except ValueError as error:
-                raise WITConfigError(f"strategies: {strategy.name}: {error}") from error
+            self._validate(strategy)
+
+    @staticmethod
+    def _validate(strategy: _Strategy) -> None:
+        options = strategy.options
+        # Most strategies have named options, and have never met a list.
+        no_list = (
+            f"strategies: {strategy.name} = {options!r}: its options are a mapping such as {{name: value}}, no list"
+        )
+        if isinstance(options, list) and not strategy.has("validate_options"):
+            raise WITConfigError(no_list)
+        try:
+            strategy.call("validate_options")
+        except ValueError as error:
+            raise WITConfigError(f"strategies: {strategy.name}: {error}") from error
+        except (TypeError, LookupError, AttributeError) as error:
+            if isinstance(options, list):
+                raise WITConfigError(no_list) from error
+            raise
 
     def _bind(self) -> None:
         self._strategies = [_Strategy(name, options) for name, options in self.options_by_name.items()]
         self._dynamic = [strategy for strategy in self._strategies if strategy.has("dynamic_weights")]
         self._seen: set[str] = set()  # dynamic strategies whose first answer was looked at
 
-    def static_weights(self, input_ids: np.ndarray, roles: np.ndarray, example: Mapping[str, Any]) -> np.ndarray:
+    @property
+    def looks_for_spans(self) -> bool:
+        """Whether any strategy has [`ActiveStrategies.find_spans`] look for something."""
+        return any(strategy.has("find_spans") for strategy in self._strategies)
+
+    @property
+    def reading(self) -> dict[str, list[str]]:
+        """Which of the arguments `tokenizer`, `text` and `offsets` are asked for, and by which strategies."""
+        by_argument = {a: [s.name for s in self._strategies if s.asks_for(a)] for a in sorted(TEXT_ARGUMENTS)}
+        return {argument: names for argument, names in by_argument.items() if names}
+
+    def find_spans(
+        self,
+        input_ids: np.ndarray,
+        roles: np.ndarray,
+        example: Mapping[str, Any],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        text: str = "",
+        offsets: np.ndarray | None = None,
+    ) -> dict[str, np.ndarray]:
+        """The parts of one document that strategies look for, by strategy and name: bool `[T]`.
+
+        Takes what [`ActiveStrategies.static_weights`] takes.
+        """
+        document = {
+            "input_ids": input_ids,
+            "roles": roles,
+            "example": example,
+            "tokenizer": tokenizer,
+            "text": text,
+            "offsets": offsets,
+        }
+        return {
+            f"{strategy.name}: {name}": mask
+            for strategy in self._strategies
+            for name, mask in (strategy.call("find_spans", **document) or {}).items()
+        }
+
+    def static_weights(
+        self,
+        input_ids: np.ndarray,
+        roles: np.ndarray,
+        example: Mapping[str, Any],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        text: str = "",
+        offsets: np.ndarray | None = None,
+    ) -> np.ndarray:
         """The product of the strategies' static weights for one document, float32 `[T]`, 0 where the role is neither.
+
+        Args:
+            input_ids (`np.ndarray`): int64 `[T]`.
+            roles (`np.ndarray`): uint8 `[T]`.
+            example (`Mapping`): the columns of the example that the document is from.
+            tokenizer (*optional*): this and the other two are needed only if `reading` has them.
+            text (`str`, *optional*): the document's.
+            offsets (`np.ndarray`, *optional*): int64 `[T, 2]`: which characters of it each token writes.
 
         Raises:
             ValueError: if a strategy returns the wrong shape, or weights that are negative or not finite.
@@ -217,7 +297,15 @@ class ActiveStrategies:
 
         weights = (roles != 0).astype(np.float32)
         for strategy in self._strategies:
-            own = strategy.call("static_weights", input_ids=input_ids, roles=roles, example=example)
+            own = strategy.call(
+                "static_weights",
+                input_ids=input_ids,
+                roles=roles,
+                example=example,
+                tokenizer=tokenizer,
+                text=text,
+                offsets=offsets,
+            )
             if own is None:
                 continue
             own = np.asarray(own, dtype=np.float32)

@@ -21,6 +21,7 @@ import torch
 from wit_plugins.config import WITConfig
 from wit_plugins.plugins import ActiveStrategies, plugin_manager, register
 from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
+from wit_plugins.tokens.text import TokenText
 
 _ROLE_NAMES = {NEITHER: "–", PROMPT: "prompt", RESPONSE: "response"}
 _FIRST_ID = 1000  # of words that were given none
@@ -69,7 +70,7 @@ def registered(plugin: Any, name: str) -> Iterator[None]:
 
 def weigh(
     messages: Sequence[tuple[str, str]],
-    strategies: Mapping[str, Mapping[str, Any]],
+    strategies: Mapping[str, Mapping[str, Any] | Sequence[Any]],
     *,
     prompt_weight: float = 1.0,
     response_weight: float = 1.0,
@@ -83,10 +84,11 @@ def weigh(
     Args:
         messages: pairs of a role and a text; the texts of `assistant` are response, all others prompt. There is no chat
             template: texts are tokenised one by one and follow each other.
-        strategies (`Mapping[str, Mapping]`): registered names, with their options.
+        strategies (`Mapping[str, Mapping | Sequence]`): registered names, with their options.
         prompt_weight (`float`): λp; 1 shows the strategies' own weights.
         response_weight (`float`): λr.
-        tokenizer (*optional*): one of transformers'. By default a token is a word.
+        tokenizer (*optional*): one of transformers'. By default a token is a word, and the text is the words with
+            spaces between; strategies that ask for the tokenizer get `None` then.
         ids (`Mapping[str, int]`, *optional*): ids of words; the others get ids of their own, from 1000.
         columns (`Mapping`, *optional*): further columns of the example, for strategies that read them.
         log_probs (`Sequence[float]`, *optional*): the log-probability of each token but the first, for dynamic weights.
@@ -96,11 +98,8 @@ def weigh(
         WITConfigError: if a strategy is not registered or refuses its options.
         ValueError: if a strategy returns what are no weights, or `log_probs` does not fit the tokens.
     """
-    config = WITConfig(
-        prompt_weight=prompt_weight,
-        response_weight=response_weight,
-        strategies={k: dict(v) for k, v in strategies.items()},
-    )
+    values = {"prompt_weight": prompt_weight, "response_weight": response_weight, "strategies": strategies}
+    config = WITConfig.parse(values, "weigh")
     active = ActiveStrategies(config.active_strategies())
     known = dict(ids or {})
     texts: list[str] = []
@@ -120,7 +119,10 @@ def weigh(
     role_array[:1] = NEITHER
     example = {**(columns or {}), "input_ids": input_ids}
     example["labels"] = [i if r == RESPONSE else -100 for i, r in zip(input_ids, roles, strict=True)]
-    weights = active.static_weights(np.array(input_ids, dtype=np.int64), role_array, example)
+    said: dict[str, Any] = {"tokenizer": tokenizer}
+    if active.reading.keys() & {"text", "offsets"}:
+        said["text"], said["offsets"] = _words(texts) if tokenizer is None else TokenText(tokenizer).decode(input_ids)
+    weights = active.static_weights(np.array(input_ids, dtype=np.int64), role_array, example, **said)
     if log_probs is not None:
         if len(log_probs) != len(input_ids) - 1:
             raise ValueError(
@@ -133,6 +135,13 @@ def weigh(
     return WeighedTokens(
         WeighedToken(*values) for values in zip(texts, input_ids, role_array.tolist(), weights.tolist(), strict=True)
     )
+
+
+def _words(words: Sequence[str]) -> tuple[str, np.ndarray]:
+    """Words with spaces between, and where each begins and ends."""
+    lengths = np.array([len(word) for word in words], dtype=np.int64)
+    ends = np.cumsum(lengths + 1) - 1
+    return " ".join(words), np.stack((ends - lengths, ends), axis=1)
 
 
 def assert_weights(tokens: Sequence[WeighedToken], expected: Mapping[str, float] | Sequence[float]) -> None:

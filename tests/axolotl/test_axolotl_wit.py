@@ -18,8 +18,8 @@ from wit_plugins.cli import main
 from wit_plugins.cli.driver import Job, choose_driver
 from wit_plugins.cli.preview.documents import view
 from wit_plugins.cli.preview.summary import summarise
-from wit_plugins.cli.text import TokenText
 from wit_plugins.errors import WITConfigError
+from wit_plugins.tokens.text import TokenText
 
 ROOT = next(p for p in Path(__file__).parents if (p / "configs" / "axolotl").is_dir())
 

@@ -12,9 +12,10 @@ from previewkit import byte_level_tokenizer
 from trlkit import tokenizer
 
 from wit_plugins.cli.driver import FrameworkDriver, Job, choose_driver, drivers
-from wit_plugins.cli.text import TokenText, visible
+from wit_plugins.cli.text import visible
 from wit_plugins.errors import WITConfigError
 from wit_plugins.linear_cross_entropy import choice, usable_implementations
+from wit_plugins.tokens.text import TokenText
 
 
 def test_what_is_installed(capsys):

@@ -12,7 +12,7 @@ from trlkit import tokenizer
 
 from wit_plugins.cli.preview.documents import view
 from wit_plugins.cli.preview.rows import blocks, read
-from wit_plugins.cli.text import TokenText
+from wit_plugins.tokens.text import TokenText
 from wit_plugins.tokens.transport import decode
 
 

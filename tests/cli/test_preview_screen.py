@@ -7,7 +7,7 @@ from clikit import wit, workplace
 from previewkit import assert_harmless, prepare
 
 from wit_plugins.cli.preview.documents import view
-from wit_plugins.cli.text import TokenText
+from wit_plugins.tokens.text import TokenText
 
 
 def test_lines_fit_eighty_columns_and_say_everything_without_colour(tmp_path, capsys):

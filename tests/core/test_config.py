@@ -35,6 +35,10 @@ def test_defaults():
         ({"prompt_weight": 0.2, "strategies": ["dft", "dft"]}, ["strategies", "named twice"]),
         ({"prompt_weight": 0.2, "strategies": {"wit": {}}}, ["'wit' is always on"]),
         ({"prompt_weight": 0.2, "strategies": [{"dft": {}}]}, ["strategies", "mapping"]),
+        (
+            {"prompt_weight": 0.2, "strategies": {"spans": "a"}},
+            ["strategies = ", "options of spans = 'a': are a mapping"],
+        ),
         ([0.2, 0.8], ["expected a mapping"]),
         (None, ["expected a mapping"]),
     ],

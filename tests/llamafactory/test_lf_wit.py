@@ -15,7 +15,7 @@ from wit_plugins.cli import main
 from wit_plugins.cli.driver import Job, choose_driver
 from wit_plugins.cli.preview.documents import view
 from wit_plugins.cli.preview.summary import summarise, warnings
-from wit_plugins.cli.text import TokenText
+from wit_plugins.tokens.text import TokenText
 
 ROOT = next(p for p in Path(__file__).parents if (p / "configs" / "llamafactory").is_dir())
 WIT = {"prompt_weight": 0.2, "response_weight": 0.8}

@@ -63,8 +63,7 @@ def sft_trainer(
         model=model or llama(),
         args=SFTConfig(str(tmp_path / "out"), **settings),
         train_dataset=data,
-        processing_class=tokenizer(),
-        **(trainer_kwargs or {}),
+        **{"processing_class": tokenizer(), **(trainer_kwargs or {})},
     )
 
 

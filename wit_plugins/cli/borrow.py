@@ -71,9 +71,10 @@ def weighted_collator(
 def unattached_collator(trainer: Any, collator: Any, strategies: ActiveStrategies) -> WeightedCollator:
     """A collator with weights for a trainer that refuses them, to show what can be shown."""
     try:
-        return WeightedCollator(collator, strategies, example_reader(trainer, TrainerAdapter()))
+        reader = example_reader(trainer, TrainerAdapter())
     except (AttributeError, NotImplementedError):  # a model that says nothing about its vocabulary
-        return WeightedCollator(collator, strategies)
+        reader = None
+    return WeightedCollator(collator, strategies, reader, trainer.processing_class)
 
 
 @contextlib.contextmanager

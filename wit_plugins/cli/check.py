@@ -49,6 +49,7 @@ def check(driver: FrameworkDriver, job: Job, strict: bool, limit: int | None = N
             problems.append(str(error))
         else:
             problems += prepared.problems
+            found += prepared.unmatched
         for name, split in prepared.splits.items() if prepared is not None else ():
             assert prepared is not None
             try:

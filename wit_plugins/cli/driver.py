@@ -88,6 +88,7 @@ class Prepared:
             prompts and its responses, it is `split` into several, or `dropped`.
         row_length (`int | None`): how many tokens a packed row has room for; `None` if nothing is packed.
         problems (`list[str]`): why training would refuse to start, each with the way out.
+        unmatched (`list[str]`): what strategies look for and is not in the training data; filled in by the command.
     """
 
     framework: str
@@ -99,6 +100,7 @@ class Prepared:
     truncation: Literal["start", "end", "both", "split", "dropped"] = "start"
     row_length: int | None = None
     problems: list[str] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
 
 
 class FrameworkDriver:

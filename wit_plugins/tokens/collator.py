@@ -6,16 +6,17 @@ only exchanges `labels` before it and after it, and checks that every code came 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from wit_plugins.errors import BadExampleError, WeightsNotAppliedError
+from wit_plugins.errors import BadExampleError, WeightsNotAppliedError, WITConfigError
 from wit_plugins.plugins import ActiveStrategies
 from wit_plugins.tokens.reader import ExampleReader
-from wit_plugins.tokens.roles import IGNORE_INDEX, token_array
+from wit_plugins.tokens.roles import IGNORE_INDEX, NEITHER, token_array
+from wit_plugins.tokens.text import TokenText
 from wit_plugins.tokens.transport import encode, framework_labels, restore_codes, weighing
 
 CODES_KEY = "weighted_labels"
@@ -33,14 +34,30 @@ class WeightedCollator:
             examples, or (sample packing by a batch sampler) a list of lists of examples.
         strategies ([`ActiveStrategies`]): who gives the weights.
         reader ([`ExampleReader`], *optional*): reads and checks the examples; by default as they are.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the one that trains, for strategies that read the text.
+
+    Raises:
+        WITConfigError: if a strategy reads the text, and there is no tokenizer.
     """
 
     def __init__(
-        self, collator: Callable[..., Any], strategies: ActiveStrategies, reader: ExampleReader | None = None
+        self,
+        collator: Callable[..., Any],
+        strategies: ActiveStrategies,
+        reader: ExampleReader | None = None,
+        tokenizer: Any = None,
     ) -> None:
         self.collator = collator
         self.strategies = strategies
         self.reader = reader or ExampleReader()
+        self._reading = strategies.reading
+        self._token_text = TokenText(tokenizer) if hasattr(tokenizer, "convert_ids_to_tokens") else None
+        if self._reading and self._token_text is None:
+            names = sorted({name for names in self._reading.values() for name in names})
+            raise WITConfigError(
+                f"strategies: {', '.join(names)} reads the text of the examples, but the trainer's processing_class = "
+                f"{tokenizer!r} is no tokenizer; give the trainer its tokenizer, or take the strategy out"
+            )
 
     def __call__(self, features: list[Any], *args: Any, **kwargs: Any) -> Any:
         """Collate examples into a batch.
@@ -87,17 +104,44 @@ class WeightedCollator:
         """The codes of one example, int64 `[T]`, from its `input_ids`, `labels` and document boundaries."""
         targets, roles, starts = self.reader(example)
         weights = np.zeros(len(roles), dtype=np.float32)
-        # Document by document, so that a packed row gives the same weights as its documents on their own.
-        for start, end in zip(starts, [*starts[1:], len(roles)], strict=True):
-            piece = slice(start, end)
-            weights[piece] = self.strategies.static_weights(targets[piece], roles[piece], example)
+        for piece in _documents(roles, starts):
+            document = self._document(targets[piece], roles[piece], example)
+            weights[piece] = self.strategies.static_weights(**document)
         return encode(targets, roles, weights, token_array(example["labels"]) != IGNORE_INDEX)
+
+    def find_spans(self, example: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The parts of one example that strategies look for, by name: bool `[T]`, only where a token is predicted."""
+        targets, roles, starts = self.reader(example)
+        found: dict[str, np.ndarray] = {}
+        for piece in _documents(roles, starts):
+            document = self._document(targets[piece], roles[piece], example)
+            for name, mask in self.strategies.find_spans(**document).items():
+                found.setdefault(name, np.zeros(len(roles), dtype=bool))[piece] = np.asarray(mask, dtype=bool) & (
+                    roles[piece] != NEITHER
+                )
+        return found
+
+    def _document(self, input_ids: np.ndarray, roles: np.ndarray, example: Mapping[str, Any]) -> dict[str, Any]:
+        """What is known of one document."""
+        known: dict[str, Any] = {"input_ids": input_ids, "roles": roles, "example": example}
+        if self._token_text is not None and self._reading:
+            known["tokenizer"] = self._token_text.tokenizer
+            if self._reading.keys() & {"text", "offsets"}:
+                known["text"], known["offsets"] = self._token_text.decode(input_ids.tolist())
+        return known
 
     def __getattr__(self, name: str) -> Any:
         # Frameworks read options off their collator (`padding_free`, `pad_to_multiple_of`, …).
-        if name.startswith("__") or name in ("collator", "strategies", "reader"):
+        if name.startswith("__") or name in ("collator", "strategies", "reader", "_reading", "_token_text"):
             raise AttributeError(name)
         return getattr(self.collator, name)
+
+
+def _documents(roles: np.ndarray, starts: np.ndarray) -> Iterator[slice]:
+    """Each document of an example, so that a packed row gives the same weights as its documents on their own."""
+    for start, end in zip(starts, [*starts[1:], len(roles)], strict=True):
+        if roles[start:end].any():  # padding is none
+            yield slice(start, end)
 
 
 class _Checksum:

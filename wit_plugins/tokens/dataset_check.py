@@ -1,9 +1,10 @@
-"""A look at the training examples before training: is there a prompt to weight, is there a response?"""
+"""A look at the training examples before training: is there a prompt, a response, and what is to be weighted?"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,7 +15,15 @@ from wit_plugins.tokens.reader import ExampleReader
 from wit_plugins.tokens.roles import PROMPT, RESPONSE
 from wit_plugins.tokens.transport import decode
 
+if TYPE_CHECKING:
+    from wit_plugins.tokens.collator import WeightedCollator
+
 _FIRST = 100
+_FOR_SPANS = 10_000
+
+
+class UnmatchedSpanWarning(UserWarning):
+    """Something that a strategy is to weight is nowhere in the training data."""
 
 
 def can_be_read_again(dataset: Any) -> bool:
@@ -121,6 +130,41 @@ def _require_both(prompt: int, response: int, seen: str, masking_hint: str) -> N
         raise WITConfigError(
             f"the training dataset has nothing masked in {seen}: no label is -100, so there is no prompt to weight; "
             f"{masking_hint}"
+        )
+
+
+def warn_of_unmatched_spans(dataset: Any, collator: WeightedCollator) -> None:
+    """Warn if a part of the text that a strategy looks for (a pattern of `spans`, say) is not in the dataset.
+
+    Reads until everything was found once, at most 10,000 examples, at even distances. A dataset without a length is not
+    read.
+
+    Args:
+        dataset: the training examples.
+        collator ([`WeightedCollator`]): with the strategies, as it trains.
+    """
+    if not (collator.strategies.looks_for_spans and can_be_read_again(dataset)):
+        return
+    size, seen, matched = len(dataset), set[str](), set[str]()
+    read = np.unique(np.linspace(0, size - 1, min(size, _FOR_SPANS)).astype(np.int64)).tolist()
+    for index in tqdm(read, desc="Looking for what is weighted", delay=5):
+        try:
+            found = collator.find_spans(dataset[index])
+        except BadExampleError as error:
+            raise BadExampleError(f"example {index} of the training dataset: {error}") from None
+        seen |= found.keys()
+        matched |= {name for name, mask in found.items() if mask.any()}
+        if seen and seen == matched:
+            return
+    where = f"any of the {size:,} training examples"
+    if len(read) < size:
+        where = f"{len(read):,} of the {size:,} training examples, read at even distances"
+    for name in sorted(seen - matched):
+        warnings.warn(
+            f"strategies: {name}: matches nothing in {where}, so its weight changes nothing there; look at the text "
+            "with `wit preview` (the pattern may be written otherwise, or the template may leave it out)",
+            UnmatchedSpanWarning,
+            stacklevel=3,
         )
 
 

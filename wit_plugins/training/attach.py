@@ -12,7 +12,7 @@ from wit_plugins.errors import WITConfigError
 from wit_plugins.loss.head import WeightedHead
 from wit_plugins.plugins import ActiveStrategies, plugin_manager
 from wit_plugins.tokens.collator import WeightedCollator
-from wit_plugins.tokens.dataset_check import StreamCheck, can_be_read_again, check_dataset
+from wit_plugins.tokens.dataset_check import StreamCheck, can_be_read_again, check_dataset, warn_of_unmatched_spans
 from wit_plugins.tokens.reader import ExampleReader
 from wit_plugins.tokens.transport import MAX_VOCAB_SIZE
 from wit_plugins.training.adapter import TrainerAdapter
@@ -64,16 +64,20 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
     changes = Changes()
     head = make_head(model)
     try:
-        reader = example_reader(trainer, adapter)
+        reader, tokenizer = example_reader(trainer, adapter), getattr(trainer, "processing_class", None)
         attachment = Attachment(config, adapter, head, make_head, reader, changes, aux_loss_sums)
         dataset = getattr(trainer, "train_dataset", None)
         if dataset is not None and can_be_read_again(dataset):
             attachment.first_tokens = check_dataset(dataset, adapter.masking_hint, reader)
+            if trainer.is_world_process_zero():
+                collator = WeightedCollator(trainer.data_collator, strategies, reader, tokenizer)
+                warn_of_unmatched_spans(dataset, collator)
         elif dataset is not None:
             attachment.stream_check = StreamCheck(adapter.masking_hint)
         for name in _COLLATORS:
             if getattr(trainer, name, None) is not None:
-                changes.set(trainer, name, WeightedCollator(getattr(trainer, name), strategies, reader))
+                own = WeightedCollator(getattr(trainer, name), strategies, reader, tokenizer)
+                changes.set(trainer, name, own)
         # Otherwise the trainer would not count the step's denominator, but average its micro-batches one by one.
         changes.set(trainer, "model_accepts_loss_kwargs", True)
         if trainer.args.use_liger_kernel:

@@ -21,8 +21,10 @@ from wit_plugins.cli.preview.rows import first_rows
 from wit_plugins.cli.preview.summary import Summary, summarise, warnings
 from wit_plugins.cli.preview.terminal import print_legend, print_rows, print_summary
 from wit_plugins.cli.quiet import quiet
-from wit_plugins.cli.text import TokenText, visible
+from wit_plugins.cli.text import visible
 from wit_plugins.errors import WITConfigError, WITError
+from wit_plugins.tokens.dataset_check import UnmatchedSpanWarning
+from wit_plugins.tokens.text import TokenText
 
 _LONGEST = 1500  # characters of a framework's own message; some list all that they know
 _STREAM_ROWS = 10_000  # of a stream, whose end nobody knows, unless --limit says otherwise
@@ -79,6 +81,7 @@ def preview(driver: FrameworkDriver, job: Job, options: Options) -> int:
     print_rows(out, shown, heaviest, options.max_tokens)
     if summary is not None:
         print_summary(out, options.split, summary, prepared)
+    found = prepared.unmatched + found
     if found or prepared.problems:
         out.print()
     print_messages(out, "problem", prepared.problems)
@@ -111,9 +114,12 @@ def prepare(driver: FrameworkDriver, job: Job, screen: TextIO) -> Prepared:
     """
     err = Console(file=screen, markup=False, highlight=False)
     try:
-        with python_warnings.catch_warnings(), err.status(f"{driver.title} prepares the data"):
+        with python_warnings.catch_warnings(record=True) as caught, err.status(f"{driver.title} prepares the data"):
             python_warnings.simplefilter("ignore")  # about devices and deprecations, which is nothing about the data
-            return driver.prepare(job)
+            python_warnings.simplefilter("always", UnmatchedSpanWarning)
+            prepared = driver.prepare(job)
+        prepared.unmatched += [str(item.message) for item in caught if item.category is UnmatchedSpanWarning]
+        return prepared
     except WITError:
         raise
     except (Exception, SystemExit) as error:  # some libraries leave the process where others raise

@@ -11,8 +11,8 @@ import numpy as np
 
 from wit_plugins.cli.driver import Prepared
 from wit_plugins.cli.preview.rows import read
-from wit_plugins.cli.text import TokenText
 from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
+from wit_plugins.tokens.text import TokenText
 
 _SCATTERED = 3.0  # tokens a run, below which weights change too often to be named one by one
 

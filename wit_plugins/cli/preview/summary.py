@@ -10,9 +10,10 @@ import numpy as np
 
 from wit_plugins.cli.driver import Prepared, Split
 from wit_plugins.cli.preview.rows import Tokens, blocks, read, row_errors
-from wit_plugins.cli.text import TokenText, visible
+from wit_plugins.cli.text import visible
 from wit_plugins.config import WITConfig
 from wit_plugins.tokens.roles import IGNORE_INDEX, PROMPT, RESPONSE, token_array
+from wit_plugins.tokens.text import TokenText
 
 BINS = 20
 HIGH_SHARE = 0.95
@@ -174,7 +175,8 @@ def summarise(
     is_special = np.zeros(max(text.special | {len(prepared.tokenizer)}) + 2, dtype=bool)
     is_special[list(text.special)] = True
     pad_id = prepared.tokenizer.pad_token_id
-    as_arrays = set(prepared.config.strategies) <= {"dft"}  # other strategies may look at the columns themselves
+    # Other strategies may look at the columns themselves.
+    as_arrays = set(prepared.config.strategies) <= {"dft", "spans"}
     for block in blocks(split.rows, limit, as_arrays):
         tokens = read(block, prepared.collator, pad_id, name, summary.rows)
         summary.add(tokens, is_special, prepared.max_length)

@@ -1,0 +1,49 @@
+"""Spans through `axolotl train`: loss and step equal a float64 computation from the text."""
+
+import json
+
+import pytest
+from axokit import CHAT, Workplace
+from span_reference import expected, from_ids, weighted_loss
+from support import all_relative_error, document_logits, plain_copy
+from words import tokenizer
+
+SPANS = [
+    {"between": ["w10", "w11"], "role": "response", "weight": 0.5},
+    {"match": "w3[0-9]", "weight": 2.0},
+    {"named": "last_turn", "weight": 1.0, "others": 0.3},
+]
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    return Workplace(tmp_path)
+
+
+def data(folder):
+    rows = []
+    for index in range(8):
+        turns = [("user", "w01 w02 w10"), ("assistant", f"w10 w2{index} w11 w3{index}")] * (1 + index % 2)
+        turns += [("user", "w31 w11"), ("assistant", f"w05 w10 w06 w11 w0{index} w10")]
+        rows.append({"messages": [{"role": role, "content": content} for role, content in turns]})
+    path = folder / "spans.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"datasets": [{"path": str(path), "ds_type": "json", **CHAT}]}
+
+
+@pytest.mark.parametrize("settings", [{}, {"sample_packing": True, "micro_batch_size": 1, "sequence_len": 256}])
+def test_loss_and_step_are_those_of_the_text(workplace, settings):
+    wit = {"prompt_weight": 0.2, "response_weight": 0.8, "strategies": {"spans": SPANS}}
+    run = workplace.train(wit=wit, **data(workplace.folder), **settings)
+    assert run.trainer.state.global_step == 1
+    assert len(run.docs) == 8
+    words = tokenizer()
+    weights = [expected(from_ids(words, d.input_ids, d.is_response), SPANS, 0.2, 0.8) for d in run.docs]
+    assert len({round(weight, 6) for own in weights for weight in own}) >= 6
+    with run.at_start() as model:
+        copy = plain_copy(model).train()
+    loss = weighted_loss(document_logits(copy, run.docs), weights)
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in copy.named_parameters()}
+    assert run.losses[0] == pytest.approx(loss.item(), rel=1e-5)
+    assert all_relative_error(run.taken, gradients) < 1e-4

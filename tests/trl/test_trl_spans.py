@@ -1,0 +1,88 @@
+"""Spans through the real `SFTTrainer`: loss and step equal a float64 computation from the text, packed and unpacked."""
+
+import warnings
+
+import pytest
+from datasets import Dataset
+from span_reference import expected, from_ids, weighted_loss
+from support import all_relative_error, document_logits, from_dataset, llama, plain_copy
+from tokenizers_by_kind import byte_level
+from trlkit import LEARNING_RATE, logs, sft_trainer, weights_of
+from wit_trl import WITCallback
+
+from wit_plugins import WITConfigError
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+)
+SPANS = [
+    {"between": ["<think>", "</think>"], "role": "response", "weight": 0.5},
+    {"named": "reasoning", "delimiters": False, "weight": 3},
+    {"match": "<tool_call>.*?</tool_call>", "weight": 2.0},
+    {"match": "four|the", "weight": 0},
+    {"named": "last_turn", "weight": 1.0, "others": 0.3},
+]
+
+
+def conversations():
+    rows = []
+    for index in range(8):
+        think = f"<think>the {'thin ' * (index % 3)}in</think>" if index % 2 else ""
+        tool = "<tool_call>\nf()\n</tool_call>" if index % 3 else "none"
+        turns = [("user", "two plus <think>two?"), ("assistant", f"{think}four {index}")] * (1 + index % 2)
+        turns += [("user", "call it"), ("assistant", f"{think}{tool} the end")]
+        rows.append({"messages": [{"role": role, "content": content} for role, content in turns]})
+    return Dataset.from_list(rows)
+
+
+def made(tmp_path, **args):
+    tokenizer = byte_level()
+    tokenizer.chat_template = TEMPLATE
+    model = llama(vocab_size=len(tokenizer), max_position_embeddings=512)
+    settings = {"assistant_only_loss": True, "max_length": 400, **args}
+    return sft_trainer(tmp_path, conversations(), model, {"processing_class": tokenizer}, **settings)
+
+
+@pytest.mark.parametrize("args", [{}, {"packing": True}, {"packing": True, "dataloader_num_workers": 1}])
+@pytest.mark.parametrize("loss_impl", ["fused", "logits"])
+def test_loss_and_step_are_those_of_the_text(tmp_path, args, loss_impl):
+    trainer = made(tmp_path, **args)
+    documents = from_dataset(trainer.train_dataset)
+    assert len(documents) == 8
+    written = [from_ids(trainer.processing_class, doc.input_ids, doc.is_response) for doc in documents]
+    weights = [expected(document, SPANS, 0.2, 0.8) for document in written]
+    assert len({round(weight, 6) for own in weights for weight in own}) >= 8
+    model = plain_copy(trainer.model).train()
+    loss = weighted_loss(document_logits(model, documents), weights)
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    before = weights_of(trainer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*matches nothing.*")
+        callback = WITCallback(
+            trainer, prompt_weight=0.2, response_weight=0.8, loss_impl=loss_impl, strategies={"spans": SPANS}
+        )
+    trainer.add_callback(callback)
+    trainer.train()
+    assert trainer.state.global_step == 1
+    taken = {name: (before[name] - after) / LEARNING_RATE for name, after in weights_of(trainer).items()}
+    assert logs(trainer)[0] == pytest.approx(loss.item(), rel=1e-5)
+    assert all_relative_error(taken, gradients) < 1e-4
+
+
+def test_what_matches_nothing_is_said_before_training(tmp_path):
+    trainer = made(tmp_path)
+    options = [{"named": "code_blocks", "weight": 0.5}, {"named": "reasoning", "weight": 0.5}]
+    with pytest.warns(
+        UserWarning, match=r"spans: code_blocks: matches nothing in any of the 8 training examples"
+    ) as caught:
+        WITCallback(trainer, prompt_weight=0.2, strategies={"spans": options})
+    assert sum("matches nothing" in str(item.message) for item in caught) == 1
+
+
+def test_a_negative_weight_is_refused_before_training(tmp_path):
+    with pytest.raises(WITConfigError, match=r"spans: \[0\].weight = -1: .*no lower bound"):
+        WITCallback(made(tmp_path), prompt_weight=0.2, strategies={"spans": [{"match": "a", "weight": -1}]})

@@ -1,0 +1,409 @@
+"""Weights for parts of the text: reasoning, tool calls, code, the last turn, whatever a pattern finds.
+
+Its options are a list of spans. Each says where (`between`, `match` or `named`) and how much (`weight`); the weights of
+spans that overlap are multiplied. They are found in a document's whole text, and given to the tokens that write any of
+their characters.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from wit_plugins.config import did_you_mean, survives_float32
+from wit_plugins.errors import WITConfigError
+from wit_plugins.hookspecs import hookimpl
+from wit_plugins.tokens.roles import PROMPT, RESPONSE
+from wit_plugins.tokens.text import special_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SECONDS = 10.0  # of computing that a regular expression may take in one document
+_EXAMPLE = '[{between: ["<think>", "</think>"], weight: 0.5}]'
+_LEAST = np.float32(1e-30)  # a weight that decays stays above 0, so that it is counted
+
+_ROLES = {"prompt": PROMPT, "response": RESPONSE}
+_WHERE = ("between", "match", "named")
+_KEYS = (*_WHERE, "weight", "role", "delimiters", "others", "decay")
+
+# How the formats in use open and close, as regular expressions. What one only looks ahead at is no part of it;
+# `{count}` is the number of backticks of the opening one.
+_END_OF_MESSAGE = (
+    r"(?=<\|im_end\|>|<\|eot_id\|>|<\|eom_id\|>|<\|end\|>|<\|end_of_text\|>|</s>|\[TOOL_RESULTS\]|\[INST\])"
+)
+_FORMATS: dict[str, tuple[tuple[str, str], ...]] = {
+    "reasoning": (
+        (r"<think>", r"</think>"),
+        (r"<thinking>", r"</thinking>"),
+        (r"<reasoning>", r"</reasoning>"),
+        (r"<seed:think>", r"</seed:think>"),
+        (r"\[THINK\]", r"\[/THINK\]"),
+        (r"◁think▷", r"◁/think▷"),
+        (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),
+        (r"<\|channel\|>analysis<\|message\|>", r"<\|end\|>"),
+    ),
+    "tool_calls": (
+        (r"<tool_call>", r"</tool_call>"),
+        (r"<tool_calls>", r"</tool_calls>"),
+        (r"<function_call>", r"</function_call>"),
+        (r"<function_calls>", r"</function_calls>"),
+        (r"<｜tool▁calls▁begin｜>", r"<｜tool▁calls▁end｜>"),
+        (r"<\|tool_calls_section_begin\|>", r"<\|tool_calls_section_end\|>"),
+        (r"\[TOOL_CALLS\]", _END_OF_MESSAGE),
+        (r"<\|python_tag\|>", _END_OF_MESSAGE),
+        (r"<\|channel\|>(?:analysis|commentary) to=", r"<\|call\|>"),
+    ),
+    # The language and the line break after it are part of the fence.
+    "code_blocks": ((r"`{3,}(?:[^\s`]*\n)?", r"`{{count},}"),),
+}
+# Tokens that end a turn in the templates in use, beside the tokenizer's own end of sequence.
+_ENDS = {
+    *["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|end_of_text|>", "<|endoftext|>", "<|end|>", "<|return|>"],
+    *["<|call|>", "<end_of_turn>", "<turn|>", "</s>", "<eos>", "<|END_OF_TURN_TOKEN|>", "<｜end▁of▁sentence｜>"],
+}
+# What the templates in use write behind a special token of theirs: the name of a role, and what ends it.
+_HEADERS = {
+    "<|im_start|>": r"[^\n<]{0,64}\n",
+    "<start_of_turn>": r"[^\n<]{0,64}\n",
+    "<|turn>": r"[^\n<]{0,64}\n",
+    "<|start_header_id|>": r"[^\n<]{0,64}<\|end_header_id\|>\n{0,2}",
+    "<|start|>": r"[^\n<]{0,64}(?:<\|channel\|>[^\n<]{0,64})?(?:<\|constrain\|>[^\n<]{0,64})?<\|message\|>",
+    "<|channel|>": r"[^\n<]{0,64}(?:<\|constrain\|>[^\n<]{0,64})?<\|message\|>",
+}
+
+
+@dataclass(frozen=True)
+class _Document:
+    """One document, as the hooks get it: see [`wit_plugins.hookspecs.static_weights`]."""
+
+    input_ids: np.ndarray
+    roles: np.ndarray
+    tokenizer: PreTrainedTokenizerBase | None
+    text: str
+    offsets: np.ndarray
+
+    def touched(self, ranges: Iterable[tuple[int, int]]) -> np.ndarray:
+        """The tokens that write any character of these ranges, bool `[T]`."""
+        found = np.array([(start, end) for start, end in ranges if start < end], dtype=np.int64).reshape(-1, 2)
+        # Both columns of the offsets ascend. A token is touched if it ends behind the start and starts before the end.
+        first = np.searchsorted(self.offsets[:, 1], found[:, 0], side="right")
+        last = np.searchsorted(self.offsets[:, 0], found[:, 1], side="left")
+        inside = np.zeros(len(self.offsets) + 1, dtype=np.int64)
+        np.add.at(inside, first, 1)
+        np.add.at(inside, np.maximum(first, last), -1)
+        return np.cumsum(inside[:-1]) > 0
+
+
+@dataclass(frozen=True)
+class _Span:
+    """One entry of the options.
+
+    Attributes:
+        name (`str`): what it is called in messages.
+        find (`Callable`): the tokens that it touches, bool `[T]`.
+        weight (`float`): what they are multiplied by.
+        role (`int | None`): `PROMPT` or `RESPONSE`, to leave the others as they are.
+        others (`float`): for `last_turn`: what the earlier turns are multiplied by.
+        decay (`float`): for `last_turn`: what a turn is multiplied by for each turn that follows it.
+    """
+
+    name: str
+    find: Callable[[_Document], np.ndarray]
+    weight: float
+    role: int | None = None
+    others: float = 1.0
+    decay: float | None = None
+
+    def mask(self, document: _Document) -> np.ndarray:
+        """The tokens that it is about."""
+        found = self.find(document)
+        return found if self.role is None else found & (document.roles == self.role)
+
+
+@hookimpl
+def validate_options(options: Mapping[str, Any] | Sequence[Any]) -> None:
+    """A list of spans, each of them right."""
+    if isinstance(options, Mapping) or not options:
+        raise ValueError(f"= {options!r}: needs a list of spans, such as {_EXAMPLE}")
+    for index, entry in enumerate(options):
+        _parse(entry, f"[{index}]")
+
+
+@hookimpl
+def static_weights(
+    input_ids: np.ndarray,
+    roles: np.ndarray,
+    tokenizer: PreTrainedTokenizerBase | None,
+    text: str,
+    offsets: np.ndarray,
+    options: Sequence[Any],
+) -> np.ndarray:
+    """The product of the weights of all spans that a token is in, float32 `[T]`."""
+    document = _Document(input_ids, roles, tokenizer, text, offsets)
+    weights = np.ones(len(input_ids), dtype=np.float32)
+    for span in _parsed(json.dumps(options)):
+        if span.decay is not None or span.others != 1:
+            weights *= _by_turn(span, document)
+        else:
+            weights[span.mask(document)] *= np.float32(span.weight)
+    return weights
+
+
+@hookimpl
+def find_spans(
+    input_ids: np.ndarray,
+    roles: np.ndarray,
+    tokenizer: PreTrainedTokenizerBase | None,
+    text: str,
+    offsets: np.ndarray,
+    options: Sequence[Any],
+) -> dict[str, np.ndarray]:
+    """Which tokens each span is about, by its name."""
+    document = _Document(input_ids, roles, tokenizer, text, offsets)
+    return {span.name: span.mask(document) for span in _parsed(json.dumps(options))}
+
+
+# Reading the options
+
+
+@functools.lru_cache(maxsize=8)
+def _parsed(options: str) -> tuple[_Span, ...]:
+    """The spans of options that are right, once for all documents of a process."""
+    return tuple(_parse(entry, f"[{index}]") for index, entry in enumerate(json.loads(options)))
+
+
+def _parse(entry: Any, at: str) -> _Span:
+    """One entry of the options.
+
+    Raises:
+        ValueError: naming the key, its value and the way out; `at` says which entry it is.
+    """
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{at} = {entry!r}: a span is a mapping, such as {_EXAMPLE[1:-1]}")
+    for key in entry:
+        if key not in _KEYS:
+            raise ValueError(f"{at}: unknown key {key!r}{did_you_mean(str(key), _KEYS)}")
+    where = [key for key in _WHERE if key in entry]
+    if len(where) != 1:
+        raise ValueError(f"{at} = {dict(entry)!r}: needs exactly one of {', '.join(_WHERE)}")
+    if "weight" not in entry and not entry.keys() & {"others", "decay"}:
+        raise ValueError(f"{at} = {dict(entry)!r}: needs a weight, such as weight: 0.5")
+    (kind,) = where
+    value = entry[kind]
+    numbers = {key: _number(entry[key], f"{at}.{key}") for key in ("weight", "others", "decay") if key in entry}
+    role = entry.get("role")
+    if role is not None and (not isinstance(role, str) or role not in _ROLES):
+        raise ValueError(f"{at}.role = {role!r}: is prompt or response; leave it out for both")
+    delimiters = entry.get("delimiters", True)
+    if not isinstance(delimiters, bool):
+        raise ValueError(f"{at}.delimiters = {delimiters!r}: is true (they belong to the span) or false")
+    if "delimiters" in entry and not (kind == "between" or (kind == "named" and value in list(_FORMATS))):
+        raise ValueError(
+            f"{at}.delimiters: only between and named: {', '.join(_FORMATS)} have any; "
+            "in a regular expression, write (?<=…) and (?=…) around what is to be found"
+        )
+    if not (kind == "named" and value == "last_turn"):
+        for key in ("others", "decay"):
+            if key in entry:
+                raise ValueError(f"{at}.{key}: only named: last_turn has it; take it out")
+    elif role is not None:
+        raise ValueError(f"{at}.role = {role!r}: turns are made of response tokens; take it out")
+    elif {"others", "decay"} <= entry.keys():
+        raise ValueError(f"{at}: others and decay both say what earlier turns weigh; take one out")
+    elif numbers.get("decay", 0) > 1:
+        raise ValueError(f"{at}.decay = {entry['decay']!r}: is at most 1, so that earlier turns weigh less; try 0.5")
+    name, find = {"between": _between, "match": _match, "named": _named}[kind](value, delimiters, f"{at}.{kind}")
+    return _Span(
+        name if role is None else f"{name} ({role})",
+        find,
+        numbers.get("weight", 1.0),
+        None if role is None else _ROLES[role],
+        numbers.get("others", 1.0),
+        numbers.get("decay"),
+    )
+
+
+def _number(value: Any, key: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{key} = {value!r}: is a finite number >= 0, such as 0.5")
+    if value < 0:
+        raise ValueError(
+            f"{key} = {value!r}: is below 0, under which the loss has no lower bound (a token's loss can be made as "
+            "large as you like); use 0 to take tokens out"
+        )
+    if not survives_float32(float(value)):
+        raise ValueError(f"{key} = {value!r}: is out of the range of float32; use a value such as 0.5")
+    return float(value)
+
+
+_Found = tuple[str, Callable[[_Document], np.ndarray]]
+
+
+def _between(value: Any, delimiters: bool, key: str) -> _Found:
+    pair = list(value) if isinstance(value, (list, tuple)) else []
+    if len(pair) != 2 or not all(isinstance(text, str) and text for text in pair):
+        raise ValueError(f'{key} = {value!r}: is two texts, such as ["<think>", "</think>"]')
+    formats = [(re.compile(re.escape(pair[0])), re.escape(pair[1]))]
+    return f"{pair[0]} … {pair[1]}", lambda document: document.touched(_delimited(document.text, formats, delimiters))
+
+
+def _match(value: Any, delimiters: bool, key: str) -> _Found:
+    import regex
+
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{key} = {value!r}: is a regular expression, such as '<tool_call>.*?</tool_call>'")
+    try:
+        pattern = regex.compile(value, regex.DOTALL)
+    except regex.error as error:
+        raise ValueError(
+            f"{key} = {value!r}: is no regular expression: {error}; a backslash before one of .^$*+?{{}}[]\\|() makes "
+            "it stand for itself"
+        ) from error
+
+    def find(document: _Document) -> np.ndarray:
+        return document.touched(_matches(pattern, document.text))
+
+    return value, find
+
+
+def _named(value: Any, delimiters: bool, key: str) -> _Found:
+    by_token = {"last_turn": _last_turn, "end_of_turn": _ends_of_turns, "template": _template}
+    known = [*_FORMATS, *by_token]
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{key} = {value!r}: there is no span of this name{did_you_mean(str(value), known)}")
+    if value in by_token:
+        return value, by_token[value]
+    formats = [(re.compile(opening), closing) for opening, closing in _FORMATS[value]]
+    return value, lambda document: document.touched(_delimited(document.text, formats, delimiters))
+
+
+# Finding them in a text
+
+
+def _delimited(
+    text: str, formats: Sequence[tuple[re.Pattern[str], str]], delimiters: bool
+) -> Iterator[tuple[int, int]]:
+    """What stands between opening and closing delimiters, from left to right.
+
+    An opening one inside a span is text like any other: the first closing one of the span's own format ends it. A span
+    that is not closed goes to the end of the text.
+    """
+    upcoming: list[re.Match[str] | None] = [opening.search(text) for opening, _ in formats]
+    while found := [(match.start(), index) for index, match in enumerate(upcoming) if match]:
+        start, index = min(found)
+        opened = upcoming[index]
+        assert opened is not None
+        ticks = len(opened[0]) - len(opened[0].lstrip("`"))
+        closed = re.compile(formats[index][1].replace("{count}", str(ticks))).search(text, opened.end())
+        end = closed.end() if closed else len(text)
+        yield (start, end) if delimiters else (opened.end(), closed.start() if closed else end)
+        for other, match in enumerate(upcoming):
+            if match and match.start() < end:
+                upcoming[other] = formats[other][0].search(text, end)
+
+
+def _matches(pattern: Any, text: str) -> Iterator[tuple[int, int]]:
+    """What a regular expression matches, within limits.
+
+    Raises:
+        WITConfigError: if it takes too long.
+    """
+    until = time.thread_time() + SECONDS
+    try:
+        for found in pattern.finditer(text, timeout=SECONDS):
+            yield found.span()
+            if time.thread_time() > until:
+                raise TimeoutError
+    except TimeoutError:
+        raise WITConfigError(
+            f"strategies: spans: match = {pattern.pattern!r} was given up after {SECONDS:g} s of computing, in a "
+            f"document of {len(text):,} characters that begins with {text[:60]!r}; write it so that it need not go "
+            "back (no repetition within a repetition, nothing open-ended such as .*?), or use between, which never "
+            "takes long"
+        ) from None
+
+
+# Finding them by roles and special tokens
+
+
+def _runs(is_inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where runs of `True` begin, and where they have ended."""
+    edges = np.diff(np.concatenate(([False], is_inside, [False])).astype(np.int8))
+    return np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+
+
+def _last_turn(document: _Document) -> np.ndarray:
+    starts, ends = _runs(document.roles == RESPONSE)
+    mask = np.zeros(len(document.roles), dtype=bool)
+    if len(starts):
+        mask[starts[-1] : ends[-1]] = True
+    return mask
+
+
+def _by_turn(span: _Span, document: _Document) -> np.ndarray:
+    """What `last_turn` makes of all turns, float32 `[T]`."""
+    weights = np.ones(len(document.roles), dtype=np.float32)
+    for back, (start, end) in enumerate(zip(*(edge[::-1] for edge in _runs(document.roles == RESPONSE)), strict=True)):
+        if span.decay is None:
+            weight = np.float32(span.others if back else span.weight)
+        else:
+            weight = np.float32(span.weight * span.decay**back)
+            if span.weight and span.decay:
+                weight = max(weight, min(_LEAST, np.float32(span.weight)))
+        weights[start:end] = weight
+    return weights
+
+
+def _special(document: _Document) -> np.ndarray:
+    """Which tokens are special tokens, bool `[T]`."""
+    if document.tokenizer is None:
+        return np.zeros(len(document.input_ids), dtype=bool)
+    return np.isin(document.input_ids, _special_ids(document.tokenizer, len(document.tokenizer)))
+
+
+@functools.lru_cache(maxsize=4)
+def _special_ids(tokenizer: PreTrainedTokenizerBase, size: int) -> np.ndarray:
+    """The special tokens of a tokenizer of this many tokens; asking for them costs more than a short document."""
+    return np.array(sorted(special_ids(tokenizer)), dtype=np.int64)
+
+
+def _said(document: _Document, index: Any) -> str:
+    start, end = document.offsets[index]
+    return document.text[start:end]
+
+
+def _ends_of_turns(document: _Document) -> np.ndarray:
+    """Special tokens that end a turn: known ones in a response or right behind it, and any at the end of a response."""
+    special, response = _special(document), document.roles == RESPONSE
+    eos = getattr(document.tokenizer, "eos_token_id", None)
+    mask = np.zeros(len(special), dtype=bool)
+    for index in np.flatnonzero(special & (response | np.append(False, response[:-1]))):
+        mask[index] = document.input_ids[index] == eos or _said(document, index).strip() in _ENDS
+    for start, end in zip(*_runs(response), strict=True):
+        last = end - 1
+        while last > start and not special[last] and not _said(document, last).strip():
+            last -= 1
+        mask[last] |= special[last]
+    return mask
+
+
+def _template(document: _Document) -> np.ndarray:
+    """Special tokens, the role names that known templates write behind them, and the line break behind a turn's end."""
+    special = _special(document)
+    ranges = []
+    for index in np.flatnonzero(special):
+        said, end = _said(document, index).strip(), int(document.offsets[index, 1])
+        pattern = _HEADERS.get(said) or (r"\n" if said in _ENDS else None)
+        header = re.compile(pattern).match(document.text, end) if pattern else None
+        if header:
+            ranges.append(header.span())
+    return special | document.touched(ranges)
