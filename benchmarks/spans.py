@@ -82,7 +82,7 @@ def measure(rounds: int, count: int, turns: int) -> dict[str, Any]:
     def collate(strategies: dict[str, Any]) -> Callable[[], None]:
         config = WITConfig(prompt_weight=0.2, response_weight=0.8, strategies=strategies)
         active = ActiveStrategies(config.active_strategies())
-        collator = WeightedCollator(DataCollatorForSeq2Seq(tokenizer), active, tokenizer)
+        collator = WeightedCollator(DataCollatorForSeq2Seq(tokenizer), active, tokenizer=tokenizer)
 
         def run() -> None:
             for start in range(0, len(features), BATCH):

@@ -97,7 +97,7 @@ class WeightedTrainerMixin(_Base):
             )
         step = wit.head.step = Step(num_items_in_batch, training, wit.prediction_loss_only)
         if num_items_in_batch is not None:  # else the trainer averages whole losses, as it does without weights
-            step.aux_loss_scale = self._aux_loss_scale() / self._loss_scale()
+            step.aux_loss_scale = self._aux_loss_scale(training) / self._loss_scale()
         try:
             loss = super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
@@ -133,11 +133,11 @@ class WeightedTrainerMixin(_Base):
             return 1
         return self.accelerator.num_processes // self.get_tp_size()
 
-    def _aux_loss_scale(self) -> float:
-        """What the trainer without weights has an auxiliary loss multiplied by when it goes backward."""
+    def _aux_loss_scale(self, training: bool) -> float:
+        """What the trainer without weights has an auxiliary loss multiplied by; micro-batches are those of training."""
         sums = self._wit.aux_loss_sums
         ranks = self.accelerator.num_processes // self.get_tp_size() if sums.ranks else 1
-        return ranks / (1 if sums.micro_batches else self.current_gradient_accumulation_steps)
+        return ranks / (self.current_gradient_accumulation_steps if training and not sums.micro_batches else 1)
 
     def _verify(self, loss: torch.Tensor, step: Step) -> None:
         """Compare the trainer's loss of the first micro-batch with the head's, so that no trainer ignores it."""
@@ -147,7 +147,7 @@ class WeightedTrainerMixin(_Base):
             expected = expected * self._loss_scale()
         if step.aux_loss is not None:
             aux_loss = step.aux_loss_coefficient * step.aux_loss.float().to(loss.device)
-            expected = expected + aux_loss * (self._aux_loss_scale() if step.num_items is not None else 1)
+            expected = expected + aux_loss * (self._aux_loss_scale(step.training) if step.num_items is not None else 1)
         loss = loss.detach().float()
         if not torch.allclose(loss, expected, rtol=1e-3, atol=1e-6, equal_nan=True):
             raise WeightsNotAppliedError(

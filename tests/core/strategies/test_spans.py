@@ -76,7 +76,9 @@ def conversations(draw):
 
 def collator(options, tokenizer, prompt_weight=0.5, response_weight=2.0):
     config = WITConfig(prompt_weight=prompt_weight, response_weight=response_weight, strategies={"spans": options})
-    return WeightedCollator(lambda features: features, ActiveStrategies(config.active_strategies()), tokenizer)
+    return WeightedCollator(
+        lambda features: features, ActiveStrategies(config.active_strategies()), tokenizer=tokenizer
+    )
 
 
 def packed(documents):

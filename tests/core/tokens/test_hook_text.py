@@ -51,7 +51,9 @@ class Asleep:
 
 def made(*names, tokenizer):
     config = WITConfig(prompt_weight=0.5, strategies=names)
-    return WeightedCollator(torch.utils.data.default_collate, ActiveStrategies(config.active_strategies()), tokenizer)
+    return WeightedCollator(
+        torch.utils.data.default_collate, ActiveStrategies(config.active_strategies()), tokenizer=tokenizer
+    )
 
 
 @pytest.fixture
@@ -98,7 +100,9 @@ def test_in_spawned_workers():
     rows = [{"input_ids": torch.tensor(ids), "labels": torch.tensor([-100, -100, *ids[2:]])} for _ in range(4)]
     options = [{"match": "think a", "weight": 0.25}]
     config = WITConfig(prompt_weight=0.5, strategies={"spans": options})
-    collator = WeightedCollator(torch.utils.data.default_collate, ActiveStrategies(config.active_strategies()), words)
+    collator = WeightedCollator(
+        torch.utils.data.default_collate, ActiveStrategies(config.active_strategies()), tokenizer=words
+    )
     context = multiprocessing.get_context("spawn")
     loader = DataLoader(rows, batch_size=2, collate_fn=collator, num_workers=1, multiprocessing_context=context)
     batches = [batch["weighted_labels"] for batch in loader]
