@@ -108,6 +108,7 @@ def scaled(value, trained):
 @pytest.mark.parametrize("before", ["training", "evaluation"])
 def test_a_learnable_scale_behind_the_head_is_trained(before, caplog):
     """It starts at 1, so the values of the first batch show nothing; nor does a batch that cannot be trained on."""
+    caplog.set_level(logging.WARNING, "wit_plugins")
     model = scaled(1.0, trained=True)
     loss, grads = expected(model)
     if before == "evaluation":
