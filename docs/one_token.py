@@ -14,10 +14,10 @@ import torch
 from transformers import DataCollatorForSeq2Seq
 
 from wit_plugins import PROMPT, RESPONSE, WITConfig
+from wit_plugins.active import ActiveStrategies
 from wit_plugins.loss.head import WeightedHead
 from wit_plugins.loss.normalization import denominator
 from wit_plugins.loss.step import Step
-from wit_plugins.plugins import ActiveStrategies
 from wit_plugins.tokens.collator import CODES_KEY, WeightedCollator
 from wit_plugins.tokens.roles import example_roles
 from wit_plugins.tokens.transport import decode

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from wit_plugins import WITConfig, WITConfigError
-from wit_plugins.plugins import ActiveStrategies
+from wit_plugins.active import ActiveStrategies
 
 PLUGIN = "wit_axolotl.WITPlugin"
 

@@ -20,10 +20,10 @@ from typing import Any
 from wit_axolotl.config import PLUGIN, is_listed, read_config
 from wit_axolotl.versions import OLDEST, TOO_NEW
 from wit_plugins import WITConfigError, attached
+from wit_plugins.active import ActiveStrategies
 from wit_plugins.cli.borrow import exchanged, unattached_collator
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split
 from wit_plugins.cli.empty import empty_model
-from wit_plugins.plugins import ActiveStrategies
 
 # What decides where and how a model is trained, and nothing about the data.
 _NOT_HERE: dict[str, Any] = {"bf16": False, "fp16": False, "tf32": False}

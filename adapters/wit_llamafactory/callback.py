@@ -8,7 +8,7 @@ from transformers import Trainer, TrainerCallback
 
 from wit_llamafactory import patch
 from wit_plugins import WeightsNotAppliedError, WITConfig, WITConfigError, attach, attached
-from wit_plugins.plugins import ActiveStrategies
+from wit_plugins.active import ActiveStrategies
 
 
 class WITCallback(TrainerCallback, patch.CarriesWeights):

@@ -19,6 +19,7 @@ from typing import Any
 
 from wit_llamafactory.checks import OLDEST, TOO_NEW, check_arguments
 from wit_plugins import WITConfig, WITConfigError
+from wit_plugins.active import ActiveStrategies
 from wit_plugins.cli.borrow import (
     Built,
     exchanged,
@@ -30,7 +31,6 @@ from wit_plugins.cli.borrow import (
 from wit_plugins.cli.configuration import read_text, unreadable
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split
 from wit_plugins.cli.empty import empty_model
-from wit_plugins.plugins import ActiveStrategies
 
 _OWN = {"stage", "finetuning_type", "template", "dataset_dir", "cutoff_len"}
 _NOT_HERE = {"do_train": True, "overwrite_output_dir": True}

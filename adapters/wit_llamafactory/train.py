@@ -19,9 +19,9 @@ if __name__ == "__main__" and os.path.realpath(sys.path[0]) == os.path.dirname(o
 
 from wit_llamafactory.checks import check_arguments
 from wit_plugins import WITConfig, WITConfigError
+from wit_plugins.active import ActiveStrategies
 from wit_plugins.errors import WITError
 from wit_plugins.front_door import report
-from wit_plugins.plugins import ActiveStrategies
 
 WIT_KEY = "wit"
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from wit_plugins import WITConfigError
+from wit_plugins.active import ActiveStrategies
 from wit_plugins.cli.borrow import (
     Built,
     exchanged,
@@ -27,7 +28,6 @@ from wit_plugins.cli.borrow import (
 from wit_plugins.cli.configuration import closest
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split
 from wit_plugins.cli.empty import empty_model
-from wit_plugins.plugins import ActiveStrategies
 from wit_trl.versions import OLDEST, TOO_NEW
 
 _NAMED = 3  # unknown keys; a file with more of them is not what it is taken for

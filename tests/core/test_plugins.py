@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from wit_plugins import PROMPT, RESPONSE, WITConfigError, hookimpl, per_token, register
-from wit_plugins.plugins import ActiveStrategies, plugin_manager, strategy_names
+from wit_plugins.active import ActiveStrategies
+from wit_plugins.plugins import plugin_manager, strategy_names
 
 ROLES = np.array([0, PROMPT, RESPONSE, RESPONSE], dtype=np.uint8)
 IDS = np.array([4, 5, 6, 7])
@@ -322,7 +323,7 @@ def test_a_third_party_comes_in_by_entry_point(monkeypatch):
 
 def test_hook_calls_can_be_traced():
     code = (
-        "import numpy as np; from wit_plugins.plugins import ActiveStrategies;"
+        "import numpy as np; from wit_plugins.active import ActiveStrategies;"
         "ActiveStrategies({'wit': {'prompt_weight': 1.0, 'response_weight': 1.0}})"
         ".static_weights(np.zeros(1), np.ones(1, np.uint8), {})"
     )

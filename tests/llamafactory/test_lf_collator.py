@@ -15,7 +15,7 @@ from llamafactory.train.tuner import run_exp
 from wit_llamafactory import WITCallback
 
 from wit_plugins import detach
-from wit_plugins.plugins import ActiveStrategies
+from wit_plugins.active import ActiveStrategies
 from wit_plugins.tokens.collator import CODES_KEY, WeightedCollator
 from wit_plugins.tokens.transport import decode
 

@@ -18,7 +18,7 @@ from wit_plugins.training.adapter import TrainerAdapter
 from wit_plugins.tokens.collator import WeightedCollator
 from wit_plugins.loss.head import WeightedHead
 from wit_plugins.loss.step import Step
-from wit_plugins.plugins import ActiveStrategies
+from wit_plugins.active import ActiveStrategies
 
 deepspeed.init_distributed("gloo")
 rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -7,9 +7,9 @@ import io
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from wit_plugins.active import ActiveStrategies
 from wit_plugins.config import WITConfig
 from wit_plugins.errors import WITConfigError
-from wit_plugins.plugins import ActiveStrategies
 from wit_plugins.tokens.collator import WeightedCollator
 from wit_plugins.training.adapter import TrainerAdapter
 from wit_plugins.training.attach import attach, example_reader

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from wit_plugins.active import ActiveStrategies
 from wit_plugins.errors import WeightsNotAppliedError, WITConfigError
 from wit_plugins.loss.fused import FusedHead, LossForLogits, uncompiled
 from wit_plugins.loss.step import OutputFormat, Step
 from wit_plugins.loss.weighted import MicroBatch
-from wit_plugins.plugins import ActiveStrategies
 from wit_plugins.tokens.collator import CODES_KEY
 from wit_plugins.tokens.roles import IGNORE_INDEX
 from wit_plugins.tokens.transport import MAX_VOCAB_SIZE, framework_labels

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from wit_plugins.active import ActiveStrategies
 from wit_plugins.linear_cross_entropy import Head, TokenNLL, Tokens, linear_nll, logits_nll
 from wit_plugins.loss.normalization import denominator, safe
-from wit_plugins.plugins import ActiveStrategies
 from wit_plugins.tokens.roles import PROMPT, RESPONSE
 from wit_plugins.tokens.transport import decode
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from wit_plugins.active import ActiveStrategies
 from wit_plugins.errors import BadExampleError, WeightsNotAppliedError, WITConfigError
-from wit_plugins.plugins import ActiveStrategies
 from wit_plugins.tokens.reader import ExampleReader
 from wit_plugins.tokens.roles import IGNORE_INDEX, NEITHER, token_array
 from wit_plugins.tokens.text import TokenText

@@ -175,8 +175,10 @@ class TokenText:
         known = self._written
         written = [known.get(token_id) or self._look_up(token_id) for token_id in token_ids]
         pieces, gaps = [piece for piece, _ in written], [gap for _, gap in written]
-        if pieces:
-            self._begin(token_ids[0], pieces, gaps)
+        # Ids that the tokenizer does not know write nothing, so that the text begins behind them.
+        first = next((i for i, token_id in enumerate(token_ids) if self._token(token_id) is not None), None)
+        if first is not None:
+            self._begin(first, token_ids[first], pieces, gaps)
         data = b"".join(pieces)
         try:
             text = data.decode("utf-8")
@@ -237,15 +239,15 @@ class TokenText:
         piece = self._bytes(token_id, token)
         return piece if len(piece) == 1 else piece.replace("▁".encode(), b" ").removeprefix(b"##")
 
-    def _begin(self, token_id: int, pieces: list[bytes], gaps: list[int]) -> None:
+    def _begin(self, first: int, token_id: int, pieces: list[bytes], gaps: list[int]) -> None:
         """What is different at the beginning of a text, and at its end."""
         rules = self._rules
-        pieces[0], gaps[0] = pieces[0][gaps[0] :], 0
+        pieces[first], gaps[first] = pieces[first][gaps[first] :], 0
         token = self._token(token_id) or ""
         if rules.continuing and token.startswith(rules.continuing):
-            pieces[0] = self._bytes(token_id, token)
+            pieces[first] = self._bytes(token_id, token)
         elif rules.first:
-            pieces[0] = self._bytes(token_id, token.replace(rules.first, ""))
+            pieces[first] = self._bytes(token_id, token.replace(rules.first, ""))
         for content, at_start, at_end in rules.strip:
             _strip(pieces, content.encode(), at_start, at_end)
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from wit_plugins.active import ActiveStrategies
 from wit_plugins.config import WITConfig
 from wit_plugins.errors import WITConfigError
 from wit_plugins.loss.head import WeightedHead
-from wit_plugins.plugins import ActiveStrategies, plugin_manager
+from wit_plugins.plugins import plugin_manager
 from wit_plugins.tokens.collator import WeightedCollator
 from wit_plugins.tokens.dataset_check import StreamCheck, can_be_read_again, check_dataset, warn_of_unmatched_spans
 from wit_plugins.tokens.reader import ExampleReader

@@ -18,7 +18,7 @@ from span_reference import expected, from_bytes, from_offsets
 from tokenizers_by_kind import byte_fallback, byte_level, whole_words
 
 from wit_plugins import WITConfig, WITConfigError
-from wit_plugins.plugins import ActiveStrategies
+from wit_plugins.active import ActiveStrategies
 from wit_plugins.strategies import spans as strategy
 from wit_plugins.testing import assert_weights, weigh
 from wit_plugins.tokens.collator import WeightedCollator

@@ -129,3 +129,12 @@ def test_pickled():
     assert copy.decode(ids)[0] == expected[0]
     assert np.array_equal(copy.decode(ids)[1], expected[1])
     assert copy.special == set(text.tokenizer.convert_tokens_to_ids(SPECIAL))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_that_the_tokenizer_does_not_know_begin_nothing(kind):
+    """The text begins with the first token that is one."""
+    text = TokenText(KINDS[kind]())
+    unknown = len(text.tokenizer) + 100
+    check(text, [unknown, 0, 5, unknown, 6])
+    check(text, [unknown])

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wit_plugins.active import ActiveStrategies
 from wit_plugins.errors import WeightsNotAppliedError
-from wit_plugins.plugins import ActiveStrategies
 from wit_plugins.tokens.collator import CODES_KEY, WeightedCollator
 from wit_plugins.tokens.transport import MAX_VOCAB_SIZE, decode, encode, framework_labels, restore_codes
 

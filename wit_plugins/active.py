@@ -1,0 +1,264 @@
+"""The strategies that are active in one run, each with its own options; their weights are multiplied."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from wit_plugins.config import did_you_mean
+from wit_plugins.errors import WITConfigError
+from wit_plugins.plugins import HOOKS_OF_A_STRATEGY, plugin_manager, print_call, register, strategy_names, traced
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+Options = Mapping[str, Any] | Sequence[Any]
+TEXT_ARGUMENTS = frozenset({"tokenizer", "text", "offsets"})  # of hooks that are called with a document
+
+
+class _Strategy:
+    """One active strategy: its own hooks, its options, and nobody who could answer in its place."""
+
+    def __init__(self, name: str, options: Options) -> None:
+        self.name, self.options = name, options
+        manager = plugin_manager()
+        self.plugin = manager.get_plugin(name)
+        self._hooks: dict[str, pluggy.HookImpl] = {}
+        for hook in ("validate_options", "find_spans", *HOOKS_OF_A_STRATEGY):
+            for impl in getattr(manager.hook, hook).get_hookimpls():
+                if impl.plugin is self.plugin:
+                    self._hooks[hook] = impl
+
+    def has(self, hook: str) -> bool:
+        """Whether the strategy implements a hook."""
+        return hook in self._hooks
+
+    def call(self, hook: str, **arguments: Any) -> Any:
+        """The result of a hook, called with the arguments that it names; `None` without one."""
+        impl = self._hooks.get(hook)
+        if impl is None:
+            return None
+        if traced():
+            print_call(hook, [self.name], arguments)
+        arguments["options"] = self.options
+        return impl.function(*(arguments[name] for name in impl.argnames))
+
+    def asks_for(self, argument: str) -> bool:
+        """Whether one of its hooks names an argument."""
+        return any(argument in impl.argnames for impl in self._hooks.values())
+
+    @property
+    def per_token(self) -> bool:
+        """Whether its `dynamic_weights` may be asked for some tokens at a time."""
+        return bool(getattr(self._hooks["dynamic_weights"].function, "wit_per_token", False))
+
+
+class ActiveStrategies:
+    """The strategies of one run, each with its own options; their weights are multiplied.
+
+    Picklable, so that a collator that holds it can go to spawned data-loader workers.
+
+    Args:
+        options_by_name (`Mapping[str, Mapping | Sequence]`): registered name to options.
+
+    Raises:
+        WITConfigError: for a name that is not registered, or options that the strategy refuses.
+    """
+
+    def __init__(self, options_by_name: Mapping[str, Options]):
+        self.options_by_name = {
+            name: dict(options) if isinstance(options, Mapping) else list(options)
+            for name, options in options_by_name.items()
+        }
+        known = sorted(set(strategy_names()))
+        for name in self.options_by_name:
+            if name not in known:
+                raise WITConfigError(f"strategies: {name!r} is not a registered strategy{did_you_mean(name, known)}")
+        self._bind()
+        for strategy in self._strategies:
+            self._validate(strategy)
+
+    @staticmethod
+    def _validate(strategy: _Strategy) -> None:
+        options = strategy.options
+        # Most strategies have named options, and have never met a list.
+        no_list = (
+            f"strategies: {strategy.name} = {options!r}: its options are a mapping such as {{name: value}}, no list"
+        )
+        if isinstance(options, list) and not strategy.has("validate_options"):
+            raise WITConfigError(no_list)
+        try:
+            strategy.call("validate_options")
+        except ValueError as error:
+            raise WITConfigError(f"strategies: {strategy.name}: {error}") from error
+        except (TypeError, LookupError, AttributeError) as error:
+            if isinstance(options, list):
+                raise WITConfigError(no_list) from error
+            raise
+
+    def _bind(self) -> None:
+        self._strategies = [_Strategy(name, options) for name, options in self.options_by_name.items()]
+        self._dynamic = [strategy for strategy in self._strategies if strategy.has("dynamic_weights")]
+        self._seen: set[str] = set()  # dynamic strategies whose first answer was looked at
+
+    @property
+    def looks_for_spans(self) -> bool:
+        """Whether any strategy has [`ActiveStrategies.find_spans`] look for something."""
+        return any(strategy.has("find_spans") for strategy in self._strategies)
+
+    @property
+    def reading(self) -> dict[str, list[str]]:
+        """Which of the arguments `tokenizer`, `text` and `offsets` are asked for, and by which strategies."""
+        by_argument = {a: [s.name for s in self._strategies if s.asks_for(a)] for a in sorted(TEXT_ARGUMENTS)}
+        return {argument: names for argument, names in by_argument.items() if names}
+
+    def find_spans(
+        self,
+        input_ids: np.ndarray,
+        roles: np.ndarray,
+        example: Mapping[str, Any],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        text: str = "",
+        offsets: np.ndarray | None = None,
+    ) -> dict[str, np.ndarray]:
+        """The parts of one document that strategies look for, by strategy and name: bool `[T]`.
+
+        Takes what [`ActiveStrategies.static_weights`] takes.
+        """
+        document = {
+            "input_ids": input_ids,
+            "roles": roles,
+            "example": example,
+            "tokenizer": tokenizer,
+            "text": text,
+            "offsets": offsets,
+        }
+        return {
+            f"{strategy.name}: {name}": mask
+            for strategy in self._strategies
+            for name, mask in (strategy.call("find_spans", **document) or {}).items()
+        }
+
+    def static_weights(
+        self,
+        input_ids: np.ndarray,
+        roles: np.ndarray,
+        example: Mapping[str, Any],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        text: str = "",
+        offsets: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """The product of the strategies' static weights for one document, float32 `[T]`, 0 where the role is neither.
+
+        Args:
+            input_ids (`np.ndarray`): int64 `[T]`.
+            roles (`np.ndarray`): uint8 `[T]`.
+            example (`Mapping`): the columns of the example that the document is from.
+            tokenizer (*optional*): this and the other two are needed only if `reading` has them.
+            text (`str`, *optional*): the document's.
+            offsets (`np.ndarray`, *optional*): int64 `[T, 2]`: which characters of it each token writes.
+
+        Raises:
+            ValueError: if a strategy returns the wrong shape, or weights that are negative or not finite.
+        """
+        import numpy as np
+
+        weights = (roles != 0).astype(np.float32)
+        for strategy in self._strategies:
+            own = strategy.call(
+                "static_weights",
+                input_ids=input_ids,
+                roles=roles,
+                example=example,
+                tokenizer=tokenizer,
+                text=text,
+                offsets=offsets,
+            )
+            if own is None:
+                continue
+            own = np.asarray(own, dtype=np.float32)
+            if own.shape != weights.shape:
+                raise ValueError(
+                    f"strategy {strategy.name!r} returned weights of shape {own.shape} for {len(roles)} tokens"
+                )
+            if not np.isfinite(own).all() or (own < 0).any():
+                raise ValueError(f"strategy {strategy.name!r} returned weights that are negative or not finite")
+            weights *= own
+        return weights
+
+    @property
+    def has_dynamic_weights(self) -> bool:
+        """Whether any strategy rescales weights on the device."""
+        return bool(self._dynamic)
+
+    @property
+    def per_token(self) -> bool:
+        """Whether every factor depends on its own token alone, so that they may be asked for piece by piece."""
+        return all(strategy.per_token for strategy in self._dynamic)
+
+    def dynamic_weights(self, log_probs: torch.Tensor, roles: torch.Tensor) -> torch.Tensor | None:
+        """The product of the strategies' factors, shaped like `log_probs` `[N]`, or `None` if there is none.
+
+        Args:
+            log_probs (`torch.Tensor`): detached log-probabilities of the targets, `[N]`, float32 or float64: all of a
+                micro-batch, or any of its tokens if `per_token`.
+            roles (`torch.Tensor`): uint8 `[N]`.
+
+        Raises:
+            ValueError: if a strategy returns the wrong shape, or, in its first answer, factors that are negative or
+                not finite, or that it says to be per token and are not.
+        """
+        import torch
+
+        product: torch.Tensor | None = None
+        for strategy in self._dynamic:
+            factor = strategy.call("dynamic_weights", log_probs=log_probs, roles=roles)
+            if factor is None:
+                continue
+            if factor.shape != log_probs.shape:
+                raise ValueError(
+                    f"strategy {strategy.name!r} returned factors of shape {tuple(factor.shape)} for "
+                    f"{tuple(log_probs.shape)}"
+                )
+            factor = factor.detach().to(log_probs.dtype)
+            if strategy.name not in self._seen and len(factor):  # once, since looking makes the device wait
+                self._look_at(strategy, factor, log_probs, roles)
+                self._seen.add(strategy.name)
+            product = factor if product is None else torch.mul(product, factor)
+        return product
+
+    @staticmethod
+    def _look_at(strategy: _Strategy, factor: torch.Tensor, log_probs: torch.Tensor, roles: torch.Tensor) -> None:
+        import torch
+
+        if not bool((torch.isfinite(factor) & (factor >= 0)).all()) and bool(torch.isfinite(log_probs).all()):
+            raise ValueError(f"strategy {strategy.name!r} returned factors that are negative or not finite")
+        if not strategy.per_token:
+            return
+        each = [slice(index, index + 1) for index in range(min(len(factor), 8))]
+        own = [strategy.call("dynamic_weights", log_probs=log_probs[one], roles=roles[one]) for one in each]
+        alone = torch.cat([torch.ones_like(log_probs[:1]) if one is None else one.detach() for one in own])
+        if not torch.allclose(alone.to(factor.dtype), factor[: len(alone)], rtol=1e-4, atol=1e-6, equal_nan=True):
+            raise ValueError(
+                f"strategy {strategy.name!r} is marked per_token, but its factor for a token depends on other tokens; "
+                "take the mark off, and it is asked for a whole micro-batch at a time"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Modules do not pickle; their names do.
+        refs = {s.name: s.plugin.__name__ if inspect.ismodule(s.plugin) else s.plugin for s in self._strategies}
+        return {"options_by_name": self.options_by_name, "plugins": refs}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.options_by_name = state["options_by_name"]
+        for name, plugin in state["plugins"].items():
+            # A spawned worker has the entry points, but not what the parent registered by hand.
+            if not plugin_manager().has_plugin(name):
+                register(importlib.import_module(plugin) if isinstance(plugin, str) else plugin, name)
+        self._bind()
