@@ -3,11 +3,10 @@
 from support import (
     documents,
     llama,
+    word_tokenizer,
 )
-from tokenizers import Tokenizer, models
 from transformers import (
     DataCollatorForSeq2Seq,
-    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
 )
@@ -24,10 +23,7 @@ CONFIG = WITConfig(prompt_weight=0.2, response_weight=0.8)
 
 
 def tokenizer():
-    vocab = {"<pad>": 0, "</s>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, 61)}}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="<unk>")), pad_token="<pad>", eos_token="</s>"
-    )
+    return word_tokenizer({f"w{i}": i for i in range(3, 61)})
 
 
 def make_trainer(tmp_path, model=None, examples=EXAMPLES, collator=None, cls=Trainer, trainer_kwargs=None, **args):
