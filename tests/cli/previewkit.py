@@ -2,7 +2,6 @@
 
 import re
 
-import pytest
 import yaml
 from datasets import Dataset
 from support import from_dataset
@@ -80,14 +79,6 @@ def byte_level_tokenizer(folder):
     made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>")
     made.save_pretrained(folder)
     return made
-
-
-@pytest.fixture
-def hostile(tmp_path):
-    byte_level_tokenizer(tmp_path / "bytes")
-    rows = Dataset.from_list([{"prompt": text + " ", "completion": text[::-1]} for text in HOSTILE])
-    rows.to_json(str(tmp_path / "hostile.jsonl"))
-    return ["--dataset", tmp_path / "hostile.jsonl", "--tokenizer", tmp_path / "bytes", "--prompt-weight", "0.2"]
 
 
 def assert_harmless(text):

@@ -1,17 +1,10 @@
 """Workplaces and data for LLaMA-Factory's shapes."""
 
-import pytest
 from lfkit import (
     pairs,
-    place,
 )
 
 WEIGHTS = (0.4, 0.6)
-
-
-@pytest.fixture
-def workplace(tmp_path):
-    return place(tmp_path)
 
 
 def conversations(count=4):
