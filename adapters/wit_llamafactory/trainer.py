@@ -32,7 +32,7 @@ class LlamaFactoryAdapter(TrainerAdapter):
     def prepare(self, trainer: Any, changes: Any) -> None:
         """Take the model out of the collator, which only asks for its configuration.
 
-        Data-loader workers that are spawned get a copy of the collator, and a patched model cannot be copied so.
+        Data-loader workers that are spawned get a copy of the collator, and would get one of the model with it.
         """
         collator = trainer.data_collator.collator
         if getattr(collator, "model", None) is not None:
