@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Options = Mapping[str, Any] | Sequence[Any]
 TEXT_ARGUMENTS = frozenset({"tokenizer", "text", "offsets"})  # of hooks that are called with a document
+RAW_ARGUMENT = "raw_example"  # of hooks that are called while the framework tokenises
 
 
 class _Strategy:
@@ -52,6 +53,12 @@ class _Strategy:
     def asks_for(self, argument: str) -> bool:
         """Whether one of its hooks names an argument."""
         return any(argument in impl.argnames for impl in self._hooks.values())
+
+    @property
+    def reads_raw(self) -> bool:
+        """Whether its `static_weights` reads the example as it is before tokenisation."""
+        impl = self._hooks.get("static_weights")
+        return impl is not None and RAW_ARGUMENT in impl.argnames
 
     @property
     def per_token(self) -> bool:
@@ -114,9 +121,15 @@ class ActiveStrategies:
 
     @property
     def reading(self) -> dict[str, list[str]]:
-        """Which of the arguments `tokenizer`, `text` and `offsets` are asked for, and by which strategies."""
-        by_argument = {a: [s.name for s in self._strategies if s.asks_for(a)] for a in sorted(TEXT_ARGUMENTS)}
+        """Which of the arguments `tokenizer`, `text` and `offsets` the collator is asked for, by which strategies."""
+        asking = [strategy for strategy in self._strategies if not strategy.reads_raw]
+        by_argument = {a: [s.name for s in asking if s.asks_for(a)] for a in sorted(TEXT_ARGUMENTS)}
         return {argument: names for argument, names in by_argument.items() if names}
+
+    @property
+    def reading_raw(self) -> dict[str, Options]:
+        """The strategies whose `static_weights` reads examples as they are before tokenisation, with their options."""
+        return {strategy.name: strategy.options for strategy in self._strategies if strategy.reads_raw}
 
     def find_spans(
         self,
@@ -153,8 +166,12 @@ class ActiveStrategies:
         tokenizer: PreTrainedTokenizerBase | None = None,
         text: str = "",
         offsets: np.ndarray | None = None,
+        raw_example: Mapping[str, Any] | None = None,
     ) -> np.ndarray:
         """The product of the strategies' static weights for one document, float32 `[T]`, 0 where the role is neither.
+
+        With `raw_example`, while the framework tokenises: of those that read it, and no others. Without it, in the
+        collator: of all others.
 
         Args:
             input_ids (`np.ndarray`): int64 `[T]`.
@@ -163,6 +180,7 @@ class ActiveStrategies:
             tokenizer (*optional*): this and the other two are needed only if `reading` has them.
             text (`str`, *optional*): the document's.
             offsets (`np.ndarray`, *optional*): int64 `[T, 2]`: which characters of it each token writes.
+            raw_example (`Mapping`, *optional*): the example as it was before tokenisation.
 
         Raises:
             ValueError: if a strategy returns the wrong shape, or weights that are negative or not finite.
@@ -171,6 +189,8 @@ class ActiveStrategies:
 
         weights = (roles != 0).astype(np.float32)
         for strategy in self._strategies:
+            if strategy.reads_raw != (raw_example is not None):
+                continue
             own = strategy.call(
                 "static_weights",
                 input_ids=input_ids,
@@ -179,6 +199,7 @@ class ActiveStrategies:
                 tokenizer=tokenizer,
                 text=text,
                 offsets=offsets,
+                raw_example=raw_example,
             )
             if own is None:
                 continue

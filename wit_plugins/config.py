@@ -58,6 +58,17 @@ class WITConfig(BaseModel):
         "list. All weights are multiplied.",
     )
 
+    message_weight_keys: list[str] = Field(
+        default=["weight", "loss_weight", "loss_scale", "train", "loss"],
+        description="The keys of a message, or of a part of its content, that say what its tokens' weights are "
+        "multiplied by: a number ≥ 0, or `true` and `false` for 1 and 0. `[]` reads none.",
+    )
+    sample_weight_key: str | None = Field(
+        default="weight",
+        description="The column that says what all weights of an example are multiplied by: a number ≥ 0. `null` "
+        "reads none.",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _known_keys(cls, values: Any) -> Any:
@@ -72,6 +83,14 @@ class WITConfig(BaseModel):
     def _survives_float32(cls, value: float) -> float:
         if not survives_float32(value):
             raise ValueError("out of the range of float32; use a value such as 0.2")
+        return value
+
+    @field_validator("message_weight_keys")
+    @classmethod
+    def _keys_of_messages(cls, value: list[str]) -> list[str]:
+        for key in value:
+            if key in ("role", "content", "from", "value", "") or value.count(key) > 1:
+                raise ValueError(f"{key!r} cannot be the key of a weight, or stands there twice")
         return value
 
     @field_validator("strategies", mode="before")

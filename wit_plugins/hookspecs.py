@@ -48,11 +48,13 @@ def static_weights(
     tokenizer: PreTrainedTokenizerBase,
     text: str,
     offsets: np.ndarray,
+    raw_example: Mapping[str, Any],
     options: Mapping[str, Any] | Sequence[Any],
 ) -> np.ndarray | None:
     """Weights `[T]` float32 ≥ 0 of one document's `T` tokens, from its ids, its roles and its example's columns.
 
-    And from its text: `offsets`, int64 `[T, 2]`, says which characters of it each token writes.
+    And from its text: `offsets`, int64 `[T, 2]`, says which characters of it each token writes. One that names
+    `raw_example`, the example as it stands in the data, is called while the framework tokenises, before truncation.
     """
 
 

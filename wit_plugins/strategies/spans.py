@@ -22,7 +22,7 @@ from wit_plugins.config import did_you_mean, survives_float32
 from wit_plugins.errors import WITConfigError
 from wit_plugins.hookspecs import hookimpl
 from wit_plugins.tokens.roles import PROMPT, RESPONSE
-from wit_plugins.tokens.text import special_ids
+from wit_plugins.tokens.text import ENDS_OF_TURNS, special_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,11 +64,6 @@ _FORMATS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     # The language and the line break after it are part of the fence.
     "code_blocks": ((r"`{3,}(?:[^\s`]*\n)?", r"`{{count},}"),),
-}
-# Tokens that end a turn in the templates in use, beside the tokenizer's own end of sequence.
-_ENDS = {
-    *["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|end_of_text|>", "<|endoftext|>", "<|end|>", "<|return|>"],
-    *["<|call|>", "<end_of_turn>", "<turn|>", "</s>", "<eos>", "<|END_OF_TURN_TOKEN|>", "<｜end▁of▁sentence｜>"],
 }
 # What the templates in use write behind a special token of theirs: the name of a role, and what ends it.
 _HEADERS = {
@@ -387,7 +382,7 @@ def _ends_of_turns(document: _Document) -> np.ndarray:
     eos = getattr(document.tokenizer, "eos_token_id", None)
     mask = np.zeros(len(special), dtype=bool)
     for index in np.flatnonzero(special & (response | np.append(False, response[:-1]))):
-        mask[index] = document.input_ids[index] == eos or _said(document, index).strip() in _ENDS
+        mask[index] = document.input_ids[index] == eos or _said(document, index).strip() in ENDS_OF_TURNS
     for start, end in zip(*_runs(response), strict=True):
         last = end - 1
         while last > start and not special[last] and not _said(document, last).strip():
@@ -402,7 +397,7 @@ def _template(document: _Document) -> np.ndarray:
     ranges = []
     for index in np.flatnonzero(special):
         said, end = _said(document, index).strip(), int(document.offsets[index, 1])
-        pattern = _HEADERS.get(said) or (r"\n" if said in _ENDS else None)
+        pattern = _HEADERS.get(said) or (r"\n" if said in ENDS_OF_TURNS else None)
         header = re.compile(pattern).match(document.text, end) if pattern else None
         if header:
             ranges.append(header.span())

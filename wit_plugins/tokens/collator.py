@@ -14,8 +14,8 @@ import torch
 
 from wit_plugins.active import ActiveStrategies
 from wit_plugins.errors import BadExampleError, WeightsNotAppliedError, WITConfigError
-from wit_plugins.tokens.reader import ExampleReader
-from wit_plugins.tokens.roles import IGNORE_INDEX, NEITHER, token_array
+from wit_plugins.tokens.reader import ExampleReader, ReadExample
+from wit_plugins.tokens.roles import IGNORE_INDEX, NEITHER
 from wit_plugins.tokens.text import TokenText
 from wit_plugins.tokens.transport import encode, framework_labels, restore_codes, weighing
 
@@ -102,24 +102,37 @@ class WeightedCollator:
 
     def codes(self, example: Mapping[str, Any]) -> np.ndarray:
         """The codes of one example, int64 `[T]`, from its `input_ids`, `labels` and document boundaries."""
-        targets, roles, starts = self.reader(example)
-        weights = np.zeros(len(roles), dtype=np.float32)
-        for piece in _documents(roles, starts):
-            document = self._document(targets[piece], roles[piece], example)
+        read = self.reader(example)
+        weights = np.zeros(len(read.roles), dtype=np.float32)
+        for piece, document in self._documents(read, example):
             weights[piece] = self.strategies.static_weights(**document)
-        return encode(targets, roles, weights, token_array(example["labels"]) != IGNORE_INDEX)
+        labelled = read.labels != IGNORE_INDEX
+        if read.data_weights is None:
+            return encode(read.targets, read.roles, weights, labelled)
+        # What weighs 0 in the data is left out as what the framework masks is: not trained on, counted or reported.
+        kept = read.data_weights != 0
+        roles = np.where(kept, read.roles, NEITHER).astype(np.uint8)
+        return encode(read.targets, roles, weights * read.data_weights, labelled & kept)
 
     def find_spans(self, example: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The parts of one example that strategies look for, by name: bool `[T]`, only where a token is predicted."""
-        targets, roles, starts = self.reader(example)
+        read = self.reader(example)
         found: dict[str, np.ndarray] = {}
-        for piece in _documents(roles, starts):
-            document = self._document(targets[piece], roles[piece], example)
+        for piece, document in self._documents(read, example):
             for name, mask in self.strategies.find_spans(**document).items():
-                found.setdefault(name, np.zeros(len(roles), dtype=bool))[piece] = np.asarray(mask, dtype=bool) & (
-                    roles[piece] != NEITHER
+                found.setdefault(name, np.zeros(len(read.roles), dtype=bool))[piece] = np.asarray(mask, dtype=bool) & (
+                    read.roles[piece] != NEITHER
                 )
         return found
+
+    def _documents(self, read: ReadExample, example: Mapping[str, Any]) -> Iterator[tuple[slice, dict[str, Any]]]:
+        """Each document of an example, so that a packed row gives the same weights as its documents on their own."""
+        if read.data_weights is not None:
+            example = {**example, "labels": read.labels}
+        for start, end in zip(read.starts, [*read.starts[1:], len(read.roles)], strict=True):
+            piece = slice(start, end)
+            if read.roles[piece].any():  # padding is none
+                yield piece, self._document(read.targets[piece], read.roles[piece], example)
 
     def _document(self, input_ids: np.ndarray, roles: np.ndarray, example: Mapping[str, Any]) -> dict[str, Any]:
         """What is known of one document."""
@@ -135,13 +148,6 @@ class WeightedCollator:
         if name.startswith("__") or name in ("collator", "strategies", "reader", "_reading", "_token_text"):
             raise AttributeError(name)
         return getattr(self.collator, name)
-
-
-def _documents(roles: np.ndarray, starts: np.ndarray) -> Iterator[slice]:
-    """Each document of an example, so that a packed row gives the same weights as its documents on their own."""
-    for start, end in zip(starts, [*starts[1:], len(roles)], strict=True):
-        if roles[start:end].any():  # padding is none
-            yield slice(start, end)
 
 
 class _Checksum:

@@ -175,5 +175,5 @@ def _count(example: Mapping[str, Any], masking_hint: str, reader: ExampleReader)
         )
     if example.get("labels") is None:
         raise WITConfigError(f"the training examples have no labels, so nothing is masked; {masking_hint}")
-    _, roles, _ = reader(example)
+    roles = reader(example).roles
     return int(np.count_nonzero(roles == PROMPT)), int(np.count_nonzero(roles == RESPONSE))

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from wit_plugins.errors import BadExampleError
+from wit_plugins.errors import BadExampleError, WITConfigError
+from wit_plugins.tokens.prepared import read_prepared
 from wit_plugins.tokens.roles import IGNORE_INDEX, example_roles, token_array
 from wit_plugins.tokens.transport import MAX_VOCAB_SIZE
 
 _PADDING_RUN = 2  # one masked pad id may be an end of text; a run of them is padding
+
+
+class ReadExample(NamedTuple):
+    """What one example of `T` tokens says.
+
+    Attributes:
+        targets (`np.ndarray`): int64 `[T]`, see [`example_roles`].
+        roles (`np.ndarray`): uint8 `[T]`.
+        starts (`np.ndarray`): int64, the first token of each document.
+        labels (`np.ndarray`): int64 `[T]`, the framework's own.
+        data_weights (`np.ndarray | None`): float32 `[T]`, those that stand in the data; `None` if none do.
+    """
+
+    targets: np.ndarray
+    roles: np.ndarray
+    starts: np.ndarray
+    labels: np.ndarray
+    data_weights: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -27,29 +46,52 @@ class ExampleReader:
         cuts_documents (`bool`): rows begin and end anywhere in a document, so that padding may be in their middle.
         own_view (`Callable`, *optional*): turns an example into what the framework makes of it, see
             [`TrainerAdapter.read_example`].
+        fingerprint (`int`, *optional*): of the settings that weights in the data are read with, see
+            `wit_plugins.tokens.prepared`; documents that were prepared with others are refused.
+        needs_prepared (`bool`): whether documents must say what they were prepared with.
     """
 
     vocab_size: int = MAX_VOCAB_SIZE
     pad_token_id: int | None = None
     cuts_documents: bool = False
     own_view: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    fingerprint: int | None = None
+    needs_prepared: bool = False
 
-    def __call__(self, example: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Targets, roles and document starts of one example, see [`example_roles`].
+    def __call__(self, example: Mapping[str, Any]) -> ReadExample:
+        """What one example says.
 
         Raises:
             BadExampleError: if its columns do not fit each other, hold ids that the model does not have, or hold
                 padding that nothing tells from prompt.
+            WITConfigError: if it was prepared with other settings of weights in the data than this run's.
         """
         if self.own_view is not None:
             example = self.own_view(example)
         input_ids, labels = token_array(example["input_ids"]), token_array(example["labels"])
+        prepared = read_prepared(labels)
+        if prepared is not None:
+            labels = prepared.labels
+        self._check_fingerprints(() if prepared is None else prepared.fingerprints.tolist())
         targets, roles, starts = example_roles({**example, "input_ids": input_ids, "labels": labels})
         self._check_ids("input_ids", input_ids)
         self._check_ids("labels", labels)
         if self.pad_token_id is not None and example.get("attention_mask") is None:
             self._check_padding((input_ids == self.pad_token_id) & (labels == IGNORE_INDEX), starts)
-        return targets, roles, starts
+        return ReadExample(targets, roles, starts, labels, None if prepared is None else prepared.weights)
+
+    def _check_fingerprints(self, found: Sequence[int]) -> None:
+        if any(fingerprint != self.fingerprint for fingerprint in found):
+            raise WITConfigError(
+                "the tokenised data carries weights that were read from it with other settings than this run's "
+                "(message_weight_keys, sample_weight_key, or strategies that read raw examples); tokenise it again: "
+                "delete the cache or the prepared dataset, or name another folder for it"
+            )
+        if self.needs_prepared and not found and not self.cuts_documents:
+            raise WITConfigError(
+                "a strategy reads the examples as they were before tokenisation (raw_example), but this data was "
+                "tokenised without it; have it prepared with the same settings (docs/data-weights.md)"
+            )
 
     def _check_ids(self, column: str, ids: np.ndarray) -> None:
         wrong = (ids < 0) | (ids >= self.vocab_size)

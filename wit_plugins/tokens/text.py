@@ -21,6 +21,14 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Tokens that end a turn in the chat templates in use, beside the tokenizer's own end of sequence.
+ENDS_OF_TURNS = frozenset(
+    {
+        *["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|end_of_text|>", "<|endoftext|>", "<|end|>"],
+        *["<|return|>", "<|call|>", "<end_of_turn>", "<turn|>", "</s>", "<eos>", "<|END_OF_TURN_TOKEN|>"],
+        "<｜end▁of▁sentence｜>",
+    }
+)
 CONTINUED = "·"  # shown for a token that ends a character which began before it
 _MAX_PIECES = 8  # tokens that may make up one character; more bytes than that have none
 _REPLACEMENT = "\ufffd".encode()
@@ -175,6 +183,8 @@ class TokenText:
         known = self._written
         written = [known.get(token_id) or self._look_up(token_id) for token_id in token_ids]
         pieces, gaps = [piece for piece, _ in written], [gap for _, gap in written]
+        if self._rules.byte_fallback and not _is_text(b"".join(pieces)):
+            pieces = self._without_broken_runs(token_ids, pieces)  # before anything is stripped, as the decoder does
         # Ids that the tokenizer does not know write nothing, so that the text begins behind them.
         first = next((i for i, token_id in enumerate(token_ids) if self._token(token_id) is not None), None)
         if first is not None:
@@ -184,9 +194,6 @@ class TokenText:
             text = data.decode("utf-8")
             begins = (np.frombuffer(data, dtype=np.uint8) & 0xC0) != 0x80
         except UnicodeDecodeError:
-            if self._rules.byte_fallback:
-                pieces = self._without_broken_runs(token_ids, pieces)
-                data = b"".join(pieces)
             text, begins = _decode(data)
         ends = np.cumsum(np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces)))
         starts = np.append(0, ends)[:-1] + np.array(gaps, dtype=np.int64)
@@ -257,16 +264,29 @@ class TokenText:
         is_byte = [bool(_BYTE.fullmatch(self._token(token_id) or "")) for token_id in token_ids]
         for byte, group in itertools.groupby(zip(is_byte, pieces, strict=True), key=lambda pair: pair[0]):
             run = [piece for _, piece in group]
-            try:
-                b"".join(run).decode("utf-8")
-            except UnicodeDecodeError:
+            if not _is_text(b"".join(run)):
                 run = [_REPLACEMENT if byte and piece else piece for piece in run]
             made += run
         return made
 
 
+def ends_a_turn(token_ids: Sequence[int], token_text: TokenText) -> np.ndarray:
+    """Which of `T` tokens are special ones that end a turn, bool `[T]`."""
+    eos = token_text.tokenizer.eos_token_id
+    ending = {i for i in set(token_ids) & token_text.special if i == eos or token_text(i).strip() in ENDS_OF_TURNS}
+    return np.array([token_id in ending for token_id in token_ids], dtype=bool)
+
+
 def _utf8(text: str) -> bytes:
     return text.encode("utf-8", errors="replace")  # half a surrogate pair has no bytes
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _strip(pieces: list[bytes], content: bytes, at_start: int, at_end: int) -> None:

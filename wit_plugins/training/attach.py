@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from wit_plugins.errors import WITConfigError
 from wit_plugins.loss.head import WeightedHead
 from wit_plugins.plugins import plugin_manager
 from wit_plugins.tokens.collator import WeightedCollator
+from wit_plugins.tokens.data_weights import fingerprint
 from wit_plugins.tokens.dataset_check import StreamCheck, can_be_read_again, check_dataset, warn_of_unmatched_spans
 from wit_plugins.tokens.reader import ExampleReader
 from wit_plugins.tokens.transport import MAX_VOCAB_SIZE
@@ -66,6 +68,7 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
     head = make_head(model)
     try:
         reader, tokenizer = example_reader(trainer, adapter), getattr(trainer, "processing_class", None)
+        reader = with_data_weights(reader, config, strategies)
         attachment = Attachment(config, adapter, head, make_head, reader, changes, aux_loss_sums)
         dataset = getattr(trainer, "train_dataset", None)
         if dataset is not None and can_be_read_again(dataset):
@@ -135,6 +138,15 @@ def example_reader(trainer: Trainer, adapter: TrainerAdapter) -> ExampleReader:
         pad_token_id=getattr(getattr(trainer, "processing_class", None), "pad_token_id", None),
         cuts_documents=adapter.cuts_documents,
         own_view=adapter.read_example,
+    )
+
+
+def with_data_weights(reader: ExampleReader, config: WITConfig, strategies: ActiveStrategies) -> ExampleReader:
+    """A reader that reads weights in the data as this configuration says."""
+    return replace(
+        reader,
+        fingerprint=fingerprint(config.message_weight_keys, config.sample_weight_key, strategies),
+        needs_prepared=bool(strategies.reading_raw),
     )
 
 

@@ -31,7 +31,7 @@ def check(text, ids):
     assert ((offsets >= 0) & (offsets <= len(whole))).all()
     for end in range(1, len(ids) + 1):
         begun = own(text.tokenizer, ids[:end])
-        if whole.startswith(begun) and not begun.endswith("\ufffd"):  # it ends between two characters
+        if begun and whole.startswith(begun) and not begun.endswith("\ufffd"):  # it ends between two characters
             # Where tokens mark the ends of words, the space behind a word is the word's, but at the end of the text.
             space = text.tokenizer is word_ends() and whole[len(begun) :].startswith(" ")
             assert offsets[end - 1, 1] - len(begun) in ((0, 1) if space else (0,))
@@ -67,6 +67,12 @@ def test_pieces_of_a_character_share_it():
     said, offsets = check(text, ids)
     assert said == "a漢é<think>"
     assert offsets.tolist() == [[0, 1], [1, 2], [1, 2], [2, 3], [3, 10]]
+
+
+def test_a_space_in_a_broken_run_of_bytes():
+    """It is no space any more when the spaces at the beginning are taken off."""
+    text = TokenText(byte_fallback())
+    check(text, text.tokenizer.convert_tokens_to_ids(["<0x20>", "<0x80>"]))
 
 
 def test_half_a_character():

@@ -12,7 +12,7 @@ from wit_plugins.cli.driver import Prepared, Split
 from wit_plugins.cli.preview.rows import Tokens, blocks, read, row_errors
 from wit_plugins.cli.text import visible
 from wit_plugins.config import WITConfig
-from wit_plugins.tokens.roles import IGNORE_INDEX, PROMPT, RESPONSE, token_array
+from wit_plugins.tokens.roles import IGNORE_INDEX, PROMPT, RESPONSE
 from wit_plugins.tokens.text import TokenText
 
 BINS = 20
@@ -204,13 +204,14 @@ def _compare_with_uncut(
         size = 0
         for number, example in enumerate(block, examples):
             with row_errors(f"dataset {name}, row {number} (from 0) before truncation", example):
-                _, roles, _ = prepared.collator.reader(example)
+                read = prepared.collator.reader(example)
+            roles = read.roles
             is_response = roles == RESPONSE
             examples += 1
             size += len(roles)
             response += int(is_response.sum())
             left = slice(-limit, None) if prepared.truncation == "end" else slice(limit)
-            if len(roles) and (token_array(example["labels"])[left] == IGNORE_INDEX).all():
+            if len(roles) and (read.labels[left] == IGNORE_INDEX).all():
                 unanswered.append(min(len(roles), limit) - 1)
             if len(roles) > limit:
                 summary.long += 1

@@ -1,0 +1,214 @@
+"""Weights that stand in the data: which keys are read, what they may say, and how they get into the labels.
+
+Used while a framework tokenises, the only moment at which a message, its weight and its tokens are known together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from wit_plugins.active import ActiveStrategies
+from wit_plugins.config import WITConfig, survives_float32
+from wit_plugins.errors import BadExampleError
+from wit_plugins.tokens.messages import Render, WeightedMessage, weigh_tokens
+from wit_plugins.tokens.prepared import FINGERPRINT_BITS, prepare
+from wit_plugins.tokens.roles import example_roles
+from wit_plugins.tokens.text import TokenText
+
+_LOOKS_LIKE_A_WEIGHT = re.compile(r"w(ei|ie)gh?t|loss|scale|train", re.IGNORECASE)
+
+
+class UnreadWeightWarning(UserWarning):
+    """A key of a message looks like a weight, and is not read."""
+
+
+class DataWeights:
+    """Reads the weights that stand in the data, and writes them into labels. Picklable.
+
+    Args:
+        config ([`WITConfig`]): says which keys are read, and which strategies.
+        tokenizer (`PreTrainedTokenizerBase`): the one that trains.
+    """
+
+    def __init__(self, config: WITConfig, tokenizer: Any) -> None:
+        self.message_keys = tuple(config.message_weight_keys)
+        self.sample_key = config.sample_weight_key
+        self.tokenizer = tokenizer
+        self.strategies = ActiveStrategies(config.active_strategies())
+        self._token_text = TokenText(tokenizer)
+        self._warned: set[str] = set()
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is read from the data at all."""
+        return bool(self.message_keys or self.sample_key or self.strategies.reading_raw)
+
+    @property
+    def fingerprint(self) -> int:
+        """Of all settings that decide what is written into the labels, below 2^31; for caches, too."""
+        return fingerprint(self.message_keys, self.sample_key, self.strategies)
+
+    def sample_weight(self, example: Mapping[str, Any]) -> float:
+        """What a whole example is multiplied by; 1 if it says nothing.
+
+        Raises:
+            BadExampleError: if what it says is no weight.
+        """
+        value = example.get(self.sample_key) if self.sample_key else None
+        return 1.0 if value is None else _weight(value, str(self.sample_key))
+
+    def message_weight(self, message: Mapping[str, Any], where: str) -> float:
+        """What a message or a part of one is multiplied by; 1 if it says nothing.
+
+        Args:
+            message (`Mapping`): with any of the keys that are read; `None` stands for a key that is not there.
+            where (`str`): what to call it in an error, such as `messages[3]`.
+
+        Raises:
+            BadExampleError: if what it says is no weight, or if two keys say something.
+        """
+        said = {key: message[key] for key in self.message_keys if message.get(key) is not None}
+        if len(said) > 1:
+            both = " and ".join(f"{key} = {value!r}" for key, value in said.items())
+            raise BadExampleError(f"{where} has two weights, {both}; keep one of them")
+        self._look_at(message, where)
+        return next((_weight(value, f"{where}.{key}") for key, value in said.items()), 1.0)
+
+    def says_something(self, example: Mapping[str, Any], messages: Sequence[Mapping[str, Any]] = ()) -> bool:
+        """Whether there is any weight in an example, its messages or their parts, or a strategy that reads it."""
+        if self.strategies.reading_raw or (self.sample_key and example.get(self.sample_key) is not None):
+            return True
+        found = False
+        for message in messages:
+            content = message.get("content")
+            for each in (message, *(content if isinstance(content, (list, tuple)) else ())):
+                if isinstance(each, Mapping):
+                    self._look_at(each, "messages")
+                    found |= any(each.get(key) is not None for key in self.message_keys)
+        return found
+
+    def messages(
+        self, messages: Sequence[Mapping[str, Any]], where: str = "messages", content: str = "content"
+    ) -> list[WeightedMessage]:
+        """Messages with their weights, for [`weigh_tokens`]; their parts of text become one text.
+
+        Args:
+            messages: mappings with a role and a content: a text, or a list of parts `{type: text, text, weight}`.
+            where (`str`): what to call them in errors.
+            content (`str`): under which key the content stands.
+
+        Raises:
+            BadExampleError: naming the message, the key and the value.
+        """
+        made = []
+        for index, message in enumerate(messages):
+            at = f"{where}[{index}]"
+            weight, said = self.message_weight(message, at), message.get(content)
+            pieces: list[tuple[int, int, float]] = []
+            if isinstance(said, (list, tuple)):
+                text = ""
+                for number, part in enumerate(said):
+                    own = self.message_weight(part, f"{at}.{content}[{number}]") if isinstance(part, Mapping) else 1.0
+                    words = part.get("text") if isinstance(part, Mapping) else part
+                    if not isinstance(words, str):
+                        raise BadExampleError(
+                            f"{at}.{content}[{number}] = {part!r}: only parts of text can be weighted; "
+                            "write {type: text, text: …, weight: …}"
+                        )
+                    if own != 1:
+                        pieces.append((len(text), len(text) + len(words), own))
+                    text += words
+            else:
+                text = said or ""
+            made.append(WeightedMessage(text, weight, tuple(pieces)))
+        return made
+
+    def weigh_messages(
+        self, messages: Sequence[WeightedMessage], render: Render, input_ids: Sequence[int]
+    ) -> np.ndarray:
+        """The weights `[T]` of the tokens of rendered messages, float32; see [`weigh_tokens`]."""
+        return weigh_tokens(messages, render, input_ids, self._token_text)
+
+    def labels(
+        self,
+        input_ids: Sequence[int],
+        labels: Sequence[int],
+        weights: np.ndarray | float,
+        raw_example: Mapping[str, Any],
+    ) -> list[int]:
+        """The labels of one document with its tokens' weights in them, see `wit_plugins.tokens.prepared`.
+
+        They stay as they are if everything weighs 1 and no strategy reads the example.
+
+        Args:
+            input_ids, labels: the framework's own, `T` of them, before truncation and packing.
+            weights (`np.ndarray | float`): of its messages, `[T]`, times that of the sample.
+            raw_example (`Mapping`): the example as it stands in the data, for strategies that ask for it.
+
+        Raises:
+            BadExampleError: if labels and ids do not fit each other.
+            ValueError: if a strategy returns what are no weights.
+        """
+        ids, own = np.asarray(input_ids, dtype=np.int64), np.asarray(labels, dtype=np.int64)
+        data = np.broadcast_to(np.asarray(weights, dtype=np.float32), ids.shape).copy()
+        reading = self.strategies.reading_raw
+        if reading:
+            targets, roles, _ = example_roles({"input_ids": ids, "labels": own})
+            text, offsets = self._token_text.decode(targets.tolist())
+            example = {"input_ids": ids, "labels": own}
+            read = self.strategies.static_weights(
+                targets, roles, example, self.tokenizer, text, offsets, raw_example=raw_example
+            )
+            data *= np.where(roles != 0, read, np.float32(1))
+        if not reading and (data == 1).all():
+            return own.tolist()
+        return prepare(own, data, self.fingerprint).tolist()
+
+    def _look_at(self, message: Mapping[str, Any], where: str) -> None:
+        """Warn of keys that look like weights and are not read, of each once."""
+        for key in message.keys() - self._warned - set(self.message_keys):
+            if message[key] is None:
+                continue
+            self._warned.add(key)
+            if _LOOKS_LIKE_A_WEIGHT.search(str(key)) and not str(key).endswith("_detail"):
+                warnings.warn(
+                    f"{where} has a key {key!r} that looks like a weight and is not read; read are "
+                    f"{', '.join(self.message_keys) or 'none'} (message_weight_keys)",
+                    UnreadWeightWarning,
+                    stacklevel=3,
+                )
+
+
+def fingerprint(message_keys: Sequence[str], sample_key: str | None, strategies: ActiveStrategies) -> int:
+    """See [`DataWeights.fingerprint`]."""
+    said = [1, list(message_keys), sample_key, strategies.reading_raw]
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> (64 - FINGERPRINT_BITS)
+
+
+def _weight(value: Any, key: str) -> float:
+    """A weight as the data has it: a number ≥ 0, or true and false for 1 and 0.
+
+    Raises:
+        BadExampleError: if it is anything else.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
+        raise BadExampleError(f"{key} = {value!r}: a weight is a finite number >= 0, or true or false")
+    if value < 0:
+        raise BadExampleError(
+            f"{key} = {value!r}: is below 0, under which the loss has no lower bound (a token's loss can be made as "
+            "large as you like); use 0 to leave it out"
+        )
+    if not survives_float32(float(value)):
+        raise BadExampleError(f"{key} = {value!r}: is out of the range of float32; use a value such as 0.5")
+    return float(value)

@@ -1,0 +1,271 @@
+"""Which tokens a message of a conversation became: for weights that stand at messages, or at parts of them.
+
+A chat template says nothing of what it writes for whom. So it is asked twice, the second time with a mark in each
+message's content; where the marks come out is where the messages are. What belongs to a message beside its content:
+
+- the tokens that end its turn, with the line break behind them,
+- what the template writes in front of it, back to the end of the turn before (the header with its role),
+- where a template ends no turn between two messages, all that is between them belongs to the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from wit_plugins.errors import BadExampleError
+from wit_plugins.tokens.text import TokenText, ends_a_turn
+
+Render = Callable[[Sequence[str]], str]
+"""The framework's own template: from the contents of all messages, one each, to the text that it tokenises."""
+
+_MARKS = (0xF0000, 0x100000)  # where private characters begin, of which a text has none or, by rare luck, some
+_CUTS = (0.5, 0.31, 0.73)  # where in a content the mark stands: templates look at beginnings and ends
+
+
+@dataclass(frozen=True)
+class WeightedMessage:
+    """A message as far as weights are concerned.
+
+    Attributes:
+        content (`str`): its text, as the template is given it; empty for one that has none (tool calls).
+        weight (`float`): what all of its tokens are multiplied by.
+        pieces (`tuple`): begin and end (exclusive) of characters of the content, and what the tokens that write any of
+            them are multiplied by besides.
+    """
+
+    content: str
+    weight: float = 1.0
+    pieces: tuple[tuple[int, int, float], ...] = ()
+
+
+def weigh_tokens(
+    messages: Sequence[WeightedMessage], render: Render, input_ids: Sequence[int], token_text: TokenText
+) -> np.ndarray:
+    """The weights of the tokens of a rendered conversation, float32 `[T]`; 1 for what belongs to no message.
+
+    Args:
+        messages: all of the conversation's, in order.
+        render (`Callable`): see [`Render`].
+        input_ids: what the framework made of the rendered text, `T` of them: all of it, before it is cut.
+        token_text ([`TokenText`]): of the tokenizer.
+
+    Raises:
+        BadExampleError: if messages of different weights cannot be told apart.
+    """
+    weights = np.ones(len(input_ids), dtype=np.float32)
+    if all(message.weight == 1 and not message.pieces for message in messages):
+        return weights
+    text, contents = _located([message.content for message in messages], render)
+    offsets = _offsets(text, list(input_ids), token_text)
+    for message, (start, end) in zip(
+        messages, _token_ranges(messages, contents, input_ids, offsets, token_text), strict=True
+    ):
+        weights[start:end] *= np.float32(message.weight)
+    for index, (message, content) in enumerate(zip(messages, contents, strict=True)):
+        for begin, stop, weight in message.pieces:
+            if content is None or content.lead is None:
+                raise BadExampleError(
+                    f"the chat template changes the text of message {index}, so that no part of it can be weighted; "
+                    "weight the whole message, or use the strategy spans"
+                )
+            first, last = (min(max(at - content.lead, 0) + content.begin, content.end) for at in (begin, stop))
+            touched = (offsets[:, 1] > first) & (offsets[:, 0] < last)
+            weights[touched] *= np.float32(weight)
+    return weights
+
+
+@dataclass(frozen=True)
+class _Content:
+    """Where a message's content stands in the rendered text.
+
+    Attributes:
+        begin, end (`int`): its characters; or, if `lead` is `None`, one of them.
+        lead (`int | None`): how many characters of white space the template took off its beginning.
+    """
+
+    begin: int
+    end: int
+    lead: int | None
+
+    def after(self, lead: int) -> _Content:
+        """With so much more taken off."""
+        return replace(self, lead=None if self.lead is None else self.lead + lead)
+
+
+def _located(texts: Sequence[str], render: Render) -> tuple[str, list[_Content | None]]:
+    """The rendered text, and where each content stands in it; `None` where it does not."""
+    plain = render(texts)
+    bare = [text.strip() for text in texts]
+    # A template that strips writes white space of its own where the content's was; the two look alike.
+    if bare != list(texts) and render(bare) == plain:
+        plain, contents = _located(bare, render)
+        leads = [len(text) - len(text.lstrip()) for text in texts]
+        return plain, [content and content.after(lead) for content, lead in zip(contents, leads, strict=True)]
+    everything = "".join((plain, *texts))
+    first = next((m for m in _MARKS if not any(m <= ord(char) < m + len(texts) for char in set(everything))), None)
+    for cut in _CUTS if first is not None else ():
+        assert first is not None
+        halves = [_halves(text, cut) for text in texts]
+        marked = render(
+            [
+                f"{a}{chr(first + i)}{b}" if a or b else text
+                for i, (text, (a, b)) in enumerate(zip(texts, halves, strict=True))
+            ]
+        )
+        found: dict[int, list[int]] = {}
+        kept: list[str] = []
+        length = begin = 0
+        for at, char in enumerate(marked):
+            index = ord(char) - first
+            if 0 <= index < len(texts):
+                kept.append(marked[begin:at])
+                length, begin = length + at - begin, at + 1
+                found.setdefault(index, []).append(length)
+        if "".join((*kept, marked[begin:])) != plain:
+            continue
+        contents = [_content(plain, halves[i], found.get(i, [])) for i in range(len(texts))]
+        begins = [content.begin for content in contents if content is not None]
+        if begins == sorted(begins):
+            return plain, contents
+    raise BadExampleError(
+        "the chat template does not write the messages one after the other with their contents as they are, so it "
+        "cannot be said which tokens a message became; leave weights of messages out (message_weight_keys: []), or use "
+        "the strategy spans"
+    )
+
+
+def _halves(text: str, cut: float) -> tuple[str, str]:
+    """A text in two, within what is not whitespace: templates strip."""
+    body = len(text.strip())
+    at = len(text) - len(text.lstrip()) + max(min(1, body), int(body * cut))
+    return text[:at], text[at:]
+
+
+def _content(plain: str, halves: tuple[str, str], found: Sequence[int]) -> _Content | None:
+    if len(found) != 1 or not any(half.strip() for half in halves):
+        return None
+    (at,) = found
+    before = next((b for b in (halves[0], halves[0].lstrip()) if plain.endswith(b, 0, at)), None)
+    behind = next((b for b in (halves[1], halves[1].rstrip()) if plain.startswith(b, at)), None)
+    if before is None or behind is None:
+        return _Content(max(0, at - 1), max(1, at), None)
+    return _Content(at - len(before), at + len(behind), len(halves[0]) - len(before))
+
+
+def _offsets(text: str, input_ids: list[int], token_text: TokenText) -> np.ndarray:
+    """Which characters of the rendered text each token writes, int64 `[T, 2]`.
+
+    Raises:
+        BadExampleError: if the tokens are not those of the text.
+    """
+    tokenizer = token_text.tokenizer
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        own = list(encoded["input_ids"])
+        # A framework may put a token in front, and some behind.
+        for extra in (0, 1):
+            if own and input_ids[extra : extra + len(own)] == own:
+                inside = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+                behind = len(input_ids) - extra - len(own)
+                ends = np.full((behind, 2), len(text), dtype=np.int64)
+                return np.concatenate((np.zeros((extra, 2), dtype=np.int64), inside, ends))
+    decoded, offsets = token_text.decode(input_ids)
+    at = decoded.find(text)
+    if at < 0:
+        raise BadExampleError(
+            "the tokens are not those of the rendered messages, so it cannot be said which of them a message became; "
+            "leave weights of messages out (message_weight_keys: []), or use the strategy spans"
+        )
+    return np.clip(offsets - at, 0, len(text))
+
+
+def _token_ranges(
+    messages: Sequence[WeightedMessage],
+    contents: Sequence[_Content | None],
+    input_ids: Sequence[int],
+    offsets: np.ndarray,
+    token_text: TokenText,
+) -> list[tuple[int, int]]:
+    """Begin and end of each message's tokens.
+
+    Raises:
+        BadExampleError: if messages of different weights cannot be told apart.
+    """
+    size = len(input_ids)
+    ends = _ends(input_ids, token_text)
+    ranges = [[0, size] for _ in messages]
+    located = [index for index, content in enumerate(contents) if content is not None]
+    for left, right in zip([None, *located], [*located, None], strict=True):
+        low = 0 if left is None else _tokens_of(contents[left], offsets)[1]
+        high = size if right is None else _tokens_of(contents[right], offsets)[0]
+        cuts = [behind for index, behind in ends if low <= index < high]
+        # Whose turns end between the two: the left one's, and those of messages without content.
+        between = range(0 if left is None else left + 1, len(messages) if right is None else right)
+        turns = [*([] if left is None else [left]), *between]
+        stops = _stops(turns, cuts, low, high, left is None or _is_known(contents[left]), right is None)
+        if stops is None:
+            around = [*turns, *([] if right is None else [right])]
+            if len({messages[index].weight for index in around}) > 1:
+                raise BadExampleError(
+                    f"the tokens of messages {', '.join(map(str, around))} cannot be told from each other in this chat "
+                    "template, and they have different weights; give them the same, or use the strategy spans"
+                )
+            stops = [*[low] * (len(turns) - 1), high, high]  # it does not matter whose they are
+        *stops, begin = stops
+        for index, start, stop in zip(turns, [low, *stops], stops, strict=False):
+            ranges[index] = [ranges[index][0] if index == left else start, stop]
+        if right is not None:
+            ranges[right][0] = begin
+    return [(start, end) for start, end in ranges]
+
+
+def _stops(
+    turns: Sequence[int], cuts: Sequence[int], low: int, high: int, is_whole: bool, is_last: bool
+) -> list[int] | None:
+    """Where each of these turns ends, and then where the next message begins; `None` if that cannot be told.
+
+    Args:
+        turns: messages whose turns end between two contents.
+        cuts: behind the tokens that end a turn there.
+        low, high (`int`): behind the one content, and where the other begins.
+        is_whole (`bool`): whether the end of the one content is known.
+        is_last (`bool`): whether there is no other content, but the end of the text.
+    """
+    if is_last and len(cuts) >= len(turns) - 1:
+        return [*cuts[: len(turns) - 1], *([high] if turns else []), high]
+    if not turns:
+        return [cuts[-1] if cuts else 0]
+    if len(cuts) == len(turns) or (len(turns) == 1 and cuts):  # with more, the template has turns of its own there
+        return [*cuts[: len(turns)], cuts[-1]]
+    if len(turns) == 1 and is_whole and not is_last:
+        return [low, low]
+    return None
+
+
+def _is_known(content: _Content | None) -> bool:
+    return content is not None and content.lead is not None
+
+
+def _tokens_of(content: _Content | None, offsets: np.ndarray) -> tuple[int, int]:
+    """The first token that writes any of a content, and the one behind the last."""
+    assert content is not None
+    inside = np.flatnonzero((offsets[:, 1] > content.begin) & (offsets[:, 0] < content.end))
+    return (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0)
+
+
+def _ends(input_ids: Sequence[int], token_text: TokenText) -> list[tuple[int, int]]:
+    """Each token that ends a turn, and the one behind it and the white space that follows."""
+    made = []
+    for index in np.flatnonzero(ends_a_turn(input_ids, token_text)).tolist():
+        after = index + 1
+        while (
+            after < len(input_ids)
+            and input_ids[after] not in token_text.special
+            and not token_text(input_ids[after]).strip()
+        ):
+            after += 1
+        made.append((index, after))
+    return made
