@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 from datasets import Dataset
-from span_reference import expected, from_ids, weighted_loss
+from span_reference import expected, from_ids, of_spans, span_logs, weighted_loss
 from support import all_relative_error, document_logits, from_dataset, llama, plain_copy
 from tokenizers_by_kind import byte_level
 from trlkit import LEARNING_RATE, logs, sft_trainer, weights_of
@@ -21,9 +21,10 @@ SPANS = [
     {"between": ["<think>", "</think>"], "role": "response", "weight": 0.5},
     {"named": "reasoning", "delimiters": False, "weight": 3},
     {"match": "<tool_call>.*?</tool_call>", "weight": 2.0},
-    {"match": "four|the", "weight": 0},
+    {"match": "four|the", "weight": 0, "name": "words"},
     {"named": "last_turn", "weight": 1.0, "others": 0.3},
 ]
+NAMES = ["think", "reasoning", "tool_call", "words", "last_turn"]  # in the log
 
 
 def conversations():
@@ -55,8 +56,11 @@ def test_loss_and_step_are_those_of_the_text(tmp_path, args, loss_impl):
     weights = [expected(document, SPANS, 0.2, 0.8) for document in written]
     assert len({round(weight, 6) for own in weights for weight in own}) >= 8
     model = plain_copy(trainer.model).train()
-    loss = weighted_loss(document_logits(model, documents), weights)
+    scored = list(document_logits(model, documents))
+    loss = weighted_loss(scored, weights)
     loss.backward()
+    logged = span_logs(scored, written, SPANS, NAMES, weights)
+    assert {key.partition("/")[2] for key in logged} == set(NAMES) - {"words"}  # of weight 0, so not computed
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
 
     before = weights_of(trainer)
@@ -70,6 +74,7 @@ def test_loss_and_step_are_those_of_the_text(tmp_path, args, loss_impl):
     assert trainer.state.global_step == 1
     taken = {name: (before[name] - after) / LEARNING_RATE for name, after in weights_of(trainer).items()}
     assert logs(trainer)[0] == pytest.approx(loss.item(), rel=1e-5)
+    assert of_spans(trainer.state.log_history[0]) == pytest.approx(logged, rel=1e-5)
     assert all_relative_error(taken, gradients) < 1e-4
 
 
