@@ -142,9 +142,28 @@ def turns(response):
     return found
 
 
+def members(document, span):
+    """The tokens that a span is about."""
+    text = document.text
+    if span.get("named") == "last_turn":
+        found = turns([r and i > 0 for i, r in enumerate(document.response)])
+        return set(found[-1]) if found else set()
+    if "between" in span:
+        inside = delimited(text, [tuple(span["between"])], span.get("delimiters", True))
+    elif "match" in span:
+        inside = [False] * len(text)
+        for found in re.finditer(span["match"], text, flags=re.DOTALL):
+            inside[found.start() : found.end()] = [True] * (found.end() - found.start())
+    elif span["named"] == "reasoning":
+        inside = delimited(text, REASONING, span.get("delimiters", True))
+    else:
+        inside = fences(text, span.get("delimiters", True))
+    touched = set().union(*(own for (_, own), is_in in zip(document.characters, inside, strict=True) if is_in))
+    return {i for i in touched if "role" not in span or document.response[i] == (span["role"] == "response")}
+
+
 def expected(document, options, prompt_weight, response_weight):
     """What each token weighs, in float64."""
-    text = document.text
     response = [r and i > 0 for i, r in enumerate(document.response)]
     weights = [response_weight if r else prompt_weight for r in document.response]
     for span in options:
@@ -158,25 +177,43 @@ def expected(document, options, prompt_weight, response_weight):
                 for index in turn:
                     weights[index] *= factor
             continue
-        if "between" in span:
-            inside = delimited(text, [tuple(span["between"])], span.get("delimiters", True))
-        elif "match" in span:
-            inside = [False] * len(text)
-            for found in re.finditer(span["match"], text, flags=re.DOTALL):
-                inside[found.start() : found.end()] = [True] * (found.end() - found.start())
-        elif span["named"] == "reasoning":
-            inside = delimited(text, REASONING, span.get("delimiters", True))
-        else:
-            inside = fences(text, span.get("delimiters", True))
-        touched = set().union(*(own for (_, own), is_in in zip(document.characters, inside, strict=True) if is_in))
-        for index in touched:
-            if "role" not in span or document.response[index] == (span["role"] == "response"):
-                weights[index] *= span["weight"]
+        for index in members(document, span):
+            weights[index] *= span["weight"]
     return [0.0, *weights[1:]]
 
 
-def weighted_loss(scored, weights):
-    """Σ w·nll over the number of tokens whose weight is not 0, in float64.
+def span_logs(scored, documents, options, names, weights=None):
+    """What the log says of each span: its unweighted mean loss and its tokens, role by role, in float64.
+
+    Args:
+        scored: for each document its logits `[T, V]`, its targets and whatever else.
+        documents: the same as [`Written`].
+        options: the spans.
+        names: what the log calls them.
+        weights: for each document the weight of each token; those of weight 0 are not computed in training.
+    """
+    sums = {}
+    for index, ((logits, targets, *_), document) in enumerate(zip(scored, documents, strict=True)):
+        log_probs = logits.detach().to(torch.float64).log_softmax(-1)
+        for span, name in zip(options, names, strict=True):
+            for t in members(document, span):
+                if t == 0 or (weights is not None and weights[index][t] == 0):
+                    continue
+                role = "response" if document.response[t] else "prompt"
+                nll, count = sums.get((role, name), (0.0, 0))
+                sums[role, name] = nll - log_probs[t - 1, targets[t]].item(), count + 1
+    losses = {f"{role}_loss/{name}": nll / count for (role, name), (nll, count) in sums.items()}
+    return losses | {f"{role}_tokens/{name}": count for (role, name), (_, count) in sums.items()}
+
+
+def of_spans(log, prefix=""):
+    """What a log says of spans, without the prefix."""
+    pattern = re.compile(f"{prefix}((prompt|response)_(loss|tokens)/.*)")
+    return {found[1]: value for key, value in log.items() if (found := pattern.fullmatch(key))}
+
+
+def weighted_loss(scored, weights, normalization="nonzero_tokens"):
+    """Σ w·nll over the number of tokens whose weight is not 0, or over Σ w, in float64.
 
     Args:
         scored: for each document its logits `[T, V]`, its targets and whatever else.
@@ -187,5 +224,5 @@ def weighted_loss(scored, weights):
         log_probs = logits.to(torch.float64).log_softmax(-1)
         for t in range(1, len(targets)):
             numerator = numerator - own[t] * log_probs[t - 1, targets[t]]
-            count += own[t] != 0
+            count += own[t] if normalization == "weight_sum" else own[t] != 0
     return numerator / count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Options = Mapping[str, Any] | Sequence[Any]
+SPAN_NAME = r"[A-Za-z0-9_.-]{1,64}"  # in the keys of the log
+MAX_SPANS = 62  # that are logged; the batch has a bit for each
 TEXT_ARGUMENTS = frozenset({"tokenizer", "text", "offsets"})  # of hooks that are called with a document
 RAW_ARGUMENT = "raw_example"  # of hooks that are called while the framework tokenises
 
@@ -31,7 +34,7 @@ class _Strategy:
         manager = plugin_manager()
         self.plugin = manager.get_plugin(name)
         self._hooks: dict[str, pluggy.HookImpl] = {}
-        for hook in ("validate_options", "find_spans", *HOOKS_OF_A_STRATEGY):
+        for hook in ("validate_options", "find_spans", "logged_spans", *HOOKS_OF_A_STRATEGY):
             for impl in getattr(manager.hook, hook).get_hookimpls():
                 if impl.plugin is self.plugin:
                     self._hooks[hook] = impl
@@ -74,8 +77,13 @@ class ActiveStrategies:
     Args:
         options_by_name (`Mapping[str, Mapping | Sequence]`): registered name to options.
 
+    Attributes:
+        logged_spans (`dict[str, str]`): the spans whose losses are logged, as [`ActiveStrategies.find_spans`] names
+            them, in the order of their bits in a batch, and what the log calls them.
+
     Raises:
-        WITConfigError: for a name that is not registered, or options that the strategy refuses.
+        WITConfigError: for a name that is not registered, options that the strategy refuses, or spans that cannot be
+            logged.
     """
 
     def __init__(self, options_by_name: Mapping[str, Options]):
@@ -90,6 +98,7 @@ class ActiveStrategies:
         self._bind()
         for strategy in self._strategies:
             self._validate(strategy)
+        self.logged_spans = self._find_logged_spans()
 
     @staticmethod
     def _validate(strategy: _Strategy) -> None:
@@ -113,6 +122,37 @@ class ActiveStrategies:
         self._strategies = [_Strategy(name, options) for name, options in self.options_by_name.items()]
         self._dynamic = [strategy for strategy in self._strategies if strategy.has("dynamic_weights")]
         self._seen: set[str] = set()  # dynamic strategies whose first answer was looked at
+
+    def _find_logged_spans(self) -> dict[str, str]:
+        """The spans whose losses are logged.
+
+        Raises:
+            WITConfigError: if there are too many, or names that cannot be keys of the log.
+        """
+        found: dict[str, str] = {}
+        taken: dict[str, str] = {}  # who has a name
+        for strategy in self._strategies:
+            own: Mapping[str, str] = strategy.call("logged_spans") or {}
+            for name, key in own.items():
+                if not isinstance(key, str) or not re.fullmatch(SPAN_NAME, key):
+                    raise WITConfigError(
+                        f"strategies: {strategy.name}: the span {name!r} is to be logged as {key!r}; a name in the log "
+                        "is made of letters, digits, '_', '-' and '.', 64 at most"
+                    )
+                if key in taken:
+                    raise WITConfigError(
+                        f"strategies: {strategy.name}: a span is to be logged as {key!r}, and so is one of "
+                        f"{taken[key]}; give one of them another name"
+                    )
+                taken[key] = strategy.name
+                found[f"{strategy.name}: {name}"] = key
+        if len(found) > MAX_SPANS:
+            over = list(found)[MAX_SPANS:]
+            raise WITConfigError(
+                f"strategies: {len(found)} spans have their losses logged, and {MAX_SPANS} can; leave some out, "
+                f"or put several into one pattern (the last ones are {', '.join(over[:3])})"
+            )
+        return found
 
     @property
     def looks_for_spans(self) -> bool:
@@ -274,10 +314,10 @@ class ActiveStrategies:
     def __getstate__(self) -> dict[str, Any]:
         # Modules do not pickle; their names do.
         refs = {s.name: s.plugin.__name__ if inspect.ismodule(s.plugin) else s.plugin for s in self._strategies}
-        return {"options_by_name": self.options_by_name, "plugins": refs}
+        return {"options_by_name": self.options_by_name, "plugins": refs, "logged_spans": self.logged_spans}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.options_by_name = state["options_by_name"]
+        self.options_by_name, self.logged_spans = state["options_by_name"], state["logged_spans"]
         for name, plugin in state["plugins"].items():
             # A spawned worker has the entry points, but not what the parent registered by hand.
             if not plugin_manager().has_plugin(name):

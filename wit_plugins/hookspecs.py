@@ -1,6 +1,6 @@
 """The contract: everything a weighting strategy or a framework adapter can implement, on one page.
 
-A strategy is a plugin (a module or an object) with a registered name and any of the first four hooks, marked with
+A strategy is a plugin (a module or an object) with a registered name and any of the first five hooks, marked with
 `wit_plugins.hookimpl`. The weights of all active strategies are multiplied. WIT itself is the strategy `wit`.
 An implementation names the arguments that it needs and leaves the others out.
 """
@@ -78,7 +78,12 @@ def find_spans(
     offsets: np.ndarray,
     options: Mapping[str, Any] | Sequence[Any],
 ) -> Mapping[str, np.ndarray] | None:
-    """The parts of one document that the weights are about, by name: bool `[T]` each, for checks before training."""
+    """The parts of one document that the weights are about, by name: bool `[T]` each, for checks and for the log."""
+
+
+@hookspec(firstresult=True)
+def logged_spans(options: Mapping[str, Any] | Sequence[Any]) -> Mapping[str, str] | None:
+    """Those of `find_spans` whose own losses are logged, by name: what each is called in the log's keys."""
 
 
 @hookspec(firstresult=True)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from axokit import CHAT, Workplace
-from span_reference import expected, from_ids, weighted_loss
+from span_reference import expected, from_ids, of_spans, span_logs, weighted_loss
 from support import all_relative_error, document_logits, plain_copy
 from words import tokenizer
 
@@ -38,12 +38,17 @@ def test_loss_and_step_are_those_of_the_text(workplace, settings):
     assert run.trainer.state.global_step == 1
     assert len(run.docs) == 8
     words = tokenizer()
-    weights = [expected(from_ids(words, d.input_ids, d.is_response), SPANS, 0.2, 0.8) for d in run.docs]
+    written = [from_ids(words, d.input_ids, d.is_response) for d in run.docs]
+    weights = [expected(document, SPANS, 0.2, 0.8) for document in written]
     assert len({round(weight, 6) for own in weights for weight in own}) >= 6
     with run.at_start() as model:
         copy = plain_copy(model).train()
-    loss = weighted_loss(document_logits(copy, run.docs), weights)
+    scored = list(document_logits(copy, run.docs))
+    loss = weighted_loss(scored, weights)
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in copy.named_parameters()}
     assert run.losses[0] == pytest.approx(loss.item(), rel=1e-5)
+    logged = span_logs(scored, written, SPANS, ["w10-w11", "w3-0-9", "last_turn"], weights)
+    assert len(logged) == 8  # the second one in the prompt too
+    assert of_spans(run.trainer.state.log_history[0]) == pytest.approx(logged, rel=1e-5)
     assert all_relative_error(run.taken, gradients) < 1e-4

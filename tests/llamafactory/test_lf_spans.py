@@ -2,7 +2,7 @@
 
 import pytest
 from lfkit import LOSS, NEAT, alone, in_rows, layout_args, place, rows_of, run, tokenizer
-from span_reference import expected, from_ids, weighted_loss
+from span_reference import expected, from_ids, of_spans, span_logs, weighted_loss
 from support import all_relative_error
 
 SPANS = [
@@ -10,6 +10,11 @@ SPANS = [
     {"match": "four|tw.", "weight": 2.0},
     {"named": "template", "weight": 0.5},
 ]
+
+
+# What `template` is in ChatML, for the reference.
+BY_PATTERN = [*SPANS[:2], {"match": r"<\|im_start\|>(user|assistant)\n|<\|im_end\|>\n"}]
+NAMES = ["reasoning", "four-tw", "template"]  # in the log
 
 
 def data():
@@ -42,14 +47,16 @@ def test_loss_and_step_are_those_of_the_text(tmp_path, layout):
     recorder = run(workplace.config(dataset="spans", cutoff_len=512, **layout_args(layout)), wit)
     assert len(docs) == 8
     rows = rows_of(recorder.dataset, docs) if layout == "packing" else [[doc] for doc in docs]
-    weights = []
-    for doc in (doc for row in rows for doc in row):
-        written = from_ids(tokenizer(), doc.input_ids, doc.is_response)
-        weights.append(by_hand(written, expected(written, SPANS[:2], 0.4, 0.6)))
+    written = [from_ids(tokenizer(), doc.input_ids, doc.is_response) for row in rows for doc in row]
+    weights = [by_hand(document, expected(document, SPANS[:2], 0.4, 0.6)) for document in written]
     scored = in_rows(rows) if layout == "packing" else alone(docs)
-    loss = weighted_loss(scored(recorder.initial.train()), weights)
+    scored = list(scored(recorder.initial.train()))
+    loss = weighted_loss(scored, weights)
     recorder.initial.zero_grad()
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in recorder.initial.named_parameters()}
     assert recorder.logged() == [pytest.approx(loss.item(), **LOSS)]
+    logged = span_logs(scored, written, BY_PATTERN, NAMES, weights)
+    assert len(logged) == 10  # the first one in the response alone
+    assert of_spans(recorder.state.log_history[0]) == pytest.approx(logged, **LOSS)
     assert all_relative_error(recorder.taken, gradients) < 1e-4

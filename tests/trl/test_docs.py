@@ -47,14 +47,14 @@ def registered():
 
 
 def test_every_plugin_is_complete_in_under_ten_lines():
-    assert len(complete_plugins()) == 4
+    assert len(complete_plugins()) == 5
     for code in complete_plugins():
         assert len(code.strip().splitlines()) < 10
 
 
 def test_lighter_reasoning_tokens_in_a_real_run(tmp_path, registered):
     """As documented: half the weight between the two markers, registered and configured by the documented lines."""
-    static, _, validate, _ = complete_plugins()
+    static, _, validate, *_ = complete_plugins()
     module = as_module(static + validate, "reasoning")
     trainer = sft_trainer(tmp_path)
     docs = from_dataset(trainer.train_dataset)
@@ -89,16 +89,16 @@ def test_lighter_reasoning_tokens_in_a_real_run(tmp_path, registered):
 
 
 def test_wrong_options_of_the_documented_plugin(tmp_path, registered):
-    static, _, validate, _ = complete_plugins()
+    static, _, validate, *_ = complete_plugins()
     registered(as_module(static + validate, "reasoning"), "reasoning")
     with pytest.raises(wit_plugins.WITConfigError, match=r"reasoning: needs open, close and weight, got \['weight'\]"):
         WITCallback(sft_trainer(tmp_path), prompt_weight=0.2, strategies={"reasoning": {"weight": 0.5}})
 
 
 def test_the_documented_spans_are_looked_for(tmp_path, registered):
-    """Not a word where the markers are, a warning that names the span where they are not."""
-    static, _, _, spans = complete_plugins()
-    registered(as_module(static + spans, "reasoning"), "reasoning")
+    """Not a word where the markers are, a warning that names the span where they are not; and they are logged."""
+    static, _, _, spans, logged = complete_plugins()
+    registered(as_module(static + spans + logged, "reasoning"), "reasoning")
     for opened, closed in ((200, 201), (None, None)):
         trainer = sft_trainer(tmp_path)
         ids = trainer.train_dataset[3]["input_ids"]
@@ -108,6 +108,21 @@ def test_the_documented_spans_are_looked_for(tmp_path, registered):
             trainer.add_callback(WITCallback(trainer, prompt_weight=0.2, strategies={"reasoning": options}))
         named = [str(item.message) for item in caught if "reasoning: reasoning: matches nothing" in str(item.message)]
         assert len(named) == (opened is not None)
+    trainer.train()
+    # From one marker to before the other: those of this document, and whatever is between them in the others.
+    tokens = sum(
+        "/reasoning" in key and "tokens" in key and value for key, value in trainer.state.log_history[0].items()
+    )
+    assert tokens == sum(_between(row["input_ids"], options["open"], options["close"]) for row in trainer.train_dataset)
+
+
+def _between(ids, opening, closing):
+    """How many of the tokens that are predicted stand where more was opened than closed, the opening one included."""
+    depth, found = 0, 0
+    for index, token in enumerate(ids):
+        depth += (token == opening) - (token == closing)
+        found += depth > 0 and index > 0
+    return found
 
 
 def test_the_documented_dft_is_dft(tmp_path, registered):

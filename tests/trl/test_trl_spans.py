@@ -1,11 +1,15 @@
 """Spans through the real `SFTTrainer`: loss and step equal a float64 computation from the text, packed and unpacked."""
 
+import json
+import subprocess
+import sys
 import warnings
 
 import pytest
+import torch
 from datasets import Dataset
-from span_reference import expected, from_ids, weighted_loss
-from support import all_relative_error, document_logits, from_dataset, llama, plain_copy
+from span_reference import expected, from_ids, of_spans, span_logs, weighted_loss
+from support import all_relative_error, document_logits, from_dataset, llama, plain_copy, subprocess_env
 from tokenizers_by_kind import byte_level
 from trlkit import LEARNING_RATE, logs, sft_trainer, weights_of
 from wit_trl import WITCallback
@@ -21,9 +25,10 @@ SPANS = [
     {"between": ["<think>", "</think>"], "role": "response", "weight": 0.5},
     {"named": "reasoning", "delimiters": False, "weight": 3},
     {"match": "<tool_call>.*?</tool_call>", "weight": 2.0},
-    {"match": "four|the", "weight": 0},
+    {"match": "four|the", "weight": 0, "name": "words"},
     {"named": "last_turn", "weight": 1.0, "others": 0.3},
 ]
+NAMES = ["think", "reasoning", "tool_call", "words", "last_turn"]  # in the log
 
 
 def conversations():
@@ -37,12 +42,16 @@ def conversations():
     return Dataset.from_list(rows)
 
 
-def made(tmp_path, **args):
+def made(tmp_path, held_out=0, **args):
     tokenizer = byte_level()
     tokenizer.chat_template = TEMPLATE
     model = llama(vocab_size=len(tokenizer), max_position_embeddings=512)
     settings = {"assistant_only_loss": True, "max_length": 400, **args}
-    return sft_trainer(tmp_path, conversations(), model, {"processing_class": tokenizer}, **settings)
+    kwargs = {"processing_class": tokenizer}
+    if held_out:
+        kwargs["eval_dataset"] = conversations().select(range(held_out))
+        settings |= {"eval_strategy": "epoch", "per_device_eval_batch_size": 1}
+    return sft_trainer(tmp_path, conversations(), model, kwargs, **settings)
 
 
 @pytest.mark.parametrize("args", [{}, {"packing": True}, {"packing": True, "dataloader_num_workers": 1}])
@@ -55,8 +64,11 @@ def test_loss_and_step_are_those_of_the_text(tmp_path, args, loss_impl):
     weights = [expected(document, SPANS, 0.2, 0.8) for document in written]
     assert len({round(weight, 6) for own in weights for weight in own}) >= 8
     model = plain_copy(trainer.model).train()
-    loss = weighted_loss(document_logits(model, documents), weights)
+    scored = list(document_logits(model, documents))
+    loss = weighted_loss(scored, weights)
     loss.backward()
+    logged = span_logs(scored, written, SPANS, NAMES, weights)
+    assert {key.partition("/")[2] for key in logged} == set(NAMES) - {"words"}  # of weight 0, so not computed
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
 
     before = weights_of(trainer)
@@ -70,7 +82,79 @@ def test_loss_and_step_are_those_of_the_text(tmp_path, args, loss_impl):
     assert trainer.state.global_step == 1
     taken = {name: (before[name] - after) / LEARNING_RATE for name, after in weights_of(trainer).items()}
     assert logs(trainer)[0] == pytest.approx(loss.item(), rel=1e-5)
+    assert of_spans(trainer.state.log_history[0]) == pytest.approx(logged, rel=1e-5)
     assert all_relative_error(taken, gradients) < 1e-4
+
+
+ON_TWO = """
+import json, pathlib, sys, torch
+import test_trl_spans as t
+from trlkit import weights_of
+from wit_trl import WITCallback
+
+folder = pathlib.Path(sys.argv[1])
+for number, (normalization, args) in enumerate(t.CASES):
+    trainer = t.made(folder, held_out=8 if args.get("packing") else 3, **args)
+    trainer.add_callback(WITCallback(trainer, prompt_weight=0.2, response_weight=0.8, normalization=normalization,
+                                     strategies={"spans": t.SPANS}))
+    assert trainer.accelerator.num_processes == 2
+    trainer.train()
+    if trainer.is_world_process_zero():
+        (folder / f"{number}.json").write_text(json.dumps(trainer.state.log_history))
+        torch.save(weights_of(trainer), folder / f"{number}.pt")
+"""
+CASES = [
+    ("nonzero_tokens", {"per_device_train_batch_size": 4}),
+    ("weight_sum", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
+    ("nonzero_tokens", {"per_device_train_batch_size": 2, "packing": True, "max_length": 300}),
+    (
+        "weight_sum",
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "packing": True, "max_length": 300},
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory):
+    """All cases in two processes that are started once."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "run.py").write_text(ON_TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "run.py"]
+    done = subprocess.run([*command, str(folder)], env=subprocess_env(), cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.xdist_group("spans on two ranks")
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_two_processes_are_one(on_two_ranks, tmp_path, number):
+    """Loss, step and the spans' losses, in training and evaluation, are those of all documents' text."""
+    normalization, args = CASES[number]
+    alone = made(tmp_path, **args)
+    documents = from_dataset(alone.train_dataset)
+    if args.get("packing"):
+        assert len(alone.train_dataset) == 4  # rows: two on each rank, none of them repeated
+    written = [from_ids(alone.processing_class, doc.input_ids, doc.is_response) for doc in documents]
+    weights = [expected(document, SPANS, 0.2, 0.8) for document in written]
+    model = plain_copy(alone.model).train()
+    scored = list(document_logits(model, documents))
+    loss = weighted_loss(scored, weights, normalization)
+    loss.backward()
+    history = json.loads((on_two_ranks / f"{number}.json").read_text())
+    training, evaluation = history[0], next(entry for entry in history if "eval_loss" in entry)
+    assert training["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert of_spans(training) == pytest.approx(span_logs(scored, written, SPANS, NAMES, weights), rel=1e-5)
+    before, after = weights_of(alone), torch.load(on_two_ranks / f"{number}.pt")
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    taken = {name: (before[name] - after[name]) / LEARNING_RATE for name in gradients}
+    assert all_relative_error(taken, gradients) < 1e-4
+
+    alone.model.load_state_dict(after)
+    held_out = slice(None if args.get("packing") else 3)
+    with torch.no_grad():
+        scored = list(document_logits(plain_copy(alone.model).eval(), documents[held_out]))
+    logged = span_logs(scored, written[held_out], SPANS, NAMES)
+    assert of_spans(evaluation, "eval_") == pytest.approx(logged, rel=1e-5)
 
 
 def test_what_matches_nothing_is_said_before_training(tmp_path):

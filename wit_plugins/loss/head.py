@@ -26,6 +26,7 @@ from wit_plugins.loss.step import OutputFormat, Step
 from wit_plugins.loss.weighted import MicroBatch
 from wit_plugins.tokens.collator import CODES_KEY
 from wit_plugins.tokens.roles import IGNORE_INDEX
+from wit_plugins.tokens.span_bits import SPANS_KEY
 from wit_plugins.tokens.transport import MAX_VOCAB_SIZE, framework_labels
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,14 @@ class WeightedHead:
             self.model.forward = self._own_forward
 
     def forward(
-        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Any, codes: Any, num_items: Any
+        self,
+        model: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        labels: Any,
+        codes: Any,
+        spans: Any,
+        num_items: Any,
     ) -> Any:
         """What the patched model's forward does.
 
@@ -100,10 +108,12 @@ class WeightedHead:
             args, kwargs: all further arguments of the model's forward.
             labels (`torch.Tensor | None`): int64 `[B, L]`.
             codes (`torch.Tensor | None`): `weighted_labels`, int64 `[B, L]`.
+            spans (`torch.Tensor | None`): `weighted_spans`, int64 `[B, L]`, if any are logged.
             num_items (`torch.Tensor | None`): `num_items_in_batch`, which a weighted call gets by `step` instead.
 
         Raises:
-            WeightsNotAppliedError: if the weights do not belong to the labels, or it is no call of `compute_loss`.
+            WeightsNotAppliedError: if the weights do not belong to the labels, spans that are logged are missing, or
+                it is no call of `compute_loss`.
         """
         if codes is None or labels is None or not self.enabled:
             given = {"labels": labels, "num_items_in_batch": num_items}
@@ -114,6 +124,12 @@ class WeightedHead:
             raise WeightsNotAppliedError(
                 f"the model was called with {CODES_KEY} outside the trainer's compute_loss; call it without"
             )
+        if spans is None and self.strategies.logged_spans:
+            raise WeightsNotAppliedError(
+                f"the model was called with {CODES_KEY} and without {SPANS_KEY}, by which spans are logged: something "
+                "between the collator and the model takes it out of the batch; leave it in"
+            )
+        step.spans = spans
         kwargs = {key: value for key, value in kwargs.items() if key not in self.adapter.head_kwargs}
         kwargs["return_dict"] = True
         output = None
@@ -182,9 +198,13 @@ class WeightedHead:
     def _micro_batch(
         self, codes: torch.Tensor, labels: torch.Tensor, step: Step, num_logits: int, device: torch.device
     ) -> MicroBatch:
+        codes, spans = self._align(codes, labels, num_logits).to(device), step.spans
+        if spans is not None:
+            spans = torch.nn.functional.pad(spans.to(device), (codes.shape[1] - spans.shape[1], 0))
         return MicroBatch(
-            self._align(codes, labels, num_logits).to(device),
+            codes,
             self.strategies,
+            spans=spans,
             normalization=self.normalization,
             num_items=step.num_items,
             every_role=not step.training,
@@ -225,11 +245,12 @@ def _forward_like(original: Callable[..., Any], attribute: str) -> Callable[...,
         *args: Any,
         labels: Any = None,
         weighted_labels: Any = None,
+        weighted_spans: Any = None,
         num_items_in_batch: Any = None,
         **rest: Any,
     ) -> Any:
         head: WeightedHead = self.__dict__[attribute]
-        return head.forward(self, args, rest, labels, weighted_labels, num_items_in_batch)
+        return head.forward(self, args, rest, labels, weighted_labels, weighted_spans, num_items_in_batch)
 
     # Trainers read off the signature which columns a model takes.
     signature = inspect.signature(original)

@@ -22,6 +22,7 @@ class Step:
         aux_loss_coefficient (`float`): the model's own weight of a mixture of experts' auxiliary loss.
         aux_loss_scale (`float`): what that loss is multiplied by beside it, so that what the trainer makes of the whole
             loss afterwards leaves it as the trainer without weights would have it.
+        spans (`torch.Tensor | None`): int64 `[B, L]`, which logged spans each token is in; set by the head.
         result ([`WeightedLoss`] | None): set by the head.
         aux_loss (`torch.Tensor | None`): the auxiliary loss that came with it, detached.
     """
@@ -31,6 +32,7 @@ class Step:
     prediction_loss_only: bool = True
     aux_loss_coefficient: float = 0.0
     aux_loss_scale: float = 1.0
+    spans: torch.Tensor | None = None
     result: WeightedLoss | None = None
     aux_loss: torch.Tensor | None = None
 

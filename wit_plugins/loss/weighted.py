@@ -10,6 +10,7 @@ from wit_plugins.active import ActiveStrategies
 from wit_plugins.linear_cross_entropy import Head, TokenNLL, Tokens, linear_nll, logits_nll
 from wit_plugins.loss.normalization import denominator, safe
 from wit_plugins.tokens.roles import PROMPT, RESPONSE
+from wit_plugins.tokens.span_bits import inside
 from wit_plugins.tokens.transport import decode
 
 
@@ -20,9 +21,9 @@ class WeightedLoss:
     Attributes:
         loss (`torch.Tensor`): Σ w·nll / denominator, a differentiable scalar, float32 (float64 for a float64 model).
         denominator (`torch.Tensor`): the step's denominator if it is known, else this batch's; at least 1 or > 0.
-        role_sums (`torch.Tensor`): `[B, 4]` detached, float64 (float32 on MPS), for each row of the batch: Σ nll of
-            the prompt, its number of tokens, Σ nll of the response, its number of tokens. Unweighted; only tokens that
-            were computed.
+        role_sums (`torch.Tensor`): `[B, 4 + 4·S]` detached, float64 (float32 on MPS), for each row of the batch: Σ nll
+            of the prompt, its number of tokens, Σ nll of the response, its number of tokens; and the same four for each
+            of the S logged spans. Unweighted; only tokens that were computed.
         labels_count (`torch.Tensor`): number of predicted response tokens, i.e. of labels other than -100; a scalar.
         correct (`torch.Tensor | None`): how many of them are the model's first choice; a scalar.
         entropy (`torch.Tensor | None`): Σ over them of the entropy of the model's distribution, in nats; a scalar.
@@ -45,7 +46,8 @@ class MicroBatch:
     Args:
         codes (`torch.Tensor`): int64 `[B, L]`, see `wit_plugins.tokens.transport`, on the device that computes. Token t
             of a row is predicted at position t - 1; the first one of a row by nothing.
-        strategies ([`ActiveStrategies`]): for the dynamic weights.
+        strategies ([`ActiveStrategies`]): for the dynamic weights, and how many spans are logged.
+        spans (`torch.Tensor`, *optional*): int64 `[B, L]`, see `wit_plugins.tokens.span_bits`; needed if any are.
         normalization (`str`): `nonzero_tokens` or `weight_sum`; used if `num_items` is `None`.
         num_items (`torch.Tensor`, *optional*): the whole step's denominator, a scalar.
         every_role (`bool`): compute tokens of weight 0 as well (evaluation), for the roles' own sums.
@@ -57,6 +59,7 @@ class MicroBatch:
         codes: torch.Tensor,
         strategies: ActiveStrategies,
         *,
+        spans: torch.Tensor | None = None,
         normalization: str = "nonzero_tokens",
         num_items: torch.Tensor | None = None,
         every_role: bool = False,
@@ -74,6 +77,7 @@ class MicroBatch:
         self.row, column = torch.nonzero(wanted, as_tuple=True)
         self.positions = self.row * length + column  # [N], of [B, L]: the position that predicts the token
         self.targets, self.roles, self.weights = (x[self.row, column] for x in (targets, roles, weights))  # [N]
+        self.spans = None if spans is None else spans[:, 1:][self.row, column]  # [N]
         self.labels_count = is_response.sum()
         self.denominator = safe(denominator(codes, normalization) if num_items is None else num_items.to(codes.device))
         self.strategies, self.every_role, self.metrics = strategies, every_role, response_metrics
@@ -117,9 +121,17 @@ class MicroBatch:
     def _role_sums(self, nll: torch.Tensor) -> torch.Tensor:
         dtype = torch.float32 if nll.device.type == "mps" else torch.float64
         counted = torch.ones_like(nll) if self.every_role else (self.weights != 0).to(nll.dtype)
-        sums = torch.zeros(self.batch_size, 4, dtype=dtype, device=nll.device)
-        for index, role in enumerate((PROMPT, RESPONSE)):
+        parts = []
+        for role in (PROMPT, RESPONSE):
             mine = counted.to(dtype) * (self.roles == role)
-            sums[:, 2 * index].index_add_(0, self.row, mine * nll.to(dtype))
-            sums[:, 2 * index + 1].index_add_(0, self.row, mine)
+            parts += [mine * nll.to(dtype), mine]
+        of_tokens = torch.stack(parts, dim=1)  # [N, 4]
+        spans = self.spans
+        logged = 0 if spans is None else len(self.strategies.logged_spans)
+        sums = of_tokens.new_zeros(self.batch_size, 4 + 4 * logged)
+        sums[:, :4].index_add_(0, self.row, of_tokens)
+        if spans is not None:
+            for index in range(logged):
+                own = torch.where(inside(spans, index)[:, None], of_tokens, 0)
+                sums[:, 4 + 4 * index : 8 + 4 * index].index_add_(0, self.row, own)
         return sums

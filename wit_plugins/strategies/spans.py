@@ -7,6 +7,7 @@ their characters.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from wit_plugins.active import SPAN_NAME
 from wit_plugins.config import did_you_mean, survives_float32
 from wit_plugins.errors import WITConfigError
 from wit_plugins.hookspecs import hookimpl
@@ -33,7 +35,7 @@ _LEAST = np.float32(1e-30)  # a weight that decays stays above 0, so that it is 
 
 _ROLES = {"prompt": PROMPT, "response": RESPONSE}
 _WHERE = ("between", "match", "named")
-_KEYS = (*_WHERE, "weight", "role", "delimiters", "others", "decay")
+_KEYS = (*_WHERE, "weight", "role", "name", "delimiters", "others", "decay")
 
 # How the formats in use open and close, as regular expressions. What one only looks ahead at is no part of it;
 # `{count}` is the number of backticks of the opening one.
@@ -76,15 +78,38 @@ _HEADERS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Document:
-    """One document, as the hooks get it: see [`wit_plugins.hookspecs.static_weights`]."""
+    """One document, as the hooks get it: see [`wit_plugins.hookspecs.static_weights`]. Equal if it says the same."""
 
     input_ids: np.ndarray
     roles: np.ndarray
     tokenizer: PreTrainedTokenizerBase | None
     text: str
     offsets: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        input_ids: np.ndarray,
+        roles: np.ndarray,
+        tokenizer: PreTrainedTokenizerBase | None,
+        text: str,
+        offsets: np.ndarray,
+    ) -> _Document:
+        """One that stays as it is: what it is made of is the caller's."""
+        return cls(input_ids.copy(), roles.copy(), tokenizer, text, offsets.copy())
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Document)
+            and self.text == other.text
+            and self.tokenizer is other.tokenizer
+            and all(np.array_equal(getattr(self, a), getattr(other, a)) for a in ("input_ids", "roles", "offsets"))
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.text)
 
     def touched(self, ranges: Iterable[tuple[int, int]]) -> np.ndarray:
         """The tokens that write any character of these ranges, bool `[T]`."""
@@ -104,6 +129,7 @@ class _Span:
 
     Attributes:
         name (`str`): what it is called in messages.
+        key (`str`): what it is called in the log.
         find (`Callable`): the tokens that it touches, bool `[T]`.
         weight (`float`): what they are multiplied by.
         role (`int | None`): `PROMPT` or `RESPONSE`, to leave the others as they are.
@@ -112,6 +138,7 @@ class _Span:
     """
 
     name: str
+    key: str
     find: Callable[[_Document], np.ndarray]
     weight: float
     role: int | None = None
@@ -129,8 +156,7 @@ def validate_options(options: Mapping[str, Any] | Sequence[Any]) -> None:
     """A list of spans, each of them right."""
     if isinstance(options, Mapping) or not options:
         raise ValueError(f"= {options!r}: needs a list of spans, such as {_EXAMPLE}")
-    for index, entry in enumerate(options):
-        _parse(entry, f"[{index}]")
+    _parse_all(options)
 
 
 @hookimpl
@@ -143,13 +169,13 @@ def static_weights(
     options: Sequence[Any],
 ) -> np.ndarray:
     """The product of the weights of all spans that a token is in, float32 `[T]`."""
-    document = _Document(input_ids, roles, tokenizer, text, offsets)
+    document, found = _Document.of(input_ids, roles, tokenizer, text, offsets), json.dumps(options)
     weights = np.ones(len(input_ids), dtype=np.float32)
-    for span in _parsed(json.dumps(options)):
+    for span, mask in zip(_parsed(found), _masks(found, document), strict=True):
         if span.decay is not None or span.others != 1:
             weights *= _by_turn(span, document)
         else:
-            weights[span.mask(document)] *= np.float32(span.weight)
+            weights[mask] *= np.float32(span.weight)
     return weights
 
 
@@ -163,8 +189,20 @@ def find_spans(
     options: Sequence[Any],
 ) -> dict[str, np.ndarray]:
     """Which tokens each span is about, by its name."""
-    document = _Document(input_ids, roles, tokenizer, text, offsets)
-    return {span.name: span.mask(document) for span in _parsed(json.dumps(options))}
+    document, found = _Document.of(input_ids, roles, tokenizer, text, offsets), json.dumps(options)
+    return {span.name: mask.copy() for span, mask in zip(_parsed(found), _masks(found, document), strict=True)}
+
+
+@hookimpl
+def logged_spans(options: Sequence[Any]) -> dict[str, str]:
+    """All of them."""
+    return {span.name: span.key for span in _parsed(json.dumps(options))}
+
+
+@functools.lru_cache(maxsize=1)
+def _masks(options: str, document: _Document) -> list[np.ndarray]:
+    """The tokens that each span is about, bool `[T]`; kept, since a document's weights and its spans are asked for."""
+    return [span.mask(document) for span in _parsed(options)]
 
 
 # Reading the options
@@ -173,7 +211,39 @@ def find_spans(
 @functools.lru_cache(maxsize=8)
 def _parsed(options: str) -> tuple[_Span, ...]:
     """The spans of options that are right, once for all documents of a process."""
-    return tuple(_parse(entry, f"[{index}]") for index, entry in enumerate(json.loads(options)))
+    return _parse_all(json.loads(options))
+
+
+def _parse_all(options: Sequence[Any]) -> tuple[_Span, ...]:
+    """All entries of the options; a number is put behind names that several of them would have.
+
+    Raises:
+        ValueError: see [`_parse`]; and if two were given one name.
+    """
+    spans = [_parse(entry, f"[{index}]") for index, entry in enumerate(options)]
+    given = [entry.get("name") for entry in options]
+    for index, name in enumerate(given):
+        if name is not None and name in given[:index]:
+            raise ValueError(f"[{index}].name = {name!r}: [{given.index(name)}] has it too; give one of them another")
+    names, keys = set[str](), {name for name in given if name is not None}
+    return tuple(
+        dataclasses.replace(span, name=_free(span.name, names, "{} ({})"), key=own or _free(span.key, keys, "{}-{}"))
+        for span, own in zip(spans, given, strict=True)
+    )
+
+
+def _free(name: str, taken: set[str], numbered: str) -> str:
+    found, number = name, 1
+    while found in taken:
+        number += 1
+        found = numbered.format(name, number)
+    taken.add(found)
+    return found
+
+
+def _key(name: str) -> str:
+    """What the log calls a span: the words of its delimiters or its pattern, each once."""
+    return "-".join(dict.fromkeys(re.findall(r"[A-Za-z0-9_]+", name)))[:48] or "span"
 
 
 def _parse(entry: Any, at: str) -> _Span:
@@ -216,9 +286,16 @@ def _parse(entry: Any, at: str) -> _Span:
         raise ValueError(f"{at}: others and decay both say what earlier turns weigh; take one out")
     elif numbers.get("decay", 0) > 1:
         raise ValueError(f"{at}.decay = {entry['decay']!r}: is at most 1, so that earlier turns weigh less; try 0.5")
+    own = entry.get("name")
+    if own is not None and (not isinstance(own, str) or not re.fullmatch(SPAN_NAME, own)):
+        raise ValueError(
+            f"{at}.name = {own!r}: is what the log calls it, made of letters, digits, '_', '-' and '.', 64 at most"
+        )
     name, find = {"between": _between, "match": _match, "named": _named}[kind](value, delimiters, f"{at}.{kind}")
+    key, name = own or _key(name), own or name
     return _Span(
         name if role is None else f"{name} ({role})",
+        key,
         find,
         numbers.get("weight", 1.0),
         None if role is None else _ROLES[role],

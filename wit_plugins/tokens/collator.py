@@ -16,6 +16,7 @@ from wit_plugins.active import ActiveStrategies
 from wit_plugins.errors import BadExampleError, WeightsNotAppliedError, WITConfigError
 from wit_plugins.tokens.reader import ExampleReader, ReadExample
 from wit_plugins.tokens.roles import IGNORE_INDEX, NEITHER
+from wit_plugins.tokens.span_bits import SPANS_KEY, bits_in_batch, to_bits
 from wit_plugins.tokens.text import TokenText
 from wit_plugins.tokens.transport import encode, framework_labels, restore_codes, weighing
 
@@ -27,7 +28,8 @@ class WeightedCollator:
 
     The batch keeps what the wrapped collator made of it, with `labels` as the framework would have had them (int64,
     -100 on everything but the response) and one more tensor of the same shape, `weighted_labels`: int64 codes (see
-    `wit_plugins.tokens.transport`).
+    `wit_plugins.tokens.transport`). If strategies have spans to log, there is a third, `weighted_spans` (int64, see
+    `wit_plugins.tokens.span_bits`).
 
     Args:
         collator (`Callable`): the framework's collator. It gets the examples as they are, labels exchanged: a list of
@@ -63,7 +65,8 @@ class WeightedCollator:
         """Collate examples into a batch.
 
         Raises:
-            WeightsNotAppliedError: if the wrapped collator changed, dropped or added a label.
+            WeightsNotAppliedError: if the wrapped collator changed, dropped or added a label, or, where spans are
+                logged, put tokens into another order.
             BadExampleError: if an example cannot be trained on (lengths that differ, ids out of range); it is named by
                 its place in the batch.
         """
@@ -71,8 +74,9 @@ class WeightedCollator:
         if not all("labels" in example for example in examples):
             return self.collator(features, *args, **kwargs)  # e.g. prediction; a training step without codes stops
         checksum = _Checksum()
+        sent: list[tuple[np.ndarray, np.ndarray]] = []
         try:
-            exchanged = [self._exchange(item, checksum) for item in features]
+            exchanged = [self._exchange(item, checksum, sent) for item in features]
         except BadExampleError as error:
             # Every example before it was added to the checksum.
             place = f"example {checksum.examples} of a batch of {len(examples)}"
@@ -91,28 +95,48 @@ class WeightedCollator:
             )
         batch["labels"] = framework_labels(codes)
         batch[CODES_KEY] = codes
+        if self.strategies.logged_spans:
+            bits = bits_in_batch(codes.numpy(), sent)
+            if bits is None:
+                # Examples that are alike could not be told apart by their codes, and their spans need not be alike.
+                raise WeightsNotAppliedError(
+                    f"{type(self.collator).__name__} puts the examples or their tokens into another order, so the "
+                    f"spans whose losses are logged ({', '.join(self.strategies.logged_spans.values())}) cannot be "
+                    "found in its batches; use a collator that keeps the order, such as DataCollatorForSeq2Seq (a "
+                    "sampler may sort)"
+                )
+            batch[SPANS_KEY] = torch.from_numpy(bits)
         return batch
 
-    def _exchange(self, item: Any, checksum: _Checksum) -> Any:
+    def _exchange(self, item: Any, checksum: _Checksum, sent: list[tuple[np.ndarray, np.ndarray]]) -> Any:
         if isinstance(item, Mapping):
-            codes = self.codes(item)
+            codes, bits = self._read(item)
             checksum.add(codes)
+            if self.strategies.logged_spans:
+                sent.append((codes, bits))
             return {**item, "labels": _like(item["labels"], codes)}
-        return [self._exchange(example, checksum) for example in item]
+        return [self._exchange(example, checksum, sent) for example in item]
 
     def codes(self, example: Mapping[str, Any]) -> np.ndarray:
         """The codes of one example, int64 `[T]`, from its `input_ids`, `labels` and document boundaries."""
+        return self._read(example)[0]
+
+    def _read(self, example: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """The codes of one example, and the logged spans that its tokens are in, as bits: int64 `[T]` both."""
         read = self.reader(example)
-        weights = np.zeros(len(read.roles), dtype=np.float32)
+        weights, logged = np.zeros(len(read.roles), dtype=np.float32), self.strategies.logged_spans
+        bits = np.zeros(len(read.roles) if logged else 0, dtype=np.int64)
         for piece, document in self._documents(read, example):
             weights[piece] = self.strategies.static_weights(**document)
+            if logged:
+                bits[piece] = to_bits(self.strategies.find_spans(**document), logged, len(read.roles[piece]))
         labelled = read.labels != IGNORE_INDEX
         if read.data_weights is None:
-            return encode(read.targets, read.roles, weights, labelled)
+            return encode(read.targets, read.roles, weights, labelled), bits
         # What weighs 0 in the data is left out as what the framework masks is: not trained on, counted or reported.
         kept = read.data_weights != 0
         roles = np.where(kept, read.roles, NEITHER).astype(np.uint8)
-        return encode(read.targets, roles, weights * read.data_weights, labelled & kept)
+        return encode(read.targets, roles, weights * read.data_weights, labelled & kept), bits
 
     def find_spans(self, example: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The parts of one example that strategies look for, by name: bool `[T]`, only where a token is predicted."""

@@ -100,4 +100,9 @@ def framework_labels(codes: torch.Tensor) -> torch.Tensor:
 
 def weighing(codes: np.ndarray) -> np.ndarray:
     """Those of the codes that carry a role and a weight, int64 `[N]`: all that must reach the loss."""
-    return codes[(codes != IGNORE_INDEX) & (codes >> TARGET_BITS & _WEIGHT_MASK != _LABEL_ONLY)]
+    return codes[is_weighing(codes)]
+
+
+def is_weighing(codes: np.ndarray) -> np.ndarray:
+    """Which of the codes carry a role and a weight, bool, shaped like `codes`."""
+    return (codes != IGNORE_INDEX) & (codes >> TARGET_BITS & _WEIGHT_MASK != _LABEL_ONLY)

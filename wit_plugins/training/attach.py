@@ -21,6 +21,7 @@ from wit_plugins.tokens.transport import MAX_VOCAB_SIZE
 from wit_plugins.training.adapter import TrainerAdapter
 from wit_plugins.training.attachment import ATTRIBUTE, Attachment, unwrapped
 from wit_plugins.training.changes import Changes
+from wit_plugins.training.metrics import RoleMetrics
 from wit_plugins.training.trainer import WeightedTrainerMixin
 
 if TYPE_CHECKING:
@@ -69,7 +70,9 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
     try:
         reader, tokenizer = example_reader(trainer, adapter), getattr(trainer, "processing_class", None)
         reader = with_data_weights(reader, config, strategies)
-        attachment = Attachment(config, adapter, head, make_head, reader, changes, aux_loss_sums)
+        logged = list(strategies.logged_spans.values())
+        metrics = RoleMetrics(logged), RoleMetrics(logged)
+        attachment = Attachment(config, adapter, head, make_head, reader, changes, aux_loss_sums, *metrics)
         dataset = getattr(trainer, "train_dataset", None)
         if dataset is not None and can_be_read_again(dataset):
             attachment.first_tokens = check_dataset(dataset, adapter.masking_hint, reader)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -33,10 +33,10 @@ class Attachment:
     reader: ExampleReader
     changes: Changes
     aux_loss_sums: AuxLossSums
+    training: RoleMetrics
+    evaluation: RoleMetrics
     stream_check: StreamCheck | None = None  # while a stream's first examples come by
     first_tokens: tuple[int, int] | None = None  # prompt and response tokens in the first examples
-    training: RoleMetrics = field(default_factory=RoleMetrics)
-    evaluation: RoleMetrics = field(default_factory=RoleMetrics)
     verified: bool = False
     prediction_loss_only: bool = True
     reads_log: bool = False  # whether the training loop, on all ranks, is about to log

@@ -1,8 +1,9 @@
-"""The roles' losses for the logs: unweighted means over all tokens, all micro-batches and all ranks."""
+"""The roles' and the spans' losses for the logs: unweighted means over all tokens, all micro-batches and all ranks."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class RoleMetrics:
-    """Sums of `prompt_loss` and `response_loss` since the last reading.
+    """Sums of `prompt_loss` and `response_loss` since the last reading, of all tokens and of each logged span.
 
     In training the sums stay on the device and are reduced over the ranks when they are read, so that logging costs
     nothing in between. In evaluation they are gathered at every batch, row by row, so that rows which the sampler
@@ -24,9 +25,13 @@ class RoleMetrics:
     accelerate's `gather_for_metrics` drops rows by the remainder of the dataset's examples, which is wrong where a row
     is something else (examples packed into one): it would drop real ones, on one process too. Here a row is dropped
     only if more rows came by than the sampler has examples: then rows are examples, and the last are the repeated.
+
+    Args:
+        spans (`Sequence[str]`): the names of the logged spans, in the order of their sums.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, spans: Sequence[str] = ()) -> None:
+        self._spans = tuple(spans)
         self._sums: torch.Tensor | None = None
         self._examples: int | None = None
         self._dispatched = False
@@ -84,9 +89,9 @@ class RoleMetrics:
 
     def read(self, device: torch.device) -> dict[str, float]:
         """The metrics of this rank, see [`role_metrics`], and start again."""
-        sums = torch.zeros(4, device=device) if self._sums is None else self._sums
+        sums = self._zeros(device) if self._sums is None else self._sums
         self._sums = None
-        return role_metrics(sums)
+        return role_metrics(sums, self._spans)
 
     def read_reduced(self, accelerator: Accelerator, replicas: int = 1) -> dict[str, float]:
         """The metrics of all ranks together, and start again. A collective: every rank must call it.
@@ -95,32 +100,42 @@ class RoleMetrics:
             accelerator (`Accelerator`): for the reduction.
             replicas (`int`): how many ranks are given the same batch (tensor parallelism).
         """
-        dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
-        sums = torch.zeros(4, dtype=dtype, device=accelerator.device) if self._sums is None else self._sums
+        sums = self._zeros(accelerator.device) if self._sums is None else self._sums
         self._sums = None
         sums = accelerator.gather(sums.to(accelerator.device)[None]).sum(dim=0) / replicas
-        return role_metrics(sums)
+        return role_metrics(sums, self._spans)
+
+    def _zeros(self, device: torch.device) -> torch.Tensor:
+        """The sums of a rank that computed nothing; the other ranks' are as many and of the same type."""
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        return torch.zeros(4 + 4 * len(self._spans), dtype=dtype, device=device)
 
 
-def role_metrics(sums: torch.Tensor) -> dict[str, float]:
-    """`prompt_loss`, `prompt_tokens`, `response_loss`, `response_tokens` from sums `[4]`.
+def role_metrics(sums: torch.Tensor, spans: Sequence[str] = ()) -> dict[str, float]:
+    """`prompt_loss`, `prompt_tokens`, `response_loss`, `response_tokens`, and the same with `/NAME` behind for spans.
 
     A loss is in nats per token. A role of which no token was computed has neither entry.
+
+    Args:
+        sums (`torch.Tensor`): `[4 + 4·S]`, see [`WeightedLoss`].
+        spans (`Sequence[str]`): the S spans' names.
     """
     metrics: dict[str, float] = {}
-    for role, (nll, tokens) in zip(("prompt", "response"), sums.reshape(2, 2).tolist(), strict=True):
-        if tokens:
-            metrics[f"{role}_loss"] = nll / tokens
-            metrics[f"{role}_tokens"] = tokens
+    behind = ["", *(f"/{name}" for name in spans)]
+    for name, both in zip(behind, sums.reshape(-1, 2, 2).tolist(), strict=True):
+        for role, (nll, tokens) in zip(("prompt", "response"), both, strict=True):
+            if tokens:
+                metrics[f"{role}_loss{name}"] = nll / tokens
+                metrics[f"{role}_tokens{name}"] = tokens
     return metrics
 
 
 def _gather_rows(rows: torch.Tensor, accelerator: Accelerator, replicas: int) -> torch.Tensor:
-    """The rows `[B, 4]` of all ranks, one rank after the other; the ranks' B may differ."""
+    """The rows `[B, R]` of all ranks, one rank after the other; the ranks' B may differ."""
     counts = accelerator.gather(torch.tensor([len(rows)], device=accelerator.device)).tolist()
     padded = rows.new_zeros(max(counts), rows.shape[1], device=accelerator.device)
     padded[: len(rows)] = rows
-    gathered = accelerator.gather(padded[None])  # [ranks, max B, 4]
+    gathered = accelerator.gather(padded[None])  # [ranks, max B, R]
     return torch.cat([gathered[rank, : counts[rank]] for rank in range(0, len(counts), replicas)])
 
 

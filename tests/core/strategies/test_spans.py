@@ -333,12 +333,67 @@ def test_half_surrogates_and_half_characters():
         ([{"named": "last_turn", "others": -1}], r"\[0\].others = -1: is below 0"),
         ([{"named": "last_turn", "decay": 1.5}], r"\[0\].decay = 1.5: is at most 1"),
         ([{"named": "last_turn", "weight": 1, "role": "response"}], r"\[0\].role"),
+        (
+            [{"match": "a", "weight": 1, "name": "a b"}],
+            r"\[0\].name = 'a b': is what the log calls it, made of letters",
+        ),
+        ([{"match": "a", "weight": 1, "name": ""}], r"\[0\].name = ''"),
+        ([{"match": "a", "weight": 1, "name": 3}], r"\[0\].name = 3"),
+        (
+            [{"match": "a", "weight": 1, "name": "x"}, {"match": "b", "weight": 1, "name": "x"}],
+            r"\[1\].name = 'x': \[0\] has it too",
+        ),
     ],
 )
 def test_wrong_options_name_the_key(options, message):
     config = WITConfig(prompt_weight=0.2, strategies={"spans": options})
     with pytest.raises(WITConfigError, match=f"^strategies: spans: {message}|^strategies: spans: .*{message}"):
         ActiveStrategies(config.active_strategies())
+
+
+NAMED = [  # options without their weight, and what the log calls them
+    ({"named": "end_of_turn"}, "end_of_turn"),
+    ({"between": ["<think>", "</think>"], "role": "response"}, "think"),
+    ({"between": ["<think>", "</think>"], "role": "prompt"}, "think-2"),
+    ({"match": "<tool_call>.*?</tool_call>"}, "tool_call"),
+    ({"match": "<tool_call>.*?</tool_call>"}, "tool_call-3"),  # the next one took 2
+    ({"match": r"\d+(?=[a-z])", "name": "tool_call-2"}, "tool_call-2"),
+    ({"match": r"\d+(?=[a-z])"}, "d-a-z"),
+    ({"between": ["漢", "é"]}, "span"),
+    ({"match": "a" * 200}, "a" * 48),
+    ({"named": "reasoning", "name": "thoughts"}, "thoughts"),
+]
+
+
+def test_names_in_the_log():
+    """Each has one, and no two have the same: nor in messages, which say them by name too."""
+    options = [{**option, "weight": 0.5} for option, _ in NAMED]
+    active = ActiveStrategies({"spans": options})
+    assert list(active.logged_spans.values()) == [name for _, name in NAMED]
+    document = from_offsets(byte_level(), [("q", False), ("<think>hm</think>four", True)])
+    assert list(collator(options, byte_level()).find_spans(packed([document]))) == list(active.logged_spans)
+
+
+def test_more_spans_than_can_be_logged_are_refused():
+    options = [{"match": f"a{i}", "weight": 0.5} for i in range(63)]
+    ActiveStrategies({"spans": options[:62]})
+    with pytest.raises(WITConfigError, match=r"63 spans .* and 62 can; .*the last ones are spans: a62\)"):
+        ActiveStrategies({"spans": options})
+
+
+def test_masks_do_not_stay_from_another_document():
+    """Weights and spans of a document come from one search; what is asked next, or changed since, from another."""
+    options = [{"match": "a", "weight": 0.5}]
+    ids, roles = np.array([5, 6, 7]), np.array([0, 2, 2], dtype=np.uint8)
+    offsets = np.array([[0, 1], [1, 2], [2, 3]])
+    given = {"input_ids": ids, "roles": roles, "tokenizer": None, "options": options}
+    assert strategy.static_weights(text="bab", offsets=offsets, **given).tolist() == [1, 0.5, 1]
+    offsets[:] = [[0, 1], [1, 1], [1, 3]]
+    assert strategy.static_weights(text="bab", offsets=offsets, **given).tolist() == [1, 1, 0.5]
+    assert strategy.find_spans(text="bba", offsets=offsets, **given)["a"].tolist() == [False, False, True]
+    found = strategy.find_spans(text="bba", offsets=offsets, **given)["a"]
+    found[:] = False
+    assert strategy.static_weights(text="bba", offsets=offsets, **given).tolist() == [1, 1, 0.5]
 
 
 def test_what_matches_nothing_is_named_once():

@@ -1,0 +1,59 @@
+"""Which of the logged spans each token is in: one bit a span, in a tensor beside the codes, whose own bits are full.
+
+The wrapped collator knows nothing of it. What it makes of the codes says where each token went.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from wit_plugins.tokens.transport import is_weighing
+
+SPANS_KEY = "weighted_spans"
+
+
+def to_bits(found: Mapping[str, np.ndarray], names: Iterable[str], size: int) -> np.ndarray:
+    """The spans of a document's tokens as bits, int64 `[T]`: bit i is set where the token is in the i-th of `names`.
+
+    Args:
+        found (`Mapping[str, np.ndarray]`): bool `[T]` by name; a name that is not there was not found.
+        names (`Iterable[str]`): no more than an int64 has bits.
+        size (`int`): T.
+    """
+    bits = np.zeros(size, dtype=np.int64)
+    for index, name in enumerate(names):
+        if name in found:
+            bits |= np.asarray(found[name], dtype=np.int64) << index
+    return bits
+
+
+def inside(bits: torch.Tensor, index: int) -> torch.Tensor:
+    """Which tokens are in the span of this number, bool, shaped like `bits`. Does not synchronise."""
+    return (bits >> index & 1) != 0
+
+
+def bits_in_batch(codes: np.ndarray, sent: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray | None:
+    """Put the examples' bits to where a collator has put their codes.
+
+    Collators pad, concatenate and flatten: examples and their tokens stay in order. Then the codes with a weight are
+    the examples' own, one after the other, which is compared code by code, and the bits are put beside them.
+
+    Args:
+        codes (`np.ndarray`): int64 `[B, L]`, a batch's.
+        sent: codes and bits of each example that the collator was given, int64 `[T]` each.
+
+    Returns:
+        int64 `[B, L]`, 0 where there is no code with a weight; `None` if the order is another one.
+    """
+    kept = [(own[carries], bits[carries]) for own, bits in sent if (carries := is_weighing(own)).any()]
+    there = is_weighing(codes)
+    placed = np.zeros(codes.shape, dtype=np.int64)
+    if not kept:
+        return placed if not there.any() else None
+    if not np.array_equal(codes[there], np.concatenate([own for own, _ in kept])):
+        return None
+    placed[there] = np.concatenate([bits for _, bits in kept])
+    return placed
