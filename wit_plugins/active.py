@@ -210,27 +210,35 @@ class ActiveStrategies:
         import numpy as np
 
         weights = (roles != 0).astype(np.float32)
+        document = {"input_ids": input_ids, "example": example, "tokenizer": tokenizer, "text": text}
+        for own in self.static_factors(roles, offsets=offsets, **document).values():
+            weights *= own
+        return weights
+
+    def static_factors(self, roles: np.ndarray, **document: Any) -> dict[str, np.ndarray]:
+        """The static weights of each strategy that gives some, by its name: float32 `[T]` each.
+
+        Takes what [`ActiveStrategies.static_weights`] takes.
+
+        Raises:
+            ValueError: as there.
+        """
+        import numpy as np
+
+        factors: dict[str, np.ndarray] = {}
         for strategy in self._strategies:
-            own = strategy.call(
-                "static_weights",
-                input_ids=input_ids,
-                roles=roles,
-                example=example,
-                tokenizer=tokenizer,
-                text=text,
-                offsets=offsets,
-            )
+            own = strategy.call("static_weights", roles=roles, **document)
             if own is None:
                 continue
             own = np.asarray(own, dtype=np.float32)
-            if own.shape != weights.shape:
+            if own.shape != roles.shape:
                 raise ValueError(
                     f"strategy {strategy.name!r} returned weights of shape {own.shape} for {len(roles)} tokens"
                 )
             if not np.isfinite(own).all() or (own < 0).any():
                 raise ValueError(f"strategy {strategy.name!r} returned weights that are negative or not finite")
-            weights *= own
-        return weights
+            factors[strategy.name] = own
+        return factors
 
     @property
     def has_dynamic_weights(self) -> bool:
