@@ -228,30 +228,37 @@ class ActiveStrategies:
         import numpy as np
 
         weights = (roles != 0).astype(np.float32)
+        document = {"input_ids": input_ids, "example": example, "tokenizer": tokenizer, "text": text}
+        for own in self.static_factors(roles, offsets=offsets, raw_example=raw_example, **document).values():
+            weights *= own
+        return weights
+
+    def static_factors(self, roles: np.ndarray, **document: Any) -> dict[str, np.ndarray]:
+        """The static weights of each strategy that gives some, by its name: float32 `[T]` each.
+
+        Takes what [`ActiveStrategies.static_weights`] takes.
+
+        Raises:
+            ValueError: as there.
+        """
+        import numpy as np
+
+        factors: dict[str, np.ndarray] = {}
         for strategy in self._strategies:
-            if strategy.reads_raw != (raw_example is not None):
+            if strategy.reads_raw != (document.get("raw_example") is not None):
                 continue
-            own = strategy.call(
-                "static_weights",
-                input_ids=input_ids,
-                roles=roles,
-                example=example,
-                tokenizer=tokenizer,
-                text=text,
-                offsets=offsets,
-                raw_example=raw_example,
-            )
+            own = strategy.call("static_weights", roles=roles, **document)
             if own is None:
                 continue
             own = np.asarray(own, dtype=np.float32)
-            if own.shape != weights.shape:
+            if own.shape != roles.shape:
                 raise ValueError(
                     f"strategy {strategy.name!r} returned weights of shape {own.shape} for {len(roles)} tokens"
                 )
             if not np.isfinite(own).all() or (own < 0).any():
                 raise ValueError(f"strategy {strategy.name!r} returned weights that are negative or not finite")
-            weights *= own
-        return weights
+            factors[strategy.name] = own
+        return factors
 
     @property
     def has_dynamic_weights(self) -> bool:

@@ -5,7 +5,7 @@ import re
 import pytest
 import yaml
 from clikit import wit, workplace
-from trlkit import tokenizer
+from trlkit import dataset, tokenizer
 from wit_trl.driver import TRLDriver
 
 from wit_plugins.cli.driver import Job
@@ -30,6 +30,64 @@ def test_the_preview_shows_the_weights_of_the_words(tmp_path):
     assert tokens.weights.tolist() == pytest.approx(weights, rel=1e-6)
     summary = summarise(prepared, prepared.splits["train"])
     assert summary.prompt_mass + summary.response_mass == pytest.approx(sum(weights), rel=1e-6)
+
+
+def test_the_summary_says_whose_the_loss_is(tmp_path, capsys):
+    """Tokens, and parts of Σ weights, counted by hand from the words; the terminal and the page say the same."""
+    spans = [
+        {"match": "w1[0-9]", "weight": 0.5, "role": "prompt"},
+        {"match": "w[12][0-9]", "weight": 3.0, "name": "many"},
+        {"named": "code_blocks", "weight": 2},
+    ]
+    path = workplace(tmp_path, packing=True, max_length=64, strategies={"spans": spans, "dft": {}})
+    prepared = TRLDriver().prepare(Job(path, yaml.safe_load(path.read_text())))
+    tokens = read(list(prepared.splits["train"].rows), prepared.collator, 0)
+    words = tokenizer().convert_ids_to_tokens(tokens.input_ids.tolist())
+    of_role, made, without_spans, within = [0.0, 0.2, 0.8], [], [], {"w1-0-9": [], "many": [], "code_blocks": []}
+    for word, role in zip(words, tokens.roles.tolist(), strict=True):
+        first = role == 1 and re.fullmatch("w1[0-9]", word) is not None
+        second = role != 0 and re.fullmatch("w[12][0-9]", word) is not None
+        without_spans.append(of_role[role])
+        made.append(of_role[role] * (0.5 if first else 1) * (3.0 if second else 1))
+        for own, is_in in zip(within.values(), (first, second, False), strict=True):
+            own.append(is_in)
+
+    def share(weights, inside):
+        return f"{sum(w for w, i in zip(weights, inside, strict=True) if i) / sum(weights):.1%}"
+
+    def line(name, inside, *more):
+        count = sum(inside)
+        return " ".join([name, f"{count:,}", f"{count / sum(role != 0 for role in tokens.roles):.1%}", *more])
+
+    lines = []
+    for name, inside in within.items():
+        mean = sum(w for w, i in zip(made, inside, strict=True) if i) / max(1, sum(inside))
+        lines.append(line(name, inside, f"{mean:.3g}" if any(inside) else "–", share(made, inside)))
+    changed = [a or b for a, b in zip(within["w1-0-9"], within["many"], strict=True)]
+    lines.append(line("spans", changed, share(made, changed), share(without_spans, changed)))
+    for name, role in (("prompt_weight", 1), ("response_weight", 2)):
+        mine = [own == role for own in tokens.roles.tolist()]
+        others = [w / of_role[role] if is_mine else w for w, is_mine in zip(made, mine, strict=True)]
+        lines.append(line(name, mine, share(made, mine), share(others, mine)))
+    code, out, _ = wit("preview", path, "--html", tmp_path / "page.html", capsys=capsys)
+    assert code == 0
+    printed = [" ".join(line.split()) for line in out.splitlines()]
+    assert [line for line in lines if line not in printed] == []
+    page = (tmp_path / "page.html").read_text()
+    for line in lines:
+        assert "<tr>" + "".join(f"<td>{cell}</td>" for cell in line.split(" ")) + "</tr>" in page
+    assert "· in w1-0-9, many" in page
+
+
+def test_an_outlier_is_cut_off_and_said(tmp_path, capsys):
+    words = [word for row in dataset("conversational") for m in row["prompt"][:1] for word in m["content"].split()[1:]]
+    rarest = min(words, key=words.count)
+    path = workplace(tmp_path, strategies={"spans": [{"match": rarest, "role": "prompt", "weight": 40}]})
+    code, out, _ = wit("preview", path, "--rows", "0,1,2,3,4,5,6,7", "--html", tmp_path / "page.html", capsys=capsys)
+    assert code == 0
+    for text in (out, (tmp_path / "page.html").read_text()):
+        assert re.search(r"weights above 2 look like 2; the heaviest here is 8\b", text)
+        assert "≥2" in text
 
 
 @pytest.mark.parametrize("command", ["check", "preview"])

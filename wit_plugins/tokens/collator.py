@@ -7,6 +7,7 @@ only exchanges `labels` before it and after it, and checks that every code came 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,21 @@ from wit_plugins.tokens.text import TokenText
 from wit_plugins.tokens.transport import encode, framework_labels, restore_codes, weighing
 
 CODES_KEY = "weighted_labels"
+
+
+@dataclass
+class Explained:
+    """One example, and where its weights come from.
+
+    Attributes:
+        codes (`np.ndarray`): int64 `[T]`, as in training.
+        spans (`dict[str, np.ndarray]`): see [`WeightedCollator.find_spans`]; under the log's names where it has one.
+        sources (`dict[str, np.ndarray]`): what each strategy multiplies the weights by, float32 `[T]`.
+    """
+
+    codes: np.ndarray
+    spans: dict[str, np.ndarray] = field(default_factory=dict)
+    sources: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class WeightedCollator:
@@ -137,6 +153,20 @@ class WeightedCollator:
         kept = read.data_weights != 0
         roles = np.where(kept, read.roles, NEITHER).astype(np.uint8)
         return encode(read.targets, roles, weights * read.data_weights, labelled & kept), bits
+
+    def explain(self, example: Mapping[str, Any]) -> Explained:
+        """Where the weights of one example come from, for the preview. With WIT alone that is known from the roles."""
+        explained = Explained(self.codes(example))
+        if len(self.strategies.options_by_name) == 1:
+            return explained
+        names = self.strategies.logged_spans
+        explained.spans = {names.get(name, name): mask for name, mask in self.find_spans(example).items()}
+        targets, roles, starts = self.reader(example)
+        for piece in _documents(roles, starts):
+            document = self._document(targets[piece], roles[piece], example)
+            for name, own in self.strategies.static_factors(**document).items():
+                explained.sources.setdefault(name, np.ones(len(roles), dtype=np.float32))[piece] = own
+        return explained
 
     def find_spans(self, example: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The parts of one example that strategies look for, by name: bool `[T]`, only where a token is predicted."""

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from wit_plugins.cli.console import console, print_messages
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split
-from wit_plugins.cli.preview.documents import view
+from wit_plugins.cli.preview.documents import scale_of, view
 from wit_plugins.cli.preview.rows import first_rows
 from wit_plugins.cli.preview.summary import Summary, summarise, warnings
 from wit_plugins.cli.preview.terminal import print_legend, print_rows, print_summary
@@ -75,10 +75,10 @@ def preview(driver: FrameworkDriver, job: Job, options: Options) -> int:
         if options.summary:
             summary = summarise_split(prepared, options.split, split, options.limit, screen, say_rate=True)
             found += warnings(summary, prepared.config, prepared)
-    heaviest = max((t.weight for row in shown for d in row.documents for t in d.tokens), default=0.0)
+    scale = scale_of(shown)
     out.print(Text(f"{job.name}: {prepared.framework}, {prepared.config.summary()}", "bold"))
-    print_legend(out, prepared, heaviest)
-    print_rows(out, shown, heaviest, options.max_tokens)
+    print_legend(out, prepared, scale)
+    print_rows(out, shown, scale, options.max_tokens)
     if summary is not None:
         print_summary(out, options.split, summary, prepared)
     found = prepared.unmatched + found

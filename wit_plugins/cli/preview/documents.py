@@ -11,6 +11,7 @@ import numpy as np
 
 from wit_plugins.cli.driver import Prepared
 from wit_plugins.cli.preview.rows import read
+from wit_plugins.cli.preview.scale import Scale
 from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
 from wit_plugins.tokens.text import TokenText
 
@@ -28,6 +29,7 @@ class Token:
         role (`int`): `PROMPT`, `RESPONSE` or `NEITHER`.
         weight (`float`): its static weight.
         position (`int`): in its document, from 0.
+        spans (`tuple[str, ...]`): those that it is in.
     """
 
     token_id: int
@@ -36,6 +38,7 @@ class Token:
     role: int
     weight: float
     position: int
+    spans: tuple[str, ...] = ()
 
 
 @dataclass
@@ -122,8 +125,17 @@ def view(rows: list[Any], numbers: list[int], prepared: Prepared, text: TokenTex
             if not inside:
                 continue
             ids = tokens.input_ids[inside].tolist()
+            within = {name: mask[inside].tolist() for name, mask in tokens.spans.items()}
             listed = [
-                Token(token_id, said, token_id in text.special, int(role), float(weight), position)
+                Token(
+                    token_id,
+                    said,
+                    token_id in text.special,
+                    int(role),
+                    float(weight),
+                    position,
+                    tuple(name for name, mask in within.items() if mask[position]),
+                )
                 for position, (token_id, said, role, weight) in enumerate(
                     zip(ids, text.spell(ids), tokens.roles[inside], tokens.weights[inside], strict=True)
                 )
@@ -132,3 +144,8 @@ def view(rows: list[Any], numbers: list[int], prepared: Prepared, text: TokenTex
             documents.append(Document(index + 1, len(starts), listed, at_limit))
         made.append(Row(number, documents, len(tokens) - sum(len(document.tokens) for document in documents)))
     return made
+
+
+def scale_of(rows: list[Row]) -> Scale:
+    """The scale on which the weights of these rows are drawn."""
+    return Scale.of(token.weight for row in rows for document in row.documents for token in document.tokens)

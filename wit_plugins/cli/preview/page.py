@@ -16,9 +16,11 @@ import jinja2
 
 import wit_plugins
 from wit_plugins.cli.driver import Prepared
-from wit_plugins.cli.preview.documents import Row, Token
+from wit_plugins.cli.preview.documents import Row, Token, scale_of
+from wit_plugins.cli.preview.parts import source_table, span_table
+from wit_plugins.cli.preview.scale import Scale
 from wit_plugins.cli.preview.summary import BINS, Summary
-from wit_plugins.cli.preview.terminal import shade, summary_facts
+from wit_plugins.cli.preview.terminal import summary_facts
 from wit_plugins.cli.text import visible
 from wit_plugins.errors import WITConfigError
 from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
@@ -84,7 +86,8 @@ def write_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    heaviest = max((t.weight for row in rows for d in row.documents for t in d.tokens), default=0.0)
+    scale = scale_of(rows)
+    mass = summary.prompt_mass + summary.response_mass if summary else 0.0
     page = environment.get_template("preview.html.jinja").render(
         title=visible(title),
         split=visible(split),
@@ -93,23 +96,21 @@ def write_page(
         when=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         config=prepared.config,
         strategies=", ".join(prepared.config.strategies),
-        rows=[_row(row, heaviest) for row in rows],
+        rows=[_row(row, scale) for row in rows],
         summary=summary,
         facts=summary_facts(summary, prepared) if summary else [],
+        spans=span_table(summary.parts, summary.predicted, mass) if summary else [],
+        sources=source_table(summary.parts, summary.predicted, mass) if summary else [],
         histogram=_histogram(summary) if summary else None,
         problems=[visible(problem) for problem in problems],
         warnings=[visible(warning) for warning in warnings],
-        samples=[
-            (
-                "prompt",
-                f"{prepared.config.prompt_weight:g}",
-                *_colours(PROMPT, prepared.config.prompt_weight, heaviest),
-            ),
-            (
-                "response",
-                f"{prepared.config.response_weight:g}",
-                *_colours(RESPONSE, prepared.config.response_weight, heaviest),
-            ),
+        note=scale.note,
+        scales=[
+            (name, f"{own:g}", [(scale.label(tick), *_colours(role, tick, scale)) for tick in scale.ticks])
+            for role, name, own in (
+                (PROMPT, "prompt", prepared.config.prompt_weight),
+                (RESPONSE, "response", prepared.config.response_weight),
+            )
         ],
     )
     path = path.resolve()  # what a link names is replaced, and not the link
@@ -124,7 +125,7 @@ def write_page(
         raise _unwritable(path, error) from None
 
 
-def _row(row: Row, heaviest: float) -> dict[str, Any]:
+def _row(row: Row, scale: Scale) -> dict[str, Any]:
     documents = []
     for document in row.documents:
         prompt, response = document.counts
@@ -134,17 +135,18 @@ def _row(row: Row, heaviest: float) -> dict[str, Any]:
                 "facts": f"{len(document.tokens):,} tokens, {prompt:,} prompt, {response:,} response; prompt is "
                 f"{document.share(PROMPT):.0%} of them, {document.prompt_mass:.0%} of the loss"
                 + ("; as long as is allowed, so perhaps cut" if document.ends_at_limit else ""),
-                "tokens": [_token(token, heaviest) for token in document.tokens[:MAX_TOKENS]],
+                "tokens": [_token(token, scale) for token in document.tokens[:MAX_TOKENS]],
                 "more": max(0, len(document.tokens) - MAX_TOKENS),
             }
         )
     return {"number": row.number, "padding": row.padding, "documents": documents}
 
 
-def _token(token: Token, heaviest: float) -> dict[str, Any]:
-    background, foreground = _colours(token.role, token.weight, heaviest)
+def _token(token: Token, scale: Scale) -> dict[str, Any]:
+    background, foreground = _colours(token.role, token.weight, scale)
     weight = "" if token.role == NEITHER else f" · weight {token.weight:.4g}"
     kind = " · special token" if token.special else ""
+    within = f" · in {', '.join(map(visible, token.spans))}" if token.spans and token.role != NEITHER else ""
     return {
         "text": visible(token.text),
         "breaks": token.text.count("\n") if not token.special else 0,
@@ -152,15 +154,15 @@ def _token(token: Token, heaviest: float) -> dict[str, Any]:
         "neither": token.role == NEITHER,
         "background": background,
         "foreground": foreground,
-        "hover": f"id {token.token_id} · position {token.position} · {_NAMES[token.role]}{weight}{kind}",
+        "hover": f"id {token.token_id} · position {token.position} · {_NAMES[token.role]}{weight}{within}{kind}",
     }
 
 
-def _colours(role: int, weight: float, heaviest: float) -> tuple[str, str]:
+def _colours(role: int, weight: float, scale: Scale) -> tuple[str, str]:
     if role == NEITHER:
         return "#ffffff", "#767676"
-    colour, white = shade(role, weight, heaviest)
-    return "#{:02x}{:02x}{:02x}".format(*colour), "#ffffff" if white else "#111111"
+    colour, white = scale.shade(role, weight)
+    return "#{:02x}{:02x}{:02x}".format(*colour), "#ffffff" if white else "#000000"
 
 
 def _histogram(summary: Summary) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Rows of a prepared dataset, read in blocks: documents with their roles and weights.
+"""Rows of a prepared dataset, read in blocks: documents with their roles, their weights and where these come from.
 
-Roles and weights come from `WeightedCollator.codes`, which is what training calls; nothing here decides them.
+Roles and weights come from `WeightedCollator.explain`, which is what training calls; nothing here decides them.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,9 @@ class Tokens:
         document_starts (`np.ndarray`): int64, indices of each document's first token, ascending.
         row_starts (`np.ndarray`): int64, indices of each row's first token, ascending.
         padding (`np.ndarray`): bool `[N]`: padding that the framework put into the row itself.
+        spans (`dict[str, np.ndarray]`): bool `[N]` by name: what strategies look for.
+        sources (`dict[str, np.ndarray]`): float32 `[N]` by name: what each strategy multiplies the weights by. Empty if
+            there is WIT alone.
     """
 
     input_ids: np.ndarray
@@ -44,6 +47,8 @@ class Tokens:
     document_starts: np.ndarray
     row_starts: np.ndarray
     padding: np.ndarray
+    spans: dict[str, np.ndarray] = field(default_factory=dict)
+    sources: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -68,25 +73,25 @@ def read(
     Raises:
         WITConfigError: if a row cannot be trained on: its number, the value and the way out.
     """
-    ids, codes, documents, row_starts, padding = [], [], [], [], []
+    ids, found, documents, row_starts, padding = [], [], [], [], []
     position = 0
     for number, row in enumerate(rows, first):
         row_starts.append(position)
         for index, example in enumerate(row if isinstance(row, list) else [row]):
             within = f", example {index} of those packed into it" if isinstance(row, list) and len(row) > 1 else ""
             with row_errors(f"dataset {dataset}, row {number} (from 0){within}", example):
-                own_ids, own_codes = token_array(example["input_ids"]), collator.codes(example)
+                own_ids, own = token_array(example["input_ids"]), collator.explain(example)
                 starts = document_starts(example, len(own_ids)) if len(own_ids) else np.zeros(0, dtype=np.int64)
-            pad = _trailing_padding(own_ids, own_codes, pad_id)
+            pad = _trailing_padding(own_ids, own.codes, pad_id)
             ids.append(own_ids)
-            codes.append(own_codes)
+            found.append(own)
             documents.append(position + starts[starts < len(own_ids) - pad])
             padding.append(np.arange(len(own_ids)) >= len(own_ids) - pad)
             position += len(own_ids)
     if not ids:
         empty = np.zeros(0, dtype=np.int64)
         return Tokens(empty, empty.astype(np.uint8), empty.astype(np.float32), empty, empty, empty.astype(bool))
-    _, roles, weights = decode(torch.from_numpy(np.concatenate(codes)))
+    _, roles, weights = decode(torch.from_numpy(np.concatenate([own.codes for own in found])))
     return Tokens(
         np.concatenate(ids),
         roles.numpy(),
@@ -94,7 +99,17 @@ def read(
         np.concatenate(documents).astype(np.int64),
         np.array(row_starts, dtype=np.int64),
         np.concatenate(padding),
+        _joined([(own.spans, len(own.codes)) for own in found], np.zeros(1, dtype=bool)),
+        _joined([(own.sources, len(own.codes)) for own in found], np.ones(1, dtype=np.float32)),
     )
+
+
+def _joined(parts: list[tuple[dict[str, np.ndarray], int]], without: np.ndarray) -> dict[str, np.ndarray]:
+    """What examples have under each name, one after another; `without` for each token of those that have it not."""
+    names = dict.fromkeys(name for own, _ in parts for name in own)
+    return {
+        name: np.concatenate([own.get(name, np.broadcast_to(without, size)) for own, size in parts]) for name in names
+    }
 
 
 @contextlib.contextmanager

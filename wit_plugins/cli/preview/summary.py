@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from wit_plugins.cli.driver import Prepared, Split
+from wit_plugins.cli.preview.parts import Parts
 from wit_plugins.cli.preview.rows import Tokens, blocks, read, row_errors
 from wit_plugins.cli.text import visible
 from wit_plugins.config import WITConfig
@@ -47,6 +48,7 @@ class Summary:
         dropped (`int`): examples that were left out altogether.
         dropped_prompt (`int`): their prompt tokens within the maximum length, where they were left out because no
             response token is: prompt_weight would have counted them.
+        parts ([`Parts`]): the spans, and the sources of the weights; empty if there is WIT alone.
         complete (`bool`): whether every row was read.
     """
 
@@ -75,6 +77,7 @@ class Summary:
     lost_response: int = 0
     dropped: int = 0
     dropped_prompt: int = 0
+    parts: Parts = field(default_factory=Parts)
     complete: bool = True
 
     @property
@@ -113,6 +116,7 @@ class Summary:
         self.prompt_mass += float(weights[prompt].sum())
         self.response_mass += float(weights[response].sum())
         self.weighted += int(np.count_nonzero(weights))
+        self.parts.add(roles, weights, tokens.spans, tokens.sources)
         if not len(tokens.document_starts):
             return
         prompts = np.add.reduceat(prompt, tokens.document_starts, dtype=np.int64)

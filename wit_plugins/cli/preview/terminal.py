@@ -1,4 +1,4 @@
-"""What `wit` prints: tokens coloured by role and shaded by weight, and the summary.
+"""What `wit` prints: tokens coloured by weight, on a scale for each role, and the summary.
 
 Everything is said in words as well: a margin names role and weight of every run of tokens, so that nothing is lost
 without colours, in a pipe or to a reader who does not see them. Lines are broken here, to the width of the terminal.
@@ -18,28 +18,17 @@ from rich.text import Text
 from wit_plugins.cli.console import fold, print_line
 from wit_plugins.cli.driver import Prepared
 from wit_plugins.cli.preview.documents import Document, Row, Token
+from wit_plugins.cli.preview.parts import source_table, span_table
+from wit_plugins.cli.preview.scale import Scale
 from wit_plugins.cli.preview.summary import Summary
 from wit_plugins.cli.text import visible
 from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
 
-# Okabe and Ito's blue and vermillion, which colour-blind readers can tell apart.
-HUES = {PROMPT: (0, 114, 178), RESPONSE: (213, 94, 0)}
 _MARGIN = 16
 _BAR = "│ "
 
 
-def shade(role: int, weight: float, heaviest: float) -> tuple[tuple[int, int, int], bool]:
-    """Background colour of a token, and whether its text is white: the heavier, the stronger."""
-    part = 0.0 if heaviest <= 0 else min(1.0, weight / heaviest)
-    strength = 0.0 if weight == 0 else 0.22 + 0.78 * part
-    colour = tuple(round(255 + (channel - 255) * strength) for channel in HUES[role])
-    red, green, blue = colour
-    linear = [(c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4) for c in (red, green, blue)]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return (red, green, blue), luminance < 0.18  # where white has more contrast than black
-
-
-def token_style(out: Console, token: Token, heaviest: float) -> Style:
+def token_style(out: Console, token: Token, scale: Scale) -> Style:
     """How a token looks in this terminal."""
     underline = token.special
     if token.role == NEITHER:
@@ -48,9 +37,11 @@ def token_style(out: Console, token: Token, heaviest: float) -> Style:
         return Style(color="blue" if token.role == PROMPT else "red", underline=underline)
     if out.color_system not in ("256", "truecolor"):  # sixteen colours, two shades of each
         colour = "cyan" if token.role == PROMPT else "yellow"
-        return Style(color="black", bgcolor=f"{'bright_' * (token.weight < heaviest / 2)}{colour}", underline=underline)
-    (red, green, blue), white = shade(token.role, token.weight, heaviest)
-    foreground = "white" if white else "black"
+        return Style(
+            color="black", bgcolor=f"{'bright_' * (token.weight < scale.top / 2)}{colour}", underline=underline
+        )
+    (red, green, blue), white = scale.shade(token.role, token.weight)
+    foreground = "#ffffff" if white else "#000000"  # a terminal's own black may be grey
     return Style(color=foreground, bgcolor=f"rgb({red},{green},{blue})", underline=underline)
 
 
@@ -61,18 +52,18 @@ def token_text(token: Token) -> str:
     return visible(token.text, line_breaks=True)
 
 
-def print_rows(out: Console, rows: list[Row], heaviest: float, max_tokens: int) -> None:
+def print_rows(out: Console, rows: list[Row], scale: Scale, max_tokens: int) -> None:
     """Rows with their documents."""
     for row in rows:
         room = f", then {row.padding:,} of padding" if row.padding else ""
         packed = f": {len(row.documents)} documents packed" if len(row.documents) > 1 else ""
         print_line(out, Text(f"Row {row.number}{packed}{room}", style="bold"))
         for document in row.documents:
-            print_document(out, document, heaviest, max_tokens)
+            print_document(out, document, scale, max_tokens)
         out.print()
 
 
-def print_document(out: Console, document: Document, heaviest: float, max_tokens: int) -> None:
+def print_document(out: Console, document: Document, scale: Scale, max_tokens: int) -> None:
     """One document: what it consists of, then its tokens."""
     prompt, response = document.counts
     name = f"document {document.index} of {document.count}: " if document.count > 1 else ""
@@ -83,11 +74,11 @@ def print_document(out: Console, document: Document, heaviest: float, max_tokens
     rule = "── " + facts
     for text in fold(rule, out.width):
         print_line(out, Text(text, style="dim"))
-    for line in _document_lines(out, document, heaviest, max_tokens):
+    for line in _document_lines(out, document, scale, max_tokens):
         out.print(Segments([*line, Segment.line()]), end="", no_wrap=True, crop=False, overflow="ignore")
 
 
-def _document_lines(out: Console, document: Document, heaviest: float, max_tokens: int) -> Iterator[list[Segment]]:
+def _document_lines(out: Console, document: Document, scale: Scale, max_tokens: int) -> Iterator[list[Segment]]:
     """The lines of a document: margin, bar, tokens."""
     dim = Style(dim=True)
     width = max(out.width, _MARGIN + 12)
@@ -117,7 +108,7 @@ def _document_lines(out: Console, document: Document, heaviest: float, max_token
                     line.append(Segment(f"… {count:,} tokens not shown …", dim))
                     yield flush()
                 continue
-            style, text = token_style(out, token, heaviest), token_text(token)
+            style, text = token_style(out, token, scale), token_text(token)
             room = width - _MARGIN - len(_BAR)
             if used and room - used < cell_len(text.split("\n")[0]) <= room:
                 yield flush()  # break between tokens, and in one only if it is longer than a line
@@ -135,20 +126,18 @@ def _document_lines(out: Console, document: Document, heaviest: float, max_token
             yield flush()
 
 
-def print_legend(out: Console, prepared: Prepared, heaviest: float) -> None:
+def print_legend(out: Console, prepared: Prepared, scale: Scale) -> None:
     """What colours and signs mean."""
     config = prepared.config
-    legend = Text()
-    for role, name, weight in (
-        (PROMPT, "prompt", config.prompt_weight),
-        (RESPONSE, "response", config.response_weight),
-    ):
-        sample = Token(0, "", False, role, weight, 1)
-        legend.append(f" {name} {weight:g} ", token_style(out, sample, heaviest))
-        legend.append("  ")
-    legend.append("first", Style(dim=True, italic=True))
-    legend.append(": a first token, predicted by nothing")
-    out.print(legend)
+    for role, name, own in ((PROMPT, "prompt", config.prompt_weight), (RESPONSE, "response", config.response_weight)):
+        legend = Text(f"{name:<9}")
+        for tick in scale.ticks:
+            legend.append(f" {scale.label(tick)} ", token_style(out, Token(0, "", False, role, tick, 1), scale))
+            legend.append(" ")
+        out.print(legend.append(f" {name}_weight is {own:g}", "dim"))
+    if scale.note:
+        out.print(Text(scale.note, "dim"))
+    out.print(Text.assemble(("first", "dim italic"), ": a first token, predicted by nothing"))
     out.print(Text("⟦…⟧ special   ⏎ line break   · rest of a character   <U+202E> not printable", style="dim"))
     if config.strategies:
         names = ", ".join(config.strategies)
@@ -174,10 +163,37 @@ def print_summary(out: Console, name: str, summary: Summary, prepared: Prepared)
         table.add_row(role, f"{count:,}", f"{count / max(1, summary.predicted):.1%}", shown, f"{part:.1%}")
     table.add_row("first tokens", f"{summary.first:,}", "–", "–", "–")
     out.print(table)
+    _print_parts(out, summary)
     out.print()
     for label, value in summary_facts(summary, prepared):
         for index, line in enumerate(fold(value, max(30, out.width - 28))):
             print_line(out, Text(f"{label if index == 0 else '':<26}  {line.strip()}"))
+
+
+def _print_parts(out: Console, summary: Summary) -> None:
+    """The spans and the sources of weights, if there is more than WIT."""
+    mass = summary.prompt_mass + summary.response_mass
+    for title, rows, headings in (
+        ("span", span_table(summary.parts, summary.predicted, mass), ("mean weight", "share of the loss")),
+        ("weights from", source_table(summary.parts, summary.predicted, mass), ("share of the loss", "without it")),
+    ):
+        if not rows:
+            continue
+        out.print()
+        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+        table.add_column(title, overflow="fold", max_width=max(12, out.width - 56))
+        for heading in ("tokens", "share", *headings):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for name, *cells in rows:
+            table.add_row(Text(name), *cells)
+        out.print(table)
+    if summary.parts.sources:
+        said = (
+            "weights from: a role's weight has the role's tokens, a strategy those whose weight it changes; a share of "
+            "the loss is one of the sum of the weights, as if every token were equally hard; spans may overlap"
+        )
+        for line in fold(said, out.width):
+            print_line(out, Text(line, style="dim"))
 
 
 def summary_facts(summary: Summary, prepared: Prepared) -> list[tuple[str, str]]:
