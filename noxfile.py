@@ -27,7 +27,7 @@ CORE = ["pluggy==1.7.0", "pydantic==2.14.3", "accelerate==1.15.0", "setuptools==
 TEST = ["pytest==9.2.0", "pytest-xdist==3.8.0", "hypothesis==6.170.15"]
 SETUPTOOLS = ["setuptools==81.0.0", "wheel==0.48.0"]
 LINT = ["ruff==0.17.5", "mypy==2.4.1", "import-linter==2.16"]
-CLI = ["matplotlib==3.11.2", "rich==15.0.0"]
+CLI = ["matplotlib==3.11.2", "rich==15.0.0", "optuna==5.0.0"]
 LIGER = ["liger-kernel==0.8.5", "triton==3.9.0"]
 GENERATION_METRICS = ["jieba==0.42.1", "nltk==3.10.4", "rouge-chinese==1.0.3"]  # for predict_with_generate
 

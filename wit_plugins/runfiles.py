@@ -1,8 +1,8 @@
 """The files through which a run and `wit sweep` know of each other. Nothing here needs more than the standard library.
 
 A run writes how far it is (`progress.json`) and all that it logs (`metrics.jsonl`) into the folder that the environment
-variable `WIT_RUN_FOLDER` names; the sweep reads them. A file may be cut off or damaged anywhere (a power cut, a full
-disk): reading gives what can be read.
+variable `WIT_RUN_FOLDER` names; the sweep reads them. A run that finds a file `stop` there ends as if it were done. A
+file may be cut off or damaged anywhere (a power cut, a full disk): reading gives what can be read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 RUN_FOLDER = "WIT_RUN_FOLDER"
 SWEEP_PID = "WIT_SWEEP_PID"
-METRICS_NAME, PROGRESS_NAME = "metrics.jsonl", "progress.json"
+METRICS_NAME, PROGRESS_NAME, STOP_NAME = "metrics.jsonl", "progress.json", "stop"
 
 
 def sweep_process() -> str:

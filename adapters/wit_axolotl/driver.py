@@ -41,6 +41,7 @@ class AxolotlDriver(FrameworkDriver):
     title = "Axolotl"
     distribution = "axolotl"
     oldest, below = str(OLDEST), str(TOO_NEW)
+    train = "axolotl train"
 
     def recognises(self, values: Mapping[str, Any]) -> bool:
         """Only Axolotl calls the model `base_model`."""

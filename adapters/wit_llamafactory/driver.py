@@ -46,6 +46,7 @@ class LlamaFactoryDriver(FrameworkDriver):
     title = "LLaMA-Factory"
     distribution = "llamafactory"
     oldest, below = str(OLDEST), str(TOO_NEW)
+    train = "llamafactory-wit train"
 
     def recognises(self, values: Mapping[str, Any]) -> bool:
         """Its files name a model as TRL's do, and a dataset by a key of their own."""

@@ -43,6 +43,8 @@ class TRLDriver(FrameworkDriver):
     title = "TRL"
     distribution = "trl"
     oldest, below = str(OLDEST), str(TOO_NEW)
+    block = ""
+    train = "python -m wit_trl sft --config"
 
     def recognises(self, values: Mapping[str, Any]) -> bool:
         """`trl sft` needs a model by this name and a dataset by one of these."""

@@ -1,5 +1,9 @@
 """Sweeps at a tiny size: made-up runs that take no time, and real ones."""
 
+import json
+import math
+import os
+import subprocess
 import sys
 import textwrap
 import time
@@ -24,7 +28,7 @@ import json, os, pathlib, signal, sys, time
 folder = pathlib.Path(os.environ["WIT_RUN_FOLDER"])
 prompt, response = float(sys.argv[1]), float(sys.argv[2])
 output = pathlib.Path(sys.argv[3])
-resume = sys.argv[4] if len(sys.argv) > 4 else ""
+resume, changes = sys.argv[4], json.loads(sys.argv[5])
 output.mkdir(parents=True, exist_ok=True)
 with open(folder.parent / "order.txt", "a") as file:
     print(folder.name, resume, os.environ.get("CUDA_VISIBLE_DEVICES", ""), time.time(), file=file)
@@ -47,7 +51,7 @@ class MadeUp(FrameworkDriver):
         self.script = RUN.replace("{body}", textwrap.dedent(body))
 
     def command(self, job, output, resume, port=None):
-        more = [str(resume)] if resume else []
+        more = [str(resume or ""), json.dumps(job.overrides)]
         weights = [str(job.weights[name]) for name in ("prompt_weight", "response_weight")]
         return [sys.executable, "-c", self.script, *weights, str(output), *more]
 
@@ -77,3 +81,63 @@ REAL = {"max_steps": 300, "save_steps": 20, "eval_strategy": "steps", "eval_step
 
 
 GRID = ["--prompt-weight", "0.2,1", "--response-weight", "1"]
+
+
+# Evaluated ten times on the way to a loss that is lowest at a ratio of 0.09; it ends when it is asked to.
+CURVE = """
+import math
+place = math.log10(1 + 100 * prompt / response)
+bottom = 1 + (place - 1.0) ** 2
+for step in range(1, 11):
+    if (folder / "stop").exists():
+        break
+    (folder / "progress.json").write_text(json.dumps({"step": step, "max_steps": 10}))
+    log(step=step, eval_response_loss=bottom + (10 - step) / 10)
+    {between}
+sys.exit(0)
+"""
+# A cell that must lose is not faster than its sweep: it goes on when it was told to stop.
+WAITS = "while prompt == 0.5 and not (folder / 'stop').exists(): time.sleep(0.02)"
+
+
+def curve(between=WAITS, before=""):
+    return textwrap.dedent(before) + CURVE.replace("{between}", between)
+
+
+def lowest(ratio):
+    """The last value of such a run."""
+    return 1 + (math.log10(1 + 100 * ratio) - 1.0) ** 2
+
+
+def searched(tmp_path, body=None, response=None, params=(), values=None, driver=None, **options):
+    """A search over made-up runs."""
+    from wit_plugins.cli.sweep.search import search
+    from wit_plugins.cli.sweep.space import Space
+
+    job = Job(None, {"a": 1, **(values or {})})
+    options = {"check": False, "trials": 6, **options}
+    made = driver or MadeUp(curve() if body is None else body)
+    return search(made, job, Space.parse(response, params), SweepOptions(tmp_path / "runs", **options))
+
+
+def worker(tmp_path, body, before="", **options):
+    """A process that takes part in such a search."""
+    from support import subprocess_env  # with torch, which the worker itself does without
+
+    call = f"sys.exit(searched(pathlib.Path({str(tmp_path)!r}), {body!r}, **{options!r}))"
+    code = f"import pathlib, sys\nfrom sweepkit import searched\n{before}{call}"
+    paths = os.pathsep.join([os.path.dirname(__file__), subprocess_env()["PYTHONPATH"]])
+    env = subprocess_env(PYTHONPATH=paths)
+    return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def trials(tmp_path, url=None):
+    """What Optuna itself says of the study: by key, the last trial that was about it."""
+    import optuna
+    from optuna.storages.journal import JournalFileBackend, JournalStorage
+
+    storage = url or JournalStorage(JournalFileBackend(str(tmp_path / "runs" / "study.journal")))
+    (name,) = optuna.get_all_study_names(storage)
+    found = optuna.load_study(study_name=name, storage=storage).get_trials()
+    counted = [trial for trial in found if "surplus" not in trial.user_attrs]
+    return {trial.user_attrs.get("key", f"trial-{trial.number:04d}"): trial for trial in counted}

@@ -17,8 +17,8 @@ from wit_plugins import WITConfigError
 from wit_plugins.cli.sweep.folders import last_checkpoint
 from wit_plugins.cli.sweep.grid import Cell
 from wit_plugins.cli.sweep.logs import log_reason, log_tail
+from wit_plugins.cli.sweep.progress import Run, show
 from wit_plugins.cli.sweep.results import collect
-from wit_plugins.cli.sweep.runner import _Running, show
 from wit_plugins.runfiles import MetricsReader, read_metrics
 
 
@@ -173,7 +173,7 @@ def test_the_parent_reads_only_what_is_new(tmp_path):
     (tmp_path / "progress.json").write_text('{"step": 3, "max_steps": 9}')
     size = path.stat().st_size
     with Progress(disable=True) as bars:
-        run = _Running(grid("0", "1")[0], 0, None, None, bars.add_task("cell"), 0.0, MetricsReader(path))
+        run = Run(grid("0", "1")[0], 0, None, None, bars.add_task("cell"), 0.0, MetricsReader(path))
         before = bytes_read()
         for step in range(50):
             show(bars, tmp_path, run)

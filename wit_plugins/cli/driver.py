@@ -111,6 +111,8 @@ class FrameworkDriver:
         title (`str`): the framework's name, for messages.
         distribution (`str`): what pip installs.
         oldest, below (`str`): the supported versions: `oldest` ≤ version < `below`.
+        block (`str`): the block of its files in which the settings of the weights stand; empty for none.
+        train (`str`): what a user types in front of a file to train it.
     """
 
     name = ""
@@ -118,6 +120,8 @@ class FrameworkDriver:
     distribution = ""
     oldest = "0"
     below = "0"
+    block = "wit"
+    train = ""
 
     def recognises(self, values: Mapping[str, Any]) -> bool:
         """Whether this is a configuration of this framework. The framework need not be installed."""

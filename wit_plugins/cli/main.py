@@ -12,15 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import wit_plugins
-from wit_plugins.cli.arguments import (
-    device_list,
-    job_arguments,
-    metric_argument,
-    numbers,
-    positive,
-    verbose_argument,
-    weight_arguments,
-)
+from wit_plugins.cli.arguments import job_arguments, numbers, positive, verbose_argument, weight_arguments
+from wit_plugins.cli.sweep.arguments import result_arguments, sweep_arguments
 from wit_plugins.errors import WITConfigError, WITError
 
 if TYPE_CHECKING:
@@ -85,29 +78,14 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--limit", type=positive, metavar="N", help="look at the first N rows of each dataset only")
     verbose_argument(command)
 
-    command = _command(commands, "sweep", "train a grid of weights, one run a cell, and draw what came out", _run_sweep)
-    job_arguments(command)
-    command.add_argument("--prompt-weight", required=True, metavar="0,0.2,0.4", help="the grid's prompt weights")
-    command.add_argument("--response-weight", required=True, metavar="0.6,0.8,1.0", help="the grid's response weights")
-    command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where all runs are kept")
-    command.add_argument("--jobs", type=positive, metavar="N", help="cells side by side (default: one a device)")
-    command.add_argument(
-        "--devices", metavar="0,1", help="GPUs: each cell gets one; 0+1,2+3 gives each cell two (default: all to each)"
-    )
-    command.add_argument("--dry-run", action="store_true", help="say what would be run")
-    command.add_argument("--no-check", action="store_true", help="start without `wit check`")
-    command.add_argument(
-        "--eval-command",
-        metavar="COMMAND",
-        help="run on each finished model, in a shell; {model}, {output}, {prompt_weight} and {response_weight} are "
-        "filled in (write them without quotes); its JSON (in {output}, or printed) is collected",
-    )
-    command.add_argument("--unique-ratios", action="store_true", help="of cells that differ only in scale, run one")
-    metric_argument(command)
+    command = _command(commands, "sweep", "choose the weights: train a grid or a search, one run a cell", _run_sweep)
+    sweep_arguments(command)
 
     command = _command(commands, "report", "draw a sweep's results again from what is there", _run_report)
-    command.add_argument("output", type=Path, metavar="FOLDER", help="the --output of `wit sweep`")
-    metric_argument(command)
+    result_arguments(command)
+
+    command = _command(commands, "best", "print a sweep's best cell as a block of the configuration", _run_best)
+    result_arguments(command)
 
     _command(commands, "env", "what is installed, for a bug report", _run_env)
     return parser
@@ -223,33 +201,31 @@ def _run_check(options: argparse.Namespace) -> int:
 
 
 def _run_sweep(options: argparse.Namespace) -> int:
-    from wit_plugins.cli.sweep.command import sweep
-    from wit_plugins.cli.sweep.grid import cells, parse_weights
-    from wit_plugins.cli.sweep.options import SweepOptions
+    import copy
 
-    prompts = parse_weights(options.prompt_weight, "--prompt-weight")
-    responses = parse_weights(options.response_weight, "--response-weight")
-    options.prompt_weight = options.response_weight = None  # the grid's, and not one run's
-    driver, job = _job(options)
-    devices = [] if options.devices is None else device_list(options.devices)
-    jobs = options.jobs or max(1, len(devices))
-    if devices and jobs > len(devices):
-        raise WITConfigError(f"--jobs = {jobs} is more than the {len(devices)} in --devices; each job needs its own")
-    return sweep(
-        driver,
-        job,
-        cells(prompts, responses),
-        SweepOptions(
-            options.output, jobs, devices, options.dry_run, options.eval_command, options.metric, options.unique_ratios,
-            not options.no_check,
-        ),
-    )  # fmt: skip
+    from wit_plugins.cli.sweep.arguments import make_options, make_space, run_sweep
+    from wit_plugins.cli.sweep.grid import parse_weights
+
+    if make_options(options).searches:  # what is wrong here needs no framework to be said
+        make_space(options)
+    else:
+        for name in ("prompt_weight", "response_weight"):
+            parse_weights(getattr(options, name), f"--{name.replace('_', '-')}")
+    one_run = copy.copy(options)
+    one_run.prompt_weight = one_run.response_weight = None  # the sweep's, and not one run's
+    return run_sweep(options, *_job(one_run))
 
 
 def _run_report(options: argparse.Namespace) -> int:
-    from wit_plugins.cli.sweep.report import report
+    from wit_plugins.cli.sweep.arguments import run_report
 
-    return report(options.output, options.metric)
+    return run_report(options)
+
+
+def _run_best(options: argparse.Namespace) -> int:
+    from wit_plugins.cli.sweep.best import print_best
+
+    return print_best(options.output, options.metric, options.storage)
 
 
 def _run_env(options: argparse.Namespace) -> int:

@@ -13,15 +13,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
-from wit_plugins.runfiles import METRICS_NAME, PROGRESS_NAME, RUN_FOLDER, SWEEP_PID, is_running, write_json
+from wit_plugins.runfiles import METRICS_NAME, PROGRESS_NAME, RUN_FOLDER, STOP_NAME, SWEEP_PID, is_running, write_json
 
 _SECONDS = 0.5  # between two writings of the progress
+_LOOKS = 100  # for a request to stop, over the whole run: the ranks talk to each other at each
 
 
 class RunRecorder(TrainerCallback):
-    """Appends what is logged to `metrics.jsonl`, and keeps `progress.json` up to date.
+    """Appends what is logged to `metrics.jsonl`, keeps `progress.json` up to date, and ends when it is asked to.
+
+    A run that finds the file `stop` ends as one that has done its last step does. All ranks must end at the same step,
+    and a file appears to them at different times; so they agree about it, at steps that all of them know.
 
     A run whose sweep is gone (its process was killed) ends at its next step: nobody waits for it, and the sweep that is
     started again must find the device free.
@@ -46,6 +51,8 @@ class RunRecorder(TrainerCallback):
             if self.sweep_pid is not None and not is_running(self.sweep_pid):
                 raise SystemExit("wit: the sweep that started this run is gone; it goes on when the sweep does")
             self._progress(state)
+        if state.global_step % max(1, state.max_steps // _LOOKS) == 0 and self._asked_to_stop(args.device):
+            control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say that it is done."""
@@ -59,6 +66,14 @@ class RunRecorder(TrainerCallback):
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / METRICS_NAME, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **numbers}) + "\n")
+
+    def _asked_to_stop(self, device: torch.device) -> bool:
+        asked = (self.folder / STOP_NAME).exists()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            flag = torch.tensor(int(asked), device=device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            asked = bool(flag.item())
+        return asked
 
     def _progress(self, state: Any) -> None:
         self._last = time.monotonic()

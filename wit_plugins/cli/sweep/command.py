@@ -54,17 +54,9 @@ def sweep(driver: FrameworkDriver, job: Job, grid: list[Cell], options: SweepOpt
     from rich.text import Text
 
     out = console()
-    if os.path.exists(options.output) and not os.path.isdir(options.output):
-        raise WITConfigError(f"--output = {options.output}: is a file; name a folder, or one that is still to be made")
-    if options.eval_command is not None:
-        evaluation_script(options.eval_command, grid[0])
-    problems = driver.problems(job)
-    if options.eval_command is None:
-        problems += driver.sweep_problems(job)
-    if problems:
+    if problems := said_at_once(driver, job, options, grid[0]):
         print_messages(out, "problem", problems)
         return 2
-    driver.check_installed()
     note = ratio_note(grid)
     if options.unique_ratios:
         grid, note = one_per_ratio(grid), None
@@ -74,23 +66,38 @@ def sweep(driver: FrameworkDriver, job: Job, grid: list[Cell], options: SweepOpt
         out.print(Text(NO_PICTURE))
     if options.dry_run:
         return _dry_run(out, driver, job, grid, options)
-    with _file_errors(options.output):
+    with file_errors(options.output):
         options.output.mkdir(parents=True, exist_ok=True)
         with locked(options.output), terminable():
             record = _record(options.output, driver, job, grid)
             runner = Runner(driver, job, grid, options)
-            code = _checked(driver, job.with_weights(*grid[0].weights)) if options.check and runner.to_train() else 0
-            if code:
-                why = "every cell would fail" if code > 0 else f"the check was {exit_text(code)}"
-                print_messages(out, "problem", [f"nothing was started, since {why}; --no-check starts it all the same"])
+            if options.check and runner.to_train() and not checked(out, driver, job.with_weights(*grid[0].weights)):
                 return 2
             write_json(options.output / SWEEP_NAME, record)
             runner.run()
         return report(options.output, options.metrics)
 
 
-def _checked(driver: FrameworkDriver, job: Job) -> int:
-    """The exit code of `wit check`, in a process of its own: frameworks patch what they load, and take memory."""
+def said_at_once(driver: FrameworkDriver, job: Job, options: SweepOptions, cell: Cell) -> list[str]:
+    """What is wrong and needs no framework to be said.
+
+    Raises:
+        WITConfigError: if it is the folder, the evaluation command or the framework's version.
+    """
+    if os.path.exists(options.output) and not os.path.isdir(options.output):
+        raise WITConfigError(f"--output = {options.output}: is a file; name a folder, or one that is still to be made")
+    if options.eval_command is not None:
+        evaluation_script(options.eval_command, cell)
+    problems = driver.problems(job)
+    if options.eval_command is None:
+        problems += driver.sweep_problems(job)
+    if not problems:
+        driver.check_installed()
+    return problems
+
+
+def checked(out: Console, driver: FrameworkDriver, job: Job) -> bool:
+    """Whether `wit check` passes, in a process of its own: frameworks patch what they load, and take memory."""
     sys.stdout.flush()
     process = multiprocessing.get_context("spawn").Process(target=_check, args=(driver, job))
     process.start()
@@ -99,7 +106,11 @@ def _checked(driver: FrameworkDriver, job: Job) -> int:
     finally:
         process.kill()
         process.join()
-    return process.exitcode or 0
+    code = process.exitcode or 0
+    if code:
+        why = "every cell would fail" if code > 0 else f"the check was {exit_text(code)}"
+        print_messages(out, "problem", [f"nothing was started, since {why}; --no-check starts it all the same"])
+    return not code
 
 
 def _check(driver: FrameworkDriver, job: Job) -> None:
@@ -116,7 +127,7 @@ def _check(driver: FrameworkDriver, job: Job) -> None:
 
 
 @contextlib.contextmanager
-def _file_errors(output: Path) -> Iterator[None]:
+def file_errors(output: Path) -> Iterator[None]:
     """A folder that cannot be written, a full disk: said in one line, with the way out."""
     try:
         yield
@@ -139,13 +150,14 @@ def _record(output: Path, driver: FrameworkDriver, job: Job, grid: Sequence[Cell
     Raises:
         WITConfigError: if the folder holds another one; two are not mixed.
     """
-    settings = {**job.values, **job.overrides}
-    for name in ("prompt_weight", "response_weight"):
-        settings.pop(name, None)
-    settings = json.loads(json.dumps(settings, default=str))
+    settings = settings_of(job)
     before = read_sweep(output)
     listed = {cell.name: cell for cell in grid}
     if before is not None:
+        if "search" in before:
+            raise WITConfigError(
+                f"{output}: holds a search; go on with it by --trials or --hours, or give the grid another --output"
+            )
         old = before["settings"]
         differing = sorted(key for key in {*old, *settings} if old.get(key) != settings.get(key))
         if before["framework"] != driver.name:
@@ -159,6 +171,15 @@ def _record(output: Path, driver: FrameworkDriver, job: Job, grid: Sequence[Cell
         listed = {**{cell.name: cell for cell in before["cells"]}, **listed}
     cells = [[str(cell.prompt), str(cell.response)] for cell in listed.values()]
     return {"framework": driver.name, "config": job.name, "settings": settings, "cells": cells}
+
+
+def settings_of(job: Job) -> dict[str, Any]:
+    """What all cells have in common, as JSON knows it."""
+    settings = {**job.values, **job.overrides}
+    for name in ("prompt_weight", "response_weight"):
+        settings.pop(name, None)
+    made: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return made
 
 
 def _dry_run(out: Console, driver: FrameworkDriver, job: Job, grid: Sequence[Cell], options: SweepOptions) -> int:

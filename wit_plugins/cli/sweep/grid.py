@@ -22,6 +22,11 @@ class Cell:
     prompt: Fraction
     response: Fraction
 
+    @classmethod
+    def of(cls, texts: Sequence[str]) -> Cell:
+        """From λp and λr as [`texts`] gives them."""
+        return cls(*map(to_fraction, texts))
+
     @property
     def weights(self) -> tuple[float, float]:
         """λp and λr."""

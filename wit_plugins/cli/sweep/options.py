@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -23,6 +19,11 @@ class SweepOptions:
         metrics (`list[str]`): what to draw.
         unique_ratios (`bool`): run one cell of those that differ only in scale.
         check (`bool`): whether to check the configuration and its data before the first run.
+        trials (`int | None`): of a search: how many cells, the references included; `None` for no end.
+        hours (`float | None`): of a search: for how long this worker starts new runs; `None` for no end.
+        seeds (`int`): of a search: how often the best cells and the references are run, each time with another seed.
+        pruner (`str`): of a search: `halving`, `median` or `none`.
+        storage (`str | None`): of a search: the database with the study; `None` for a journal in the folder.
     """
 
     output: Path
@@ -33,3 +34,13 @@ class SweepOptions:
     metrics: list[str] = field(default_factory=list)
     unique_ratios: bool = False
     check: bool = True
+    trials: int | None = None
+    hours: float | None = None
+    seeds: int = 1
+    pruner: str = "halving"
+    storage: str | None = None
+
+    @property
+    def searches(self) -> bool:
+        """Whether it is a search, and not a grid."""
+        return self.trials is not None or self.hours is not None

@@ -51,7 +51,7 @@ def report(output: Path, asked: Sequence[str] = ()) -> int:
     metrics = choose_metrics(results, asked)
     out.print()
     print_table(out, results, metrics)
-    failed = _print_failed(out, output, results)
+    failed = print_failed(out, output, results)
     note = ratio_note([result.cell for result in results])
     if note:
         out.print(Text(f"\n{note}"))
@@ -76,7 +76,7 @@ def report(output: Path, asked: Sequence[str] = ()) -> int:
     return 1 if failed else 0
 
 
-def _print_failed(out: Console, output: Path, results: Sequence[CellResult]) -> bool:
+def print_failed(out: Console, output: Path, results: Sequence[CellResult]) -> bool:
     """What failed, one line a reason; whether anything did."""
     from rich.text import Text
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from wit_plugins.runfiles import METRICS_NAME, number, read_json, read_metrics, 
 
 SWEEP_NAME, CELL_NAME, LOG_NAME, EVALUATION_LOG = "sweep.json", "cell.json", "log.txt", "evaluation.txt"
 MAIN_METRIC = "eval_response_loss"
-_STATES = ("running", "interrupted", "failed", "finished", "diverged")
+_STATES = ("running", "interrupted", "failed", "finished", "diverged", "pruned")
 _MAX_PANELS = 6
 
 
@@ -38,13 +38,15 @@ class CellResult:
 
     Attributes:
         cell ([`Cell`]): its weights.
-        status (`str`): `finished`, `diverged` (it ended with a loss that is no number), `failed`, `interrupted`,
-            `running`, `not run`, or `damaged` if its `cell.json` cannot be read.
+        status (`str`): `finished`, `diverged` (it ended with a loss that is no number), `pruned` (it was stopped, as
+            it could not win), `failed`, `interrupted`, `running`, `not run`, or `damaged` if its `cell.json` cannot be
+            read.
         metrics (`dict[str, float]`): by name, the last value that the run wrote, and the evaluation command's.
         seconds (`float`): how long it trained.
         step (`int`): the step of the last evaluation.
         reason (`str`): the one line that says why it, or its evaluation, failed.
         error (`list[str]`): the last lines of the log of what failed.
+        details (`dict`): what else tells it from others, in the tables.
     """
 
     cell: Cell
@@ -54,6 +56,7 @@ class CellResult:
     step: int = 0
     reason: str = ""
     error: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 def read_sweep(output: Path) -> dict[str, Any] | None:
@@ -139,7 +142,7 @@ def collect_cell(output: Path, cell: Cell) -> CellResult:
         reason = f"{CELL_NAME} is damaged; start the sweep again, which keeps that folder aside and trains the cell"
         return CellResult(cell, "damaged", reason=reason)
     result = CellResult(cell, state["status"], seconds=state["seconds"], reason=state["reason"], error=state["error"])
-    if result.status not in ("finished", "diverged"):
+    if result.status not in ("finished", "diverged", "pruned"):
         return result
     lowest: float | None = None
     losses: dict[str, float] = {}
@@ -198,30 +201,38 @@ def choose_metrics(results: Sequence[CellResult], asked: Iterable[str]) -> list[
 
 
 def best(results: Sequence[CellResult], metric: Metric) -> CellResult | None:
-    """The best cell by a metric; `None` if none has it. A cell that diverged is never the best one."""
+    """The best cell by a metric; `None` if none has it. One that diverged or was pruned is never the best one."""
     having = [
         result
         for result in results
-        if result.status != "diverged" and math.isfinite(result.metrics.get(metric.name, math.nan))
+        if result.status not in ("diverged", "pruned") and math.isfinite(result.metrics.get(metric.name, math.nan))
     ]
     pick = min if metric.direction == "min" else max
     return pick(having, key=lambda result: result.metrics[metric.name]) if having else None
 
 
-def write_tables(output: Path, results: Sequence[CellResult], metrics: Sequence[Metric]) -> list[Path]:
-    """`results.csv` and `results.json`; returns their paths."""
+def write_tables(
+    output: Path,
+    results: Sequence[CellResult],
+    metrics: Sequence[Metric],
+    pick: Callable[[Any, Metric], CellResult | None] = best,
+    more: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """`results.csv` and `results.json`, the best by `pick`, with `more` in the JSON; returns their paths."""
     names = metric_names(results)
+    details = list(dict.fromkeys(name for result in results for name in result.details))
     table = io.StringIO()
     writer = csv.writer(table)
-    writer.writerow(["prompt_weight", "response_weight", "ratio", "status", "seconds", *names])
+    writer.writerow(["prompt_weight", "response_weight", "ratio", "status", "seconds", *details, *names])
     for result in results:
         ratio = "" if result.cell.ratio is None else f"{float(result.cell.ratio):.6g}"
         values = [repr(result.metrics[name]) if name in result.metrics else "" for name in names]
-        writer.writerow([*result.cell.texts, ratio, result.status, round(result.seconds, 1), *values])
+        known = [result.details.get(name, "") for name in details]
+        writer.writerow([*result.cell.texts, ratio, result.status, round(result.seconds, 1), *known, *values])
     write_text(output / "results.csv", table.getvalue())
     winners = {}
     for metric in metrics:
-        winner = best(results, metric)
+        winner = pick(results, metric)
         if winner is not None:
             weights = dict(zip(("prompt_weight", "response_weight"), winner.cell.weights, strict=True))
             winners[metric.name] = {"direction": metric.direction, **weights, "value": winner.metrics[metric.name]}
@@ -234,13 +245,14 @@ def write_tables(output: Path, results: Sequence[CellResult], metrics: Sequence[
             "ratio": None if result.cell.ratio is None else float(result.cell.ratio),
             "status": result.status,
             "seconds": round(result.seconds, 1),
+            **({"details": result.details} if result.details else {}),
             "metrics": {n: v if math.isfinite(v) else None for n, v in result.metrics.items()},
             **({"reason": result.reason} if result.reason else {}),
             **({"error": result.error} if result.error else {}),
         }
         for result in results
     ]
-    write_json(output / "results.json", {"best": winners, "cells": cells})
+    write_json(output / "results.json", {"best": winners, **(more or {}), "cells": cells})
     return [output / "results.csv", output / "results.json"]
 
 

@@ -1,4 +1,4 @@
-"""The cells of a sweep that are not finished, run side by side."""
+"""Runs of a sweep, side by side: each a process of the framework's launcher, then the user's evaluation of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from wit_plugins.cli.sweep.grid import Cell
 from wit_plugins.cli.sweep.logs import log_reason, log_tail, open_log
 from wit_plugins.cli.sweep.options import SweepOptions
 from wit_plugins.cli.sweep.processes import GRACE, exit_text, free_port, stop_group, stop_leftovers
+from wit_plugins.cli.sweep.progress import Run, is_done, show
 from wit_plugins.cli.sweep.results import (
     CELL_NAME,
     EVALUATION_LOG,
@@ -32,12 +32,10 @@ from wit_plugins.cli.sweep.results import (
 from wit_plugins.cli.text import visible
 from wit_plugins.runfiles import (
     METRICS_NAME,
-    PROGRESS_NAME,
     RUN_FOLDER,
+    STOP_NAME,
     SWEEP_PID,
     MetricsReader,
-    number,
-    read_json,
     sweep_process,
     write_json,
 )
@@ -51,22 +49,10 @@ if TYPE_CHECKING:
 _POLL = 0.25
 
 
-@dataclass
-class _Running:
-    cell: Cell
-    slot: int
-    process: subprocess.Popen[bytes]
-    log: IO[bytes]
-    task: TaskID
-    started: float
-    metrics: MetricsReader
-    log_start: int = 0
-    evaluating: bool = False
-    note: str = "steps"
-
-
 class Runner:
-    """Runs the cells that are not finished, some side by side.
+    """Runs the cells of a grid that are not finished, some side by side.
+
+    A search overrides what is different there: where the next cell comes from, and what is done with what a run says.
 
     Args:
         driver ([`FrameworkDriver`]): for the command lines.
@@ -79,44 +65,82 @@ class Runner:
         self.driver, self.job, self.options = driver, job, options
         self.grid = list(grid)
         self.console = console(sys.stderr)
-        self.running: list[_Running] = []
+        self.running: list[Run] = []
+        self.waiting: list[Cell] = []
 
     def run(self) -> None:
         """Run them. Interrupted, it stops its processes first."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        waiting = [cell for cell in self.grid if not is_done(state := self._state(cell)) or self._to_evaluate(state)]
-        done = len(self.grid) - len(waiting)
+        self.waiting = [cell for cell in self.grid if not is_done(st := self.state(cell)) or self.to_evaluate(st)]
+        done = len(self.grid) - len(self.waiting)
         if done:
-            self._say(f"{done} of {len(self.grid)} cells are finished already")
+            self.say(f"{done} of {len(self.grid)} cells are finished already")
         columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TextColumn("{task.fields[note]}"), console=self.console, transient=True) as bars:
-            overall = bars.add_task("cells", total=len(self.grid), completed=done, note="")
+            overall = bars.add_task("cells", total=self.total(), completed=done, note="")
             try:
-                while waiting or self.running:
+                while True:
                     for slot in sorted(set(range(self.options.jobs)) - {run.slot for run in self.running}):
-                        if waiting:
-                            self._start(waiting.pop(0), slot, bars)
+                        if cell := self.next_cell():
+                            self._start(cell, slot, bars)
+                    if not self.running and not self.more():
+                        return
                     time.sleep(_POLL)
+                    self.tick()
                     for run in list(self.running):
                         self._look(run, bars, overall)
             except BaseException:
                 self._stop_all()
                 raise
 
+    def total(self) -> int | None:
+        """How many cells there are, if that is known."""
+        return len(self.grid)
+
+    def next_cell(self) -> Cell | None:
+        """A cell to run now, if there is one."""
+        return self.waiting.pop(0) if self.waiting else None
+
+    def more(self) -> bool:
+        """Whether there may be another cell to run when nothing runs."""
+        return bool(self.waiting)
+
+    def tick(self) -> None:
+        """Called four times a second."""
+
+    def job_of(self, cell: Cell) -> Job:
+        """The configuration of a cell's run."""
+        return self.job.with_weights(*cell.weights)
+
+    def observed(self, run: Run, entries: list[dict[str, float]]) -> None:
+        """Called with what a run has logged since the last time."""
+
+    def settled(self, cell: Cell) -> None:
+        """Called when a cell is trained and evaluated, or has failed; its folder says what came of it."""
+
+    def given_up(self, cell: Cell) -> None:
+        """Called when a run was stopped because the sweep was."""
+
+    def status_of(self, run: Run) -> str:
+        """What a run that ended without an error is."""
+        return "finished"
+
     def to_train(self) -> list[Cell]:
         """The cells that are still to be trained, or trained to their end."""
-        return [cell for cell in self.grid if not is_done(self._state(cell))]
+        return [cell for cell in self.grid if not is_done(self.state(cell))]
 
-    def _state(self, cell: Cell) -> dict[str, Any]:
+    def state(self, cell: Cell) -> dict[str, Any]:
+        """What a cell's folder says of it."""
         return read_state(cell.folder(self.options.output)) or {}
 
     def _save(self, cell: Cell, **changes: Any) -> dict[str, Any]:
-        state = {**self._state(cell), **changes}
+        state = {**self.state(cell), **changes}
         write_json(cell.folder(self.options.output) / CELL_NAME, state)
         return state
 
-    def _to_evaluate(self, state: dict[str, Any]) -> bool:
+    def to_evaluate(self, state: dict[str, Any]) -> bool:
+        """Whether a cell is trained and the evaluation that is asked for has not judged it."""
         evaluation = state.get("evaluation") or {}
         wanted = self.options.eval_command
         if wanted is None or state.get("status") != "finished":
@@ -125,20 +149,21 @@ class Runner:
 
     def _start(self, cell: Cell, slot: int, bars: Progress) -> None:
         folder = cell.folder(self.options.output)
-        state = self._state(cell)
+        state = self.state(cell)
         if state.get("status") == "finished":
             self._launch_evaluation(cell, slot, bars.add_task(cell.label, total=None, note="evaluating"))
             return
         stop_leftovers(folder)
         if not state and (kept := set_aside(folder)):
-            self._say(f"{cell.label}: {folder} has no readable {CELL_NAME}; what is there is kept as {kept.name}")
+            self.say(f"{cell.label}: {folder} has no readable {CELL_NAME}; what is there is kept as {kept.name}")
         model = folder / MODEL_FOLDER
         resume = last_checkpoint(model) if state else None
         keep_metrics(folder, int(resume.name.rpartition("-")[2]) if resume else 0)
         if resume is None and (kept := set_aside(model)):
-            self._say(f"{cell.label}: no complete checkpoint to go on from; what there is of a model is kept as {kept}")
+            self.say(f"{cell.label}: no complete checkpoint to go on from; what there is of a model is kept as {kept}")
         port = free_port() if self.options.jobs > 1 else None
-        job = self.job.with_weights(*cell.weights)
+        (folder / STOP_NAME).unlink(missing_ok=True)
+        job = self.job_of(cell)
         for path, text in self.driver.files(job, model, resume).items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
@@ -154,8 +179,8 @@ class Runner:
         process = self._popen(command, folder, slot, log)
         task = bars.add_task(cell.label, total=None, note="starting")
         metrics = MetricsReader(folder / METRICS_NAME)
-        self.running.append(_Running(cell, slot, process, log, task, time.monotonic(), metrics, log_start))
-        self._say(f"{cell.label}: {f'goes on from {resume.name}' if resume else 'started'}")
+        self.running.append(Run(cell, slot, process, log, task, time.monotonic(), metrics, log_start))
+        self.say(f"{cell.label}: {f'goes on from {resume.name}' if resume else 'started'}")
 
     def _launch_evaluation(self, cell: Cell, slot: int, task: TaskID) -> None:
         folder = cell.folder(self.options.output)
@@ -172,9 +197,7 @@ class Runner:
         with open(folder / "evaluation.out", "wb") as stdout:
             process = self._popen(command, folder, slot, log, stdout, env)
         metrics = MetricsReader(folder / METRICS_NAME)
-        self.running.append(
-            _Running(cell, slot, process, log, task, time.monotonic(), metrics, log_start, evaluating=True)
-        )
+        self.running.append(Run(cell, slot, process, log, task, time.monotonic(), metrics, log_start, evaluating=True))
 
     def _popen(
         self,
@@ -193,12 +216,12 @@ class Runner:
             command, stdout=stdout or log, stderr=log, stdin=subprocess.DEVNULL, env=env, start_new_session=True
         )
 
-    def _look(self, run: _Running, bars: Progress, overall: TaskID) -> None:
+    def _look(self, run: Run, bars: Progress, overall: TaskID) -> None:
         folder = run.cell.folder(self.options.output)
         code = run.process.poll()
         if code is None:
             if not run.evaluating:
-                show(bars, folder, run)
+                self.observed(run, show(bars, folder, run))
             return
         self.running.remove(run)
         run.log.close()
@@ -206,16 +229,17 @@ class Runner:
         if run.evaluating:
             self._evaluated(run, code, folder)
         else:
-            seconds = self._state(run.cell).get("seconds", 0.0) + time.monotonic() - run.started
+            seconds = self.state(run.cell).get("seconds", 0.0) + time.monotonic() - run.started
+            self.observed(run, show(bars, folder, run))
             if code == 0:
-                state = self._save(run.cell, status="finished", seconds=seconds, returncode=0)
+                state = self._save(run.cell, status=self.status_of(run), seconds=seconds, returncode=0)
                 result = collect_cell(self.options.output, run.cell)
                 if result.status == "diverged":
                     state = self._save(run.cell, status="diverged")
                 found = result.metrics.get(MAIN_METRIC)
                 value = f", {MAIN_METRIC} {format_value(found)}" if found is not None else ""
-                self._say(f"{run.cell.label}: {result.status} in {seconds:.0f} s{value}")
-                if self._to_evaluate(state):
+                self.say(f"{run.cell.label}: {result.status} in {seconds:.0f} s{value}")
+                if self.to_evaluate(state):
                     bars.update(run.task, total=None, note="evaluating")
                     self._launch_evaluation(run.cell, run.slot, run.task)
                     return
@@ -223,11 +247,12 @@ class Runner:
                 reason = f"{exit_text(code)}: {log_reason(folder / LOG_NAME, run.log_start) or 'no output'}"
                 error = log_tail(folder / LOG_NAME, run.log_start)
                 self._save(run.cell, status="failed", seconds=seconds, returncode=code, reason=reason, error=error)
-                self._say(f"{run.cell.label}: failed: {reason}")
+                self.say(f"{run.cell.label}: failed: {reason}")
         bars.remove_task(run.task)
         bars.advance(overall)
+        self.settled(run.cell)
 
-    def _evaluated(self, run: _Running, code: int, folder: Path) -> None:
+    def _evaluated(self, run: Run, code: int, folder: Path) -> None:
         log = folder / EVALUATION_LOG
         metrics = evaluation_numbers(folder) if code == 0 else {}
         reason = ""
@@ -239,7 +264,7 @@ class Runner:
         error = log_tail(log, run.log_start) if reason else []
         result = {"command": self.options.eval_command, "status": status, "metrics": metrics, "returncode": code}
         self._save(run.cell, evaluation={**result, "reason": reason, "error": error})
-        self._say(f"{run.cell.label}: evaluation {status}" + (f": {reason}" if reason else ""))
+        self.say(f"{run.cell.label}: evaluation {status}" + (f": {reason}" if reason else ""))
 
     def _stop_all(self) -> None:
         """Stop every process and note how far its cell came; each has the same 15 seconds to leave."""
@@ -254,30 +279,16 @@ class Runner:
             run.process.wait()
             run.log.close()
             if not run.evaluating:
-                seconds = self._state(run.cell).get("seconds", 0.0) + time.monotonic() - run.started
+                seconds = self.state(run.cell).get("seconds", 0.0) + time.monotonic() - run.started
                 with contextlib.suppress(OSError):  # of a full disk, which may be why it is stopped
                     self._save(run.cell, status="interrupted", seconds=seconds)
-            self._say(f"{run.cell.label}: stopped; start the sweep again to go on")
+            with contextlib.suppress(OSError):
+                self.given_up(run.cell)
+            self.say(f"{run.cell.label}: stopped; start the sweep again to go on")
         self.running.clear()
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Tell the user, above the progress bars."""
         from rich.text import Text
 
         self.console.print(Text(visible(text)), soft_wrap=True)
-
-
-def is_done(state: dict[str, Any]) -> bool:
-    """Whether a cell needs no further training."""
-    return state.get("status") in ("finished", "diverged")
-
-
-def show(bars: Progress, folder: Path, run: _Running) -> None:
-    """Move a cell's bar to where its run is."""
-    for entry in run.metrics.new():
-        if MAIN_METRIC in entry:
-            run.note = f"steps, {MAIN_METRIC} {format_value(entry[MAIN_METRIC])}"
-    progress = read_json(folder / PROGRESS_NAME)
-    if isinstance(progress, dict):
-        step, total = number(progress.get("step")), number(progress.get("max_steps"))
-        if step is not None and total:
-            bars.update(run.task, total=total, completed=step, note=run.note)

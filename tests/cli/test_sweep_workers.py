@@ -1,0 +1,164 @@
+"""Several workers on one search: nothing is lost, and nothing is run twice."""
+
+import json
+import os
+import signal
+from collections import Counter
+
+import pytest
+from clikit import processes_of, read_json
+from sweepkit import curve, lowest, order, searched, trials, wait_for, worker
+
+from wit_plugins.cli.sweep import workers
+from wit_plugins.cli.sweep.study import open_storage, read_trials
+from wit_plugins.cli.sweep.workers import Workers
+
+# One cell saves a checkpoint half-way, says so, and stays there until it is gone on with.
+CHECKPOINT = """
+if prompt == 0.2 and not resume:
+    (output / "checkpoint-5").mkdir()
+    (output / "checkpoint-5" / "scheduler.pt").touch()
+    (output / "checkpoint-5" / "trainer_state.json").write_text("{}")
+    log(step=5, eval_response_loss=9.0)
+    (folder / "progress.json").write_text(json.dumps({"step": 5, "max_steps": 10}))
+    time.sleep(3600)
+"""
+BODY = curve(before=CHECKPOINT, between="pass")
+
+
+def ended(process):
+    output = process.communicate()[0].decode()
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.mark.parametrize("url", [None, "sqlite:///{}/study.db"])
+def test_each_trial_is_taken_by_one_worker(tmp_path, url):
+    """Three of them, started at the same moment on nothing: on a journal and on a database."""
+    url = url and url.format(tmp_path)
+    body = curve(between="time.sleep(0.05)")
+    started = [worker(tmp_path, body, trials=7, pruner="none", seeds=2, storage=url) for _ in range(3)]
+    for process in started:
+        ended(process)
+    runs = Counter(name for name, *_ in order(tmp_path))
+    found = trials(tmp_path, url)
+    assert set(runs) == set(found)
+    assert set(runs.values()) == {1}
+    assert sum("repeats" not in trial.user_attrs for trial in found.values()) == 7
+    assert sum("repeats" in trial.user_attrs for trial in found.values()) == 5
+    assert {trial.state.name for trial in found.values()} == {"COMPLETE"}
+    assert len({trial.user_attrs["worker"] for trial in found.values()}) > 1
+    assert "7 cells" in read_json(tmp_path / "runs" / "results.json")["cost"]
+
+
+def test_a_killed_worker_s_trial_is_finished_by_another_one(tmp_path):
+    """SIGKILL in the middle of a run: the other one goes on from its checkpoint, and runs the rest once."""
+    stopped = tmp_path / "runs" / "p0.2_r0.8"
+    first = worker(tmp_path, BODY, trials=7, pruner="none")
+    wait_for((stopped / "progress.json").exists, first)
+    second = worker(tmp_path, BODY, trials=7, pruner="none")
+    wait_for(lambda: any(name == "p1_r1" for name, *_ in order(tmp_path)), second)
+    first.kill()
+    first.communicate()
+    said = ended(second)
+    assert "p0.2_r0.8 (0.2, 0.8): goes on from checkpoint-5" in said
+    runs = [name for name, *_ in order(tmp_path)]
+    found = trials(tmp_path)
+    assert Counter(runs) == {**dict.fromkeys(found, 1), "p0.2_r0.8": 2}
+    assert [resume for name, resume, *_ in order(tmp_path) if name == "p0.2_r0.8"][1].endswith("checkpoint-5")
+    assert len(found) == 7
+    assert {trial.state.name for trial in found.values()} == {"COMPLETE"}
+    assert found["p0.2_r0.8"].value == pytest.approx(lowest(0.25))
+    assert processes_of(stopped) == []  # what the killed worker had left running
+    assert read_json(stopped / "cell.json")["attempts"] == 2
+
+
+def test_an_interrupted_search_goes_on(tmp_path):
+    """SIGTERM; its run is stopped, and the same command goes on from the checkpoint."""
+    folder = tmp_path / "runs" / "p0.2_r0.8"
+    process = worker(tmp_path, BODY, trials=4)
+    wait_for((folder / "progress.json").exists, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert processes_of(folder) == []
+    assert trials(tmp_path)["p0.2_r0.8"].state.name == "FAIL"  # given up, without a reason of its own
+    assert searched(tmp_path, BODY, trials=4) == 0
+    assert [resume for name, resume, *_ in order(tmp_path) if name == "p0.2_r0.8"][1].endswith("checkpoint-5")
+    assert Counter(name for name, *_ in order(tmp_path))["p0_r1"] == 1
+    assert {trial.state.name for trial in trials(tmp_path).values()} == {"COMPLETE"}
+
+
+def test_a_worker_that_died_between_its_run_and_its_word(tmp_path):
+    """The run is finished, the study does not know it: it is told, and nothing is run again."""
+    assert searched(tmp_path, BODY.replace("prompt == 0.2", "False"), trials=3) == 0
+    journal = tmp_path / "runs" / "study.journal"
+    lines = journal.read_text().splitlines(keepends=True)
+    last = max(i for i, line in enumerate(lines) if json.loads(line)["op_code"] == 6)  # the last trial's end
+    journal.write_text("".join(lines[:last]))
+    assert trials(tmp_path)["p1_r1"].state.name == "RUNNING"
+    assert searched(tmp_path, "raise SystemExit('run again')", trials=3) == 0
+    assert len(order(tmp_path)) == 3
+    assert trials(tmp_path)["p1_r1"].value == pytest.approx(lowest(1))
+
+
+def test_a_worker_on_another_machine_is_dead_when_it_stood_still(tmp_path, monkeypatch):
+    """By the observer's own clock; on this machine the lock says it at once."""
+    now = [0.0]
+    monkeypatch.setattr(workers.time, "monotonic", lambda: now[0])
+    here, beside = Workers(tmp_path), Workers(tmp_path)
+    assert not here.is_dead(here.name)
+    assert not here.is_dead(beside.name)
+    monkeypatch.setattr(workers, "_boot", lambda: "another-kernel")
+    there = Workers(tmp_path)
+    for _ in range(5):
+        now[0] += 100
+        os.utime(there._path, (now[0], now[0]))
+        assert not here.is_dead(there.name)
+    now[0] += 100
+    assert not here.is_dead(there.name)
+    now[0] += 100
+    assert here.is_dead(there.name)
+    beside._file.close()  # as the system does when a process is killed
+    assert here.is_dead(beside.name)
+    there.close()
+    assert here.is_dead(there.name)
+
+
+def test_a_line_that_was_cut_off_costs_itself(tmp_path):
+    """A full disk, a writer killed in the middle: the next one that writes takes the half line away."""
+    assert searched(tmp_path, trials=3) == 0
+    journal = tmp_path / "runs" / "study.journal"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"op_code": 4, "worker_')
+    assert len(read_trials(tmp_path / "runs", None)[1]) == 3
+    assert searched(tmp_path, trials=4) == 0
+    assert journal.read_bytes().startswith(whole)
+    assert [json.loads(line) for line in journal.read_text().splitlines()]
+    assert len(trials(tmp_path)) == 4
+
+
+def test_a_full_disk_stops_a_search_and_loses_nothing(tmp_path):
+    """In a process whose files cannot grow beyond what the journal has: one line, and it goes on with room again."""
+    assert searched(tmp_path, trials=3) == 0
+    size = (tmp_path / "runs" / "study.journal").stat().st_size + 700
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.RLIM_INFINITY))\n"
+    process = worker(tmp_path, curve(between="pass"), before=limit, trials=6)
+    output = process.communicate()[0].decode()
+    assert process.returncode == 1
+    assert "make room and start the same command again" in output.splitlines()[-1]
+    assert read_json(tmp_path / "runs" / "sweep.json")["search"] == {"storage": None}
+    before = Counter(name for name, *_ in order(tmp_path))
+    assert searched(tmp_path, curve(between="pass"), trials=6, pruner="none") == 0
+    found = trials(tmp_path)
+    assert len(found) == 6
+    assert {trial.state.name for trial in found.values()} == {"COMPLETE"}
+    after = Counter(name for name, *_ in order(tmp_path))
+    assert all(after[name] == count for name, count in before.items() if name in ("p0_r1", "p0.2_r0.8", "p1_r1"))
+
+
+def test_a_database_is_named_without_its_password(tmp_path):
+    from wit_plugins import WITConfigError
+
+    with pytest.raises(WITConfigError, match=r"--storage = postgresql\+nodriver://me:…@host/x") as error:
+        open_storage(tmp_path, "postgresql+nodriver://me:secret@host/x")
+    assert "secret" not in str(error.value)

@@ -1,0 +1,165 @@
+"""The command line of `wit sweep`, `wit report` and `wit best`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wit_plugins.cli.arguments import device_list, job_arguments, metric_argument, positive
+from wit_plugins.cli.sweep.options import SweepOptions
+from wit_plugins.errors import WITConfigError
+
+if TYPE_CHECKING:
+    from wit_plugins.cli.driver import FrameworkDriver, Job
+    from wit_plugins.cli.sweep.space import Space
+
+_PRUNERS = ("halving", "median", "none")
+
+
+def sweep_arguments(command: argparse.ArgumentParser) -> None:
+    """`wit sweep`: a grid, or a search."""
+    job_arguments(command)
+    command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where all runs are kept")
+    grid = command.add_argument_group("a grid")
+    grid.add_argument("--prompt-weight", metavar="0,0.2,0.4", help="the grid's prompt weights")
+    grid.add_argument(
+        "--response-weight", metavar="0.6,0.8,1.0", help="the grid's response weights; of a search, one or 0.5:1"
+    )
+    grid.add_argument("--unique-ratios", action="store_true", help="of cells that differ only in scale, run one")
+    search = command.add_argument_group("a search")
+    search.add_argument("--trials", type=positive, metavar="N", help="search, with N cells in all (12 is a start)")
+    search.add_argument("--hours", type=hours, metavar="H", help="search; after H hours no new run is started here")
+    search.add_argument(
+        "--param",
+        action="append",
+        default=[],
+        metavar="NAME=LOW:HIGH[:log]",
+        help="search this key of the configuration too; or NAME=a,b; strategies.dft=on,off. May be repeated",
+    )
+    search.add_argument(
+        "--pruner", choices=_PRUNERS, help="how cells that cannot win are stopped early (default: halving)"
+    )
+    search.add_argument(
+        "--seeds", type=positive, metavar="N", help="run the best cells and the references with N seeds in all"
+    )
+    storage_argument(search)
+    command.add_argument("--jobs", type=positive, metavar="N", help="cells side by side (default: one a device)")
+    command.add_argument(
+        "--devices", metavar="0,1", help="GPUs: each cell gets one; 0+1,2+3 gives each cell two (default: all to each)"
+    )
+    command.add_argument("--dry-run", action="store_true", help="say what would be run")
+    command.add_argument("--no-check", action="store_true", help="start without `wit check`")
+    command.add_argument(
+        "--eval-command",
+        metavar="COMMAND",
+        help="run on each finished model, in a shell; {model}, {output}, {prompt_weight} and {response_weight} are "
+        "filled in (write them without quotes); its JSON (in {output}, or printed) is collected",
+    )
+    metric_argument(command)
+
+
+def result_arguments(command: argparse.ArgumentParser) -> None:
+    """`wit report` and `wit best`."""
+    command.add_argument("output", type=Path, metavar="FOLDER", help="the --output of `wit sweep`")
+    metric_argument(command)
+    storage_argument(command)
+
+
+def storage_argument(command: argparse._ActionsContainer) -> None:
+    """`--storage`."""
+    command.add_argument(
+        "--storage", metavar="URL", help="a search's study in a database, e.g. postgresql://…, not in the folder"
+    )
+
+
+def hours(text: str) -> float:
+    """A number of hours above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of hours above 0")
+    return value
+
+
+def make_options(options: argparse.Namespace) -> SweepOptions:
+    """What was asked for.
+
+    Raises:
+        WITConfigError: if it does not go together.
+    """
+    devices = [] if options.devices is None else device_list(options.devices)
+    jobs = options.jobs or max(1, len(devices))
+    if devices and jobs > len(devices):
+        raise WITConfigError(f"--jobs = {jobs} is more than the {len(devices)} in --devices; each job needs its own")
+    made = SweepOptions(
+        options.output, jobs, devices, options.dry_run, options.eval_command, options.metric, options.unique_ratios,
+        not options.no_check, options.trials, options.hours, options.seeds or 1, options.pruner or "halving",
+        options.storage,
+    )  # fmt: skip
+    if not made.searches:
+        asked = {"--param": options.param, "--pruner": options.pruner, "--seeds": options.seeds}
+        for name, value in {**asked, "--storage": options.storage}.items():
+            if value:
+                raise WITConfigError(f"{name} is for a search; say --trials 12 or --hours 8 with it")
+        for name in ("prompt_weight", "response_weight"):
+            if getattr(options, name) is None:
+                raise WITConfigError(
+                    f"--{name.replace('_', '-')} is missing; give the weights of a grid, or search with --trials 12"
+                )
+        return made
+    if options.prompt_weight is not None:
+        raise WITConfigError("--prompt-weight is a grid's; a search looks for it, between 0 and the response weight")
+    if options.unique_ratios:
+        raise WITConfigError("--unique-ratios is a grid's; take it out")
+    if made.trials is not None and made.trials < 3:
+        raise WITConfigError(f"--trials = {made.trials}: the three cells to compare with come first; give at least 3")
+    if made.trials is None and made.seeds > 1:
+        raise WITConfigError("--seeds comes when the trials are done; say how many with --trials, beside --hours")
+    return made
+
+
+def make_space(options: argparse.Namespace) -> Space:
+    """What is searched.
+
+    Raises:
+        WITConfigError: if it cannot be.
+    """
+    from wit_plugins.cli.sweep.space import Space
+
+    space = Space.parse(options.response_weight, options.param)
+    for name in {parameter.name for parameter in space.parameters} & {key for key, _ in options.set}:
+        raise WITConfigError(f"--param {name}: is given by --set too; say one of them")
+    return space
+
+
+def run_sweep(options: argparse.Namespace, driver: FrameworkDriver, job: Job) -> int:
+    """The grid, or the search."""
+    made = make_options(options)
+    if made.searches:
+        from wit_plugins.cli.sweep.search import search
+
+        return search(driver, job, make_space(options), made)
+    from wit_plugins.cli.sweep.command import sweep
+    from wit_plugins.cli.sweep.grid import cells, parse_weights
+
+    prompts = parse_weights(options.prompt_weight, "--prompt-weight")
+    responses = parse_weights(options.response_weight, "--response-weight")
+    return sweep(driver, job, cells(prompts, responses), made)
+
+
+def run_report(options: argparse.Namespace) -> int:
+    """Of what is there: a grid, or a search."""
+    from wit_plugins.cli.sweep.results import read_sweep
+
+    sweep = read_sweep(options.output)
+    if "search" in (sweep or {}) or options.storage:
+        from wit_plugins.cli.sweep.search_report import report_search
+
+        return report_search(options.output, options.metric, options.storage)
+    from wit_plugins.cli.sweep.report import report
+
+    return report(options.output, options.metric)
