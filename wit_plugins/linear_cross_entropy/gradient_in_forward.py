@@ -71,6 +71,7 @@ class Pass:
             if any(needs):
                 scores.correct = scores.entropy = None  # known already
                 self._walk(needs)
+        self.gradients = self.source.gradients()  # by now the buffers are gone
         loss = (scores.weights * scores.nll).sum()
         return loss if self.late is None else loss / self.late
 
@@ -84,7 +85,6 @@ class Pass:
                 logits = source.logits(chunk, buffer)
                 softmax(logits, chunk)  # from here on it holds their gradient
                 source.fold(chunk, logits)
-        self.gradients = source.gradients()
 
 
 class _GradientInForward(torch.autograd.Function):

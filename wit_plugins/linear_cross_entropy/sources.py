@@ -6,15 +6,14 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
+from wit_plugins.linear_cross_entropy.head_gradient import HeadGradient
 from wit_plugins.linear_cross_entropy.problem import Head, product_dtype, wide
 
 # A chunk of tokens shares one reading of the head and one update of its gradient, so its length decides how much
 # memory slows the products down. On CPUs they gain little beyond 768 tokens in float32; half precision gets twice as
-# many for the same bytes, as each chunk rounds the head's gradient once more. Large vocabularies get fewer.
+# many for the same bytes. Large vocabularies get fewer.
 _CHUNK_TOKEN_BYTES = 3072
 _CHUNK_ELEMENTS = 3 << 24
 _MIN_CHUNK_TOKENS = 128
@@ -60,7 +59,7 @@ class HiddenStates:
         if needs[0]:  # zeros where the pass does not write everything itself
             self.grad_hidden = (torch.empty_like if self.rows is None else torch.zeros_like)(hidden)
         if needs[1]:
-            self.grad_weight = (torch.empty_like if self.num_tokens else torch.zeros_like)(head.weight)
+            self.grad_weight = HeadGradient(head.weight, self.dtype, len(self.chunks()))
         if needs[2] and head.bias is not None:
             self.grad_bias = torch.zeros_like(head.bias, dtype=wide(hidden.dtype))  # a vector: float32 costs nothing
         # Copies under autocast only, where autocast itself would make them.
@@ -87,12 +86,13 @@ class HiddenStates:
             else:
                 self.grad_hidden[self._picked] = torch.mm(grads, self._weight).to(self.hidden.dtype)
         if self.grad_weight is not None:
-            _add_product(self.grad_weight, grads, self._states, first=chunk.start == 0)
+            self.grad_weight.add(grads, self._states)
 
     def gradients(self) -> Gradients:
         """Those of `inputs` that were asked for."""
         bias = None if self.grad_bias is None or self.head.bias is None else self.grad_bias.to(self.head.bias.dtype)
-        return self.grad_hidden, self.grad_weight, bias
+        weight = None if self.grad_weight is None else self.grad_weight.result()
+        return self.grad_hidden, weight, bias
 
 
 class GivenLogits:
@@ -147,34 +147,3 @@ def even_slices(count: int, limit: int) -> list[slice]:
     """Slices of almost equal length, at most `limit`, over `count` items."""
     size = -(-count // max(1, -(-count // limit)))
     return [slice(start, min(start + size, count)) for start in range(0, count, max(1, size))]
-
-
-def _add_product(total: torch.Tensor, grads: torch.Tensor, states: torch.Tensor, first: bool) -> None:
-    """total [V, H] += grads [n, V]ᵀ · states [n, H], or = for the first chunk."""
-    if total.dtype == grads.dtype:
-        total.addmm_(grads.t(), states, beta=0 if first else 1)  # beta = 0 does not read what is there
-        return
-    # Autocast: a float32 gradient, half-precision products.
-    if first:
-        total.zero_()
-    if _adds_to_float32(total.device):
-        torch.addmm(total, grads.t(), states, out_dtype=total.dtype, out=total)
-        return
-    # The product is rounded before it is added; few rows at a time, so that it and its float32 copy stay small.
-    size = max(1, grads.numel() // (4 * total.shape[1]))
-    for start in range(0, len(total), size):
-        total[start : start + size] += torch.mm(grads[:, start : start + size].t(), states)
-
-
-@functools.cache
-def _adds_to_float32(device: torch.device) -> bool:
-    """Whether a half-precision product can be added to a float32 tensor unrounded (torch 2.8, Ampere)."""
-    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] < 8:
-        return False
-    half = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
-    total = torch.zeros(16, 16, dtype=torch.float32, device=device)
-    try:
-        torch.addmm(total, half, half, out_dtype=total.dtype, out=total)
-    except (TypeError, RuntimeError):
-        return False
-    return True
