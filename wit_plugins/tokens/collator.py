@@ -22,6 +22,7 @@ from wit_plugins.tokens.text import TokenText
 from wit_plugins.tokens.transport import encode, framework_labels, restore_codes, weighing
 
 CODES_KEY = "weighted_labels"
+DATA = "the data"  # as a source of weights, beside the strategies
 
 
 @dataclass
@@ -157,15 +158,16 @@ class WeightedCollator:
     def explain(self, example: Mapping[str, Any]) -> Explained:
         """Where the weights of one example come from, for the preview. With WIT alone that is known from the roles."""
         explained = Explained(self.codes(example))
-        if len(self.strategies.options_by_name) == 1:
+        read = self.reader(example)
+        if read.data_weights is not None:
+            explained.sources[DATA] = read.data_weights
+        if len(self.strategies.options_by_name) == 1 and not explained.sources:
             return explained
         names = self.strategies.logged_spans
         explained.spans = {names.get(name, name): mask for name, mask in self.find_spans(example).items()}
-        targets, roles, starts = self.reader(example)
-        for piece in _documents(roles, starts):
-            document = self._document(targets[piece], roles[piece], example)
+        for piece, document in self._documents(read, example):
             for name, own in self.strategies.static_factors(**document).items():
-                explained.sources.setdefault(name, np.ones(len(roles), dtype=np.float32))[piece] = own
+                explained.sources.setdefault(name, np.ones(len(read.roles), dtype=np.float32))[piece] = own
         return explained
 
     def find_spans(self, example: Mapping[str, Any]) -> dict[str, np.ndarray]:
