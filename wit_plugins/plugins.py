@@ -28,7 +28,7 @@ DEFAULT_STRATEGIES = {
     "dft": "wit_plugins.strategies.dft",
     "spans": "wit_plugins.strategies.spans",
 }
-HOOKS_OF_A_STRATEGY = ("static_weights", "dynamic_weights")
+HOOKS_OF_A_STRATEGY = ("static_weights", "dynamic_weights", "select_tokens", "draw_targets", "change_inputs")
 
 
 class _Manager(pluggy.PluginManager):
@@ -141,5 +141,5 @@ def strategy_names() -> list[str]:
     """Names of all registered strategies, sorted."""
     manager = plugin_manager()
     return sorted(
-        impl.plugin_name for hook in HOOKS_OF_A_STRATEGY for impl in getattr(manager.hook, hook).get_hookimpls()
+        {impl.plugin_name for hook in HOOKS_OF_A_STRATEGY for impl in getattr(manager.hook, hook).get_hookimpls()}
     )

@@ -24,9 +24,10 @@ from wit_plugins.errors import WeightsNotAppliedError, WITConfigError
 from wit_plugins.loss.fused import FusedHead, LossForLogits, uncompiled
 from wit_plugins.loss.step import OutputFormat, Step
 from wit_plugins.loss.weighted import MicroBatch
+from wit_plugins.tokens.chance import Chance
 from wit_plugins.tokens.collator import CODES_KEY
 from wit_plugins.tokens.roles import IGNORE_INDEX
-from wit_plugins.tokens.transport import MAX_VOCAB_SIZE, framework_labels
+from wit_plugins.tokens.transport import MAX_VOCAB_SIZE, decode, framework_labels
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,8 @@ class WeightedHead:
             )
         kwargs = {key: value for key, value in kwargs.items() if key not in self.adapter.head_kwargs}
         kwargs["return_dict"] = True
+        if step.training and self.strategies.changes_inputs:
+            kwargs["input_ids"] = self._changed_inputs(kwargs.get("input_ids"), codes, step)
         output = None
         if self.fused is not None and not self.adapter.reads_logits(step):
             output = self._run_fused(model, args, kwargs, labels, codes, step)
@@ -129,6 +132,23 @@ class WeightedHead:
             step.aux_loss = aux_loss.detach()
             step.aux_loss_coefficient = _aux_loss_coefficient(self.model)
         return self.adapter.output(output, step.result, step)
+
+    def _changed_inputs(self, input_ids: torch.Tensor | None, codes: torch.Tensor, step: Step) -> torch.Tensor:
+        """What strategies have the model read instead of `input_ids` `[B, L]`.
+
+        Raises:
+            WeightsNotAppliedError: if the model is not given ids, or not those of the batch.
+        """
+        if input_ids is None or input_ids.shape != codes.shape:
+            raise WeightsNotAppliedError(
+                f"strategies: {', '.join(self.strategies.changes_inputs)} changes what the model reads, but the model "
+                "is not called with the batch's input_ids (a PEFT method that inserts tokens); train without it"
+            )
+        codes = codes.to(input_ids.device)
+        vocab_size = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        progress = step.number / step.number_of_steps
+        random = Chance(codes, step.number, step.seed)(1)[..., 0]
+        return self.strategies.change_inputs(input_ids, decode(codes)[1], random, progress, vocab_size)
 
     def _original_of(self, model: Any) -> Callable[..., Any]:
         """The original forward, on the model that was called."""
@@ -189,6 +209,7 @@ class WeightedHead:
             num_items=step.num_items,
             every_role=not step.training,
             response_metrics=self.adapter.response_metrics,
+            drawing=(step.number, step.seed) if step.training else None,
         )
 
     def _align(self, codes: torch.Tensor, labels: torch.Tensor, num_logits: int) -> torch.Tensor:

@@ -22,6 +22,9 @@ class Step:
         aux_loss_coefficient (`float`): the model's own weight of a mixture of experts' auxiliary loss.
         aux_loss_scale (`float`): what that loss is multiplied by beside it, so that what the trainer makes of the whole
             loss afterwards leaves it as the trainer without weights would have it.
+        number (`int`): how many optimizer steps were taken before.
+        number_of_steps (`int`): how many the run has.
+        seed (`int`): the run's.
         result ([`WeightedLoss`] | None): set by the head.
         aux_loss (`torch.Tensor | None`): the auxiliary loss that came with it, detached.
     """
@@ -31,6 +34,9 @@ class Step:
     prediction_loss_only: bool = True
     aux_loss_coefficient: float = 0.0
     aux_loss_scale: float = 1.0
+    number: int = 0
+    number_of_steps: int = 1
+    seed: int = 0
     result: WeightedLoss | None = None
     aux_loss: torch.Tensor | None = None
 

@@ -50,7 +50,7 @@ class WeightedCollator:
         self.collator = collator
         self.strategies = strategies
         self.reader = reader or ExampleReader()
-        self._reading = strategies.reading
+        self._reading, self._locating = strategies.reading, strategies.locating
         self._token_text = TokenText(tokenizer) if hasattr(tokenizer, "convert_ids_to_tokens") else None
         if self._reading and self._token_text is None:
             names = sorted({name for names in self._reading.values() for name in names})
@@ -107,6 +107,8 @@ class WeightedCollator:
         for piece in _documents(roles, starts):
             document = self._document(targets[piece], roles[piece], example)
             weights[piece] = self.strategies.static_weights(**document)
+            if self._locating:
+                self._check_whole(roles[piece])
         return encode(targets, roles, weights, token_array(example["labels"]) != IGNORE_INDEX)
 
     def find_spans(self, example: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -130,9 +132,24 @@ class WeightedCollator:
                 known["text"], known["offsets"] = self._token_text.decode(input_ids.tolist())
         return known
 
+    def _check_whole(self, roles: np.ndarray) -> None:
+        """Documents are told apart behind the collator by their first tokens, which alone have no role."""
+        if np.count_nonzero(np.diff(np.flatnonzero(roles)) > 1):
+            raise BadExampleError(
+                "attention_mask is 0 in the middle of a document, which "
+                f"{', '.join(self._locating)} (strategies) would take for two; take these tokens out of the example"
+            )
+
     def __getattr__(self, name: str) -> Any:
         # Frameworks read options off their collator (`padding_free`, `pad_to_multiple_of`, …).
-        if name.startswith("__") or name in ("collator", "strategies", "reader", "_reading", "_token_text"):
+        if name.startswith("__") or name in (
+            "collator",
+            "strategies",
+            "reader",
+            "_reading",
+            "_locating",
+            "_token_text",
+        ):
             raise AttributeError(name)
         return getattr(self.collator, name)
 

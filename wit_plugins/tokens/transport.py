@@ -92,6 +92,28 @@ def decode(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return targets, roles, torch.where(real, bits, 0).to(torch.int32).view(torch.float32)
 
 
+def locate(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which document of the batch each token is in, and where there. Runs on any device and does not synchronise.
+
+    A document's first token has no role (nothing predicts it) and all others have one, so that documents are told
+    apart wherever a collator has put them: in rows of their own, one behind the other, padded on either side.
+
+    Args:
+        codes (`torch.Tensor`): int64 `[B, L]`.
+
+    Returns:
+        `documents` and `positions`, int64 `[B, L]`, of the tokens that have a role (else without meaning): the number
+        of the document, from 0 in the order of the batch, and the place in it, its first token's being 0.
+    """
+    real = decode(codes)[1] != NEITHER
+    first = real.clone()  # the first one with a role, which is the document's second
+    first[:, 1:] &= ~real[:, :-1]
+    documents = first.flatten().cumsum(0).reshape(codes.shape) - 1
+    columns = torch.arange(codes.shape[1], device=codes.device).expand_as(codes)
+    starts = torch.where(first, columns - 1, -1).cummax(dim=1).values
+    return documents, columns - starts
+
+
 def framework_labels(codes: torch.Tensor) -> torch.Tensor:
     """The labels the framework itself would have had, int64: -100 on the prompt and on padding."""
     labelled = (codes != IGNORE_INDEX) & ((codes >> _ROLE_SHIFT) != 0)
