@@ -26,7 +26,11 @@ ENTRY_POINT_GROUP = "wit_plugins"
 DEFAULT_STRATEGIES = {
     "wit": "wit_plugins.strategies.wit",
     "dft": "wit_plugins.strategies.dft",
+    "eaft": "wit_plugins.strategies.eaft",
+    "masked_thought": "wit_plugins.strategies.masked_thought",
+    "otr": "wit_plugins.strategies.otr",
     "spans": "wit_plugins.strategies.spans",
+    "tl_training": "wit_plugins.strategies.tl_training",
 }
 HOOKS_OF_A_STRATEGY = ("static_weights", "dynamic_weights", "select_tokens", "draw_targets", "change_inputs")
 
