@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from support import Document, Scored
+from support import Document, Scored, llama
 
 MicroBatches = Sequence[Sequence[Scored]]
 
@@ -140,3 +140,40 @@ def step(
     loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
     return loss.item(), grads
+
+
+SHARE = 0.3  # of Rho-1
+
+
+def adapted(model: Any = None) -> Any:
+    """A model whose adapter is not at its start, where it would be no adapter."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(5)
+    modules = ["q_proj", "v_proj", "down_proj"]
+    config = LoraConfig(r=4, target_modules=modules, init_lora_weights=False, task_type="CAUSAL_LM")
+    return get_peft_model(model or llama(), config)
+
+
+def rho1_step(
+    model: Any, batches: Sequence[Sequence[Document]], weights: tuple[float, float]
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Σ_kept λ nll / (share · N); kept: of each micro-batch the ⌈share · n⌉ with the highest nll - nll_reference."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for docs in batches:
+        found = []
+        for doc in docs:
+            ids = torch.tensor([doc.input_ids])
+            own = model(input_ids=ids).logits[0].log_softmax(-1)
+            with torch.no_grad(), model.disable_adapter():
+                reference = model(input_ids=ids).logits[0].log_softmax(-1)
+            for t in range(1, len(doc.input_ids)):
+                weight, target = float(np.float32(weights[doc.is_response[t]])), doc.input_ids[t]
+                excess = (reference[t - 1, target] - own[t - 1, target]).item()
+                found += [(excess, weight, -own[t - 1, target])] if weight else []
+        found.sort(key=lambda item: -item[0])
+        total = total + sum(weight * nll for _, weight, nll in found[: math.ceil(SHARE * len(found))])
+        count += len(found)
+    loss = total / (SHARE * count)
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}

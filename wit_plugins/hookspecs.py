@@ -88,6 +88,7 @@ def dynamic_weights(
     topk_entropy: torch.Tensor,
     documents: torch.Tensor,
     positions: torch.Tensor,
+    reference_log_probs: torch.Tensor,
     options: Mapping[str, Any] | Sequence[Any],
 ) -> torch.Tensor | None:
     """Factors `[N]` ≥ 0 for the `N` predicted tokens of a micro-batch, from what is known of each, detached.
@@ -105,6 +106,7 @@ def select_tokens(
     topk_entropy: torch.Tensor,
     documents: torch.Tensor,
     positions: torch.Tensor,
+    reference_log_probs: torch.Tensor,
     options: Mapping[str, Any] | Sequence[Any],
 ) -> torch.Tensor | None:
     """Which of the `N` predicted tokens of a micro-batch are trained on, bool `[N]`, with all of them in view."""

@@ -36,6 +36,11 @@ class HooksOnDevice:
         return tuple(sorted(every | {k for k in top if k is not None}))
 
     @property
+    def referring(self) -> list[str]:
+        """Which strategies compare with a reference's log-probabilities."""
+        return [strategy.name for strategy in self._dynamic if strategy.asks_for("reference_log_probs")]
+
+    @property
     def locating(self) -> list[str]:
         """Which strategies ask for the document of a token, or for its position there."""
         return [s.name for s in self._strategies if any(s.asks_for(a) for a in _BY_DOCUMENT)]
@@ -55,7 +60,8 @@ class HooksOnDevice:
                 micro-batch, or any of its tokens if `per_token`.
             roles (`torch.Tensor`): uint8 `[N]`.
             known: what else strategies ask for: `weights` `[N]`, `entropies` (see the property; a mapping from k to
-                `[N]`), and `documents` and `positions`, int64 `[N]`, if any of them is `locating`.
+                `[N]`), `documents` and `positions`, int64 `[N]`, if any of them is `locating`, and
+                `reference_log_probs` `[N]`, if any is `referring`.
 
         Raises:
             ValueError: if a strategy returns the wrong shape, or, in its first answer, factors that are negative or

@@ -132,6 +132,8 @@ def weigh(
             raise ValueError(
                 f"{len(log_probs)} log_probs for {len(input_ids)} tokens; give one for each token but the first"
             )
+        if active.referring:
+            raise ValueError(f"{', '.join(active.referring)} compares with a reference model, and there is none here")
         if active.entropies and (entropies is None or len(entropies) != len(log_probs)):
             raise ValueError(
                 f"a strategy asks for the entropy; give entropies, as many as log_probs ({len(log_probs)})"

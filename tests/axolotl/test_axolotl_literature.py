@@ -3,7 +3,7 @@
 import literature
 import pytest
 from axokit import Workplace
-from support import all_relative_error, plain_copy
+from support import all_relative_error, llama, plain_copy
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +35,16 @@ def test_eaft_within_wit_equals_use_eaft(workplace):
     assert weighted.losses == pytest.approx(own.losses, rel=1e-5)
     assert weighted.losses != pytest.approx(plain.losses, rel=1e-3)
     assert all_relative_error(weighted.taken, own.taken) < 1e-4
+
+
+def test_rho1_compares_with_the_model_below_its_adapter(workplace):
+    """LoRA that was trained before, and goes on: at its start it would be no adapter, and nothing in excess."""
+    folder = workplace.folder / "adapter"
+    literature.adapted(llama(vocab_size=64)).save_pretrained(folder)
+    wit = {"prompt_weight": 0.2, "response_weight": 0.8, "strategies": {"rho1": {"share": literature.SHARE}}}
+    run = workplace.train(wit=wit, adapter="lora", lora_model_dir=str(folder), lora_r=4, lora_alpha=8, lora_dropout=0.0)
+    with run.at_start() as model:
+        copy = plain_copy(model).train()
+    loss, grads = literature.rho1_step(copy, [run.docs], (0.2, 0.8))
+    assert run.losses[0] == pytest.approx(loss, rel=1e-5)
+    assert all_relative_error(run.taken, grads) < 1e-4

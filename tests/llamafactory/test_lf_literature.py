@@ -35,3 +35,18 @@ def test_eaft_within_wit_equals_use_eaft_loss(workplace, tmp_path):
     assert weighted.logged() == pytest.approx(own.logged(), **LOSS)
     assert weighted.logged() != pytest.approx(plain.logged(), rel=1e-3)
     assert all_relative_error(weighted.after, own.after) < 1e-5
+
+
+def test_rho1_compares_with_the_model_below_its_adapter(workplace, tmp_path):
+    """LoRA that was trained before, and goes on: at its start it would be no adapter, and nothing in excess."""
+    adapter = tmp_path / "adapter"
+    literature.adapted(workplace.model()).save_pretrained(adapter)
+    config = workplace.config(
+        output_dir=str(tmp_path / "out"), finetuning_type="lora", adapter_name_or_path=str(adapter), lora_dropout=0.0
+    )
+    wit = {"prompt_weight": 0.4, "response_weight": 0.6, "strategies": {"rho1": {"share": literature.SHARE}}}
+    recorder = run(config, wit)
+    docs = [Document(doc.input_ids, doc.is_response) for doc in chatml()]
+    loss, grads = literature.rho1_step(recorder.initial.train(), [docs], (0.4, 0.6))
+    assert recorder.logged() == [pytest.approx(loss, **LOSS)]
+    assert all_relative_error(recorder.taken, grads) < 1e-4

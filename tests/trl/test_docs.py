@@ -5,6 +5,7 @@ import types
 import warnings
 from pathlib import Path
 
+import literature
 import numpy as np
 import pytest
 import yaml
@@ -14,7 +15,7 @@ from wit_trl import WITCallback
 
 import wit_plugins
 from wit_plugins.loss.reference import reference_loss
-from wit_plugins.plugins import plugin_manager
+from wit_plugins.plugins import DEFAULT_STRATEGIES, plugin_manager
 
 DOCS = next(p / "docs" for p in Path(__file__).parents if (p / "docs" / "trl.md").is_file())
 
@@ -190,3 +191,18 @@ def test_the_documented_inputs_are_masked_thought(tmp_path, registered):
         trainer.train()
         losses.append(logs(trainer)[0])
     assert losses[0] == losses[1]
+
+
+def test_what_the_table_of_methods_says_to_paste_trains(tmp_path):
+    rows = re.findall(r"^\| `(strategies: .*?)` \|", (DOCS / "strategies.md").read_text(encoding="utf-8"), re.MULTILINE)
+    names = []
+    for row in rows:
+        strategies = yaml.safe_load(row)["strategies"]
+        names += strategies
+        trainer = sft_trainer(tmp_path, model=literature.adapted() if "rho1" in strategies else None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*key tokens: matches nothing")
+            trainer.add_callback(WITCallback(trainer, prompt_weight=0.3, strategies=strategies))
+        trainer.train()
+        assert np.isfinite(logs(trainer)[0])
+    assert sorted(names) == sorted(set(DEFAULT_STRATEGIES) - {"wit", "spans"})

@@ -86,6 +86,7 @@ class MicroBatch:
         if strategies.has_dynamic_weights and strategies.locating:
             located = zip(("documents", "positions"), locate(codes), strict=True)
             self._located = {name: values[:, 1:][self.row, column] for name, values in located}
+        self.nll = self.weights.new_zeros(0)  # [N], once the loss was asked for
         self.column, self._chance = column + 1, None
         if drawing is not None and strategies.draws_targets:
             self._chance = Chance(codes, *drawing)
@@ -130,7 +131,12 @@ class MicroBatch:
             retarget=None if self._chance is None else self._draw,
         )
 
+    def compare(self, reference_nll: torch.Tensor) -> None:
+        """Take what a reference makes of the same `N` tokens, for the strategies."""
+        self._located["reference_log_probs"] = -reference_nll
+
     def _sum(self, tokens: TokenNLL) -> WeightedLoss:
+        self.nll = tokens.nll
         result = WeightedLoss(tokens.loss, self.denominator, self._role_sums(tokens.nll), self.labels_count)
         if tokens.correct is not None and tokens.entropy is not None:
             on_response = self.roles == RESPONSE
