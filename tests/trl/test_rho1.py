@@ -10,6 +10,7 @@ from trlkit import logs, sft_trainer, weights_of
 from wit_trl import WITCallback
 
 from wit_plugins import WITConfigError
+from wit_plugins.loss.base_model import check_base_model
 from wit_plugins.strategies import rho1
 
 
@@ -81,6 +82,14 @@ def test_the_selected_set_by_hand():
     for share, kept in ((0.5, [1, 2]), (0.6, [0, 1, 2]), (1.0, [0, 1, 2, 4])):
         mask = rho1.select_tokens(own, reference, weights, {"share": share})
         assert mask.nonzero().flatten().tolist() == kept
+
+
+def test_a_model_of_shapes_alone_is_not_asked_for_its_adapter():
+    """`wit check` and `wit preview` have no other, and two of the frameworks put no adapter on it."""
+    with torch.device("meta"):
+        check_base_model(llama(), ["rho1"])
+    with pytest.raises(WITConfigError, match="has none"):
+        check_base_model(llama(), ["rho1"])
 
 
 @pytest.mark.parametrize(

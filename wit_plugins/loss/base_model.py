@@ -30,6 +30,8 @@ def check_base_model(model: nn.Module, asking: Sequence[str]) -> None:
     """
     layers = [module for module in model.modules() if hasattr(module, _SWITCH)]
     reason = "strategies: " + ", ".join(asking) + " compares with a reference, the model without its adapter, but "
+    if not layers and all(parameter.is_meta for parameter in model.parameters()):
+        return  # shapes alone, to look at a dataset with; the run itself says whether there are any
     if not layers:
         raise WITConfigError(f"{reason}this model has none; train with LoRA")
     own = {id(parameter) for layer in layers for parameter in layer.parameters()}
