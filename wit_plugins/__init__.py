@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wit_plugins.config import WITConfig
     from wit_plugins.errors import WeightsNotAppliedError, WITConfigError, WITError
-    from wit_plugins.hookspecs import hookimpl, per_token
+    from wit_plugins.hookspecs import entropy_of_top, hookimpl, per_token, share_kept
     from wit_plugins.plugins import register
     from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
     from wit_plugins.training.attach import attach, attached, detach
@@ -30,9 +30,11 @@ __all__ = [
     "attach",
     "attached",
     "detach",
+    "entropy_of_top",
     "hookimpl",
     "per_token",
     "register",
+    "share_kept",
 ]
 
 # Looked up when they are first used: a command that only reads a file must not wait for torch.
@@ -41,7 +43,7 @@ _MODULES = {
     "config": ("WITConfig",),
     "errors": ("WITConfigError", "WITError", "WeightsNotAppliedError"),
     "training.attach": ("attach", "attached", "detach"),
-    "hookspecs": ("hookimpl", "per_token"),
+    "hookspecs": ("entropy_of_top", "hookimpl", "per_token", "share_kept"),
     "plugins": ("register",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

@@ -5,71 +5,29 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-
-import pluggy
 
 from wit_plugins.config import did_you_mean
 from wit_plugins.errors import WITConfigError
-from wit_plugins.plugins import HOOKS_OF_A_STRATEGY, plugin_manager, print_call, register, strategy_names, traced
+from wit_plugins.on_device import HooksOnDevice
+from wit_plugins.plugins import plugin_manager, register, strategy_names
+from wit_plugins.strategy import Options, Strategy
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from transformers import PreTrainedTokenizerBase
 
-Options = Mapping[str, Any] | Sequence[Any]
 SPAN_NAME = r"[A-Za-z0-9_.-]{1,64}"  # in the keys of the log
 MAX_SPANS = 62  # that are logged; the batch has a bit for each
 TEXT_ARGUMENTS = frozenset({"tokenizer", "text", "offsets"})  # of hooks that are called with a document
-RAW_ARGUMENT = "raw_example"  # of hooks that are called while the framework tokenises
+_ONE_AT_A_TIME = {  # hooks that only one strategy of a run may have, and why
+    "select_tokens": "select tokens, each from what the other has left out",
+    "draw_targets": "put other targets in the place of a token's own",
+}
 
 
-class _Strategy:
-    """One active strategy: its own hooks, its options, and nobody who could answer in its place."""
-
-    def __init__(self, name: str, options: Options) -> None:
-        self.name, self.options = name, options
-        manager = plugin_manager()
-        self.plugin = manager.get_plugin(name)
-        self._hooks: dict[str, pluggy.HookImpl] = {}
-        for hook in ("validate_options", "find_spans", "logged_spans", *HOOKS_OF_A_STRATEGY):
-            for impl in getattr(manager.hook, hook).get_hookimpls():
-                if impl.plugin is self.plugin:
-                    self._hooks[hook] = impl
-
-    def has(self, hook: str) -> bool:
-        """Whether the strategy implements a hook."""
-        return hook in self._hooks
-
-    def call(self, hook: str, **arguments: Any) -> Any:
-        """The result of a hook, called with the arguments that it names; `None` without one."""
-        impl = self._hooks.get(hook)
-        if impl is None:
-            return None
-        if traced():
-            print_call(hook, [self.name], arguments)
-        arguments["options"] = self.options
-        return impl.function(*(arguments[name] for name in impl.argnames))
-
-    def asks_for(self, argument: str) -> bool:
-        """Whether one of its hooks names an argument."""
-        return any(argument in impl.argnames for impl in self._hooks.values())
-
-    @property
-    def reads_raw(self) -> bool:
-        """Whether its `static_weights` reads the example as it is before tokenisation."""
-        impl = self._hooks.get("static_weights")
-        return impl is not None and RAW_ARGUMENT in impl.argnames
-
-    @property
-    def per_token(self) -> bool:
-        """Whether its `dynamic_weights` may be asked for some tokens at a time."""
-        return bool(getattr(self._hooks["dynamic_weights"].function, "wit_per_token", False))
-
-
-class ActiveStrategies:
+class ActiveStrategies(HooksOnDevice):
     """The strategies of one run, each with its own options; their weights are multiplied.
 
     Picklable, so that a collator that holds it can go to spawned data-loader workers.
@@ -99,9 +57,13 @@ class ActiveStrategies:
         for strategy in self._strategies:
             self._validate(strategy)
         self.logged_spans = self._find_logged_spans()
+        for hook, reason in _ONE_AT_A_TIME.items():
+            both = [strategy.name for strategy in self._strategies if strategy.has(hook)]
+            if len(both) > 1:
+                raise WITConfigError(f"strategies: {' and '.join(both)} both {reason}; take one out")
 
     @staticmethod
-    def _validate(strategy: _Strategy) -> None:
+    def _validate(strategy: Strategy) -> None:
         options = strategy.options
         # Most strategies have named options, and have never met a list.
         no_list = (
@@ -117,11 +79,10 @@ class ActiveStrategies:
             if isinstance(options, list):
                 raise WITConfigError(no_list) from error
             raise
+        _ = strategy.top_k, strategy.share  # which look at the options that they are read from
 
     def _bind(self) -> None:
-        self._strategies = [_Strategy(name, options) for name, options in self.options_by_name.items()]
-        self._dynamic = [strategy for strategy in self._strategies if strategy.has("dynamic_weights")]
-        self._seen: set[str] = set()  # dynamic strategies whose first answer was looked at
+        self.bind([Strategy(name, options) for name, options in self.options_by_name.items()])
 
     def _find_logged_spans(self) -> dict[str, str]:
         """The spans whose losses are logged.
@@ -259,64 +220,6 @@ class ActiveStrategies:
                 raise ValueError(f"strategy {strategy.name!r} returned weights that are negative or not finite")
             factors[strategy.name] = own
         return factors
-
-    @property
-    def has_dynamic_weights(self) -> bool:
-        """Whether any strategy rescales weights on the device."""
-        return bool(self._dynamic)
-
-    @property
-    def per_token(self) -> bool:
-        """Whether every factor depends on its own token alone, so that they may be asked for piece by piece."""
-        return all(strategy.per_token for strategy in self._dynamic)
-
-    def dynamic_weights(self, log_probs: torch.Tensor, roles: torch.Tensor) -> torch.Tensor | None:
-        """The product of the strategies' factors, shaped like `log_probs` `[N]`, or `None` if there is none.
-
-        Args:
-            log_probs (`torch.Tensor`): detached log-probabilities of the targets, `[N]`, float32 or float64: all of a
-                micro-batch, or any of its tokens if `per_token`.
-            roles (`torch.Tensor`): uint8 `[N]`.
-
-        Raises:
-            ValueError: if a strategy returns the wrong shape, or, in its first answer, factors that are negative or
-                not finite, or that it says to be per token and are not.
-        """
-        import torch
-
-        product: torch.Tensor | None = None
-        for strategy in self._dynamic:
-            factor = strategy.call("dynamic_weights", log_probs=log_probs, roles=roles)
-            if factor is None:
-                continue
-            if factor.shape != log_probs.shape:
-                raise ValueError(
-                    f"strategy {strategy.name!r} returned factors of shape {tuple(factor.shape)} for "
-                    f"{tuple(log_probs.shape)}"
-                )
-            factor = factor.detach().to(log_probs.dtype)
-            if strategy.name not in self._seen and len(factor):  # once, since looking makes the device wait
-                self._look_at(strategy, factor, log_probs, roles)
-                self._seen.add(strategy.name)
-            product = factor if product is None else torch.mul(product, factor)
-        return product
-
-    @staticmethod
-    def _look_at(strategy: _Strategy, factor: torch.Tensor, log_probs: torch.Tensor, roles: torch.Tensor) -> None:
-        import torch
-
-        if not bool((torch.isfinite(factor) & (factor >= 0)).all()) and bool(torch.isfinite(log_probs).all()):
-            raise ValueError(f"strategy {strategy.name!r} returned factors that are negative or not finite")
-        if not strategy.per_token:
-            return
-        each = [slice(index, index + 1) for index in range(min(len(factor), 8))]
-        own = [strategy.call("dynamic_weights", log_probs=log_probs[one], roles=roles[one]) for one in each]
-        alone = torch.cat([torch.ones_like(log_probs[:1]) if one is None else one.detach() for one in own])
-        if not torch.allclose(alone.to(factor.dtype), factor[: len(alone)], rtol=1e-4, atol=1e-6, equal_nan=True):
-            raise ValueError(
-                f"strategy {strategy.name!r} is marked per_token, but its factor for a token depends on other tokens; "
-                "take the mark off, and it is asked for a whole micro-batch at a time"
-            )
 
     def __getstate__(self) -> dict[str, Any]:
         # Modules do not pickle; their names do.

@@ -1,6 +1,6 @@
 """The contract: everything a weighting strategy or a framework adapter can implement, on one page.
 
-A strategy is a plugin (a module or an object) with a registered name and any of the first five hooks, marked with
+A strategy is a plugin (a module or an object) with a registered name and any of the hooks but the last two, marked with
 `wit_plugins.hookimpl`. The weights of all active strategies are multiplied. WIT itself is the strategy `wit`.
 An implementation names the arguments that it needs and leaves the others out.
 """
@@ -35,6 +35,29 @@ def per_token(function: _Function) -> _Function:
     return function
 
 
+def entropy_of_top(k: int, option: str | None = None) -> Callable[[_Function], _Function]:
+    """Say of how many of the most likely tokens `topk_entropy` is; the option of that name may say otherwise."""
+
+    def mark(function: _Function) -> _Function:
+        function.wit_top_k = (k, option)  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+def share_kept(option: str) -> Callable[[_Function], _Function]:
+    """Say which option of the strategy is the share of the tokens that `select_tokens` keeps.
+
+    The step's denominator is multiplied by it.
+    """
+
+    def mark(function: _Function) -> _Function:
+        function.wit_share = option  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
 @hookspec(firstresult=True)
 def validate_options(options: Mapping[str, Any] | Sequence[Any]) -> None:
     """Raise `ValueError` if these options of this strategy are wrong; called before training starts."""
@@ -60,12 +83,60 @@ def static_weights(
 
 @hookspec(firstresult=True)
 def dynamic_weights(
-    log_probs: torch.Tensor, roles: torch.Tensor, options: Mapping[str, Any] | Sequence[Any]
+    log_probs: torch.Tensor,
+    roles: torch.Tensor,
+    weights: torch.Tensor,
+    entropy: torch.Tensor,
+    topk_entropy: torch.Tensor,
+    documents: torch.Tensor,
+    positions: torch.Tensor,
+    reference_log_probs: torch.Tensor,
+    options: Mapping[str, Any] | Sequence[Any],
 ) -> torch.Tensor | None:
-    """Factors `[N]` ≥ 0 for the `N` predicted tokens of a micro-batch, from their detached log-probabilities and roles.
+    """Factors `[N]` ≥ 0 for the `N` predicted tokens of a micro-batch, from what is known of each, detached.
 
     The tokens are those that are computed: with a weight other than 0, and what is reported beside them.
     """
+
+
+@hookspec(firstresult=True)
+def select_tokens(
+    log_probs: torch.Tensor,
+    roles: torch.Tensor,
+    weights: torch.Tensor,
+    entropy: torch.Tensor,
+    topk_entropy: torch.Tensor,
+    documents: torch.Tensor,
+    positions: torch.Tensor,
+    reference_log_probs: torch.Tensor,
+    options: Mapping[str, Any] | Sequence[Any],
+) -> torch.Tensor | None:
+    """Which of the `N` predicted tokens of a micro-batch are trained on, bool `[N]`, with all of them in view."""
+
+
+@hookspec(firstresult=True)
+def draw_targets(
+    probabilities: torch.Tensor,
+    targets: torch.Tensor,
+    roles: torch.Tensor,
+    random: Callable[[int], torch.Tensor],
+    options: Mapping[str, Any] | Sequence[Any],
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """In training: `K` targets for each of `n` tokens, int64 `[n, K]`, and their coefficients `[n, K]`.
+
+    The loss of a token becomes the sum of coefficient times -log p over them.
+    """
+
+
+@hookspec(firstresult=True)
+def change_inputs(
+    input_ids: torch.Tensor,
+    roles: torch.Tensor,
+    random: torch.Tensor,
+    progress: float,
+    options: Mapping[str, Any] | Sequence[Any],
+) -> torch.Tensor | None:
+    """What the model reads of a micro-batch in training instead of `input_ids`, int64 `[B, L]`; the targets stay."""
 
 
 @hookspec(firstresult=True)

@@ -26,9 +26,14 @@ ENTRY_POINT_GROUP = "wit_plugins"
 DEFAULT_STRATEGIES = {
     "wit": "wit_plugins.strategies.wit",
     "dft": "wit_plugins.strategies.dft",
+    "eaft": "wit_plugins.strategies.eaft",
+    "masked_thought": "wit_plugins.strategies.masked_thought",
+    "otr": "wit_plugins.strategies.otr",
+    "rho1": "wit_plugins.strategies.rho1",
     "spans": "wit_plugins.strategies.spans",
+    "tl_training": "wit_plugins.strategies.tl_training",
 }
-HOOKS_OF_A_STRATEGY = ("static_weights", "dynamic_weights")
+HOOKS_OF_A_STRATEGY = ("static_weights", "dynamic_weights", "select_tokens", "draw_targets", "change_inputs")
 
 
 class _Manager(pluggy.PluginManager):
@@ -141,5 +146,5 @@ def strategy_names() -> list[str]:
     """Names of all registered strategies, sorted."""
     manager = plugin_manager()
     return sorted(
-        impl.plugin_name for hook in HOOKS_OF_A_STRATEGY for impl in getattr(manager.hook, hook).get_hookimpls()
+        {impl.plugin_name for hook in HOOKS_OF_A_STRATEGY for impl in getattr(manager.hook, hook).get_hookimpls()}
     )

@@ -79,6 +79,7 @@ def weigh(
     ids: Mapping[str, int] | None = None,
     columns: Mapping[str, Any] | None = None,
     log_probs: Sequence[float] | None = None,
+    entropies: Sequence[float] | None = None,
 ) -> WeighedTokens:
     """What every token of one conversation weighs.
 
@@ -94,6 +95,8 @@ def weigh(
         columns (`Mapping`, *optional*): further columns of the example, for strategies that read them.
         log_probs (`Sequence[float]`, *optional*): the log-probability of each token but the first, for dynamic weights.
             Without it only static weights are shown.
+        entropies (`Sequence[float]`, *optional*): the entropy at each token but the first, in nats, for dynamic weights
+            that ask for one (of all tokens or of the top k).
 
     Raises:
         WITConfigError: if a strategy is not registered or refuses its options.
@@ -129,8 +132,21 @@ def weigh(
             raise ValueError(
                 f"{len(log_probs)} log_probs for {len(input_ids)} tokens; give one for each token but the first"
             )
-        predicted = torch.from_numpy(role_array[1:])
-        factors = active.dynamic_weights(torch.tensor(log_probs, dtype=torch.float32), predicted)
+        if active.referring:
+            raise ValueError(f"{', '.join(active.referring)} compares with a reference model, and there is none here")
+        if active.entropies and (entropies is None or len(entropies) != len(log_probs)):
+            raise ValueError(
+                f"a strategy asks for the entropy; give entropies, as many as log_probs ({len(log_probs)})"
+            )
+        count = len(log_probs)
+        factors = active.dynamic_weights(
+            torch.tensor(log_probs, dtype=torch.float32),
+            torch.from_numpy(role_array[1:]),
+            weights=torch.from_numpy(weights[1:].copy()),
+            entropies={k: torch.tensor(entropies, dtype=torch.float32) for k in active.entropies},
+            documents=torch.zeros(count, dtype=torch.int64),
+            positions=torch.arange(1, count + 1),
+        )
         if factors is not None:
             weights[1:] *= factors.numpy()
     return WeighedTokens(

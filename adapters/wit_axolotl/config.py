@@ -85,7 +85,12 @@ _REFUSALS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("process_reward_model", _true, "a reward model has no prompt and response weights; take wit out"),
     ("pretraining_dataset", _true, "pretraining has no prompt to weight; use datasets, or take wit out"),
     ("orpo_alpha", _true, f"{_NO_LOSS}; take it out"),
-    ("use_eaft", _true, f"{_NO_LOSS}; take it out, or register the loss as a strategy (docs/strategies.md)"),
+    (
+        "use_eaft",
+        _true,
+        f"{_NO_LOSS}; take it out, and set wit: strategies: {{eaft: {{divisor: 1}}}}, which does the same (alpha and "
+        "top_k are eaft_alpha and eaft_k)",
+    ),
     (
         "chunked_cross_entropy",
         _true,

@@ -23,8 +23,8 @@ _REFUSED = {
     "prompt_weight: 1.0 and response_weight: 1.0 train on everything)",
     "use_dft_loss": "it would replace the weighted loss; set it to false and name the strategy within wit: "
     "strategies: {dft: {}}",
-    "use_eaft_loss": "it would replace the weighted loss, and no strategy does the same (it needs the whole "
-    "distribution); set it to false, or train without wit",
+    "use_eaft_loss": "it would replace the weighted loss; set it to false and name the strategy within wit: "
+    "strategies: {eaft: {alpha: 1.0}} (its alpha is eaft_alpha)",
     "use_asft_loss": "it would replace the weighted loss; set it to false. Its DFT part is a strategy within wit: "
     "strategies: {dft: {}}; its divergence from a reference model is not supported",
     "use_unsloth": "Unsloth replaces the model's forward, which the weights go through; set it to false",

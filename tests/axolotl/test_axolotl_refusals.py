@@ -19,7 +19,10 @@ PLUGINS = ["axokit.Recorder", "wit_axolotl.WITPlugin"]
         ({"reward_model": True}, "reward_model = True"),
         ({"process_reward_model": True}, "process_reward_model = True"),
         ({"pretraining_dataset": [{"path": "x"}]}, "pretraining_dataset = .*has no prompt.*use datasets"),
-        ({"use_eaft": True}, "use_eaft = True: it would replace the weighted loss.*docs/strategies.md"),
+        (
+            {"use_eaft": True},
+            r"use_eaft = True: it would replace the weighted loss.*strategies: \{eaft: \{divisor: 1\}\}",
+        ),
         ({"chunked_cross_entropy": True}, "chunked_cross_entropy = True.*take the option out"),
         ({"liger_use_token_scaling": True}, r"liger_use_token_scaling = True.*strategies: \[dft\]"),
         ({"kd_trainer": True}, "kd_trainer = True"),

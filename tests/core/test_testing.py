@@ -81,7 +81,7 @@ def test_the_documented_lines(monkeypatch):
     plugins = [block for block in blocks("strategies.md", "python") if "@hookimpl" in block]
     module = types.ModuleType("reasoning")
     for block in plugins:
-        if "dynamic_weights" not in block:
+        if re.search(r"def (static_weights|validate_options|find_spans)\(", block):
             exec(block, module.__dict__)
     monkeypatch.setitem(sys.modules, "reasoning", module)
     (example,) = [block for block in blocks("strategies.md", "python") if "wit_plugins.testing" in block]

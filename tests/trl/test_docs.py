@@ -5,6 +5,7 @@ import types
 import warnings
 from pathlib import Path
 
+import literature
 import numpy as np
 import pytest
 import yaml
@@ -14,7 +15,7 @@ from wit_trl import WITCallback
 
 import wit_plugins
 from wit_plugins.loss.reference import reference_loss
-from wit_plugins.plugins import plugin_manager
+from wit_plugins.plugins import DEFAULT_STRATEGIES, plugin_manager
 
 DOCS = next(p / "docs" for p in Path(__file__).parents if (p / "docs" / "trl.md").is_file())
 
@@ -47,14 +48,14 @@ def registered():
 
 
 def test_every_plugin_is_complete_in_under_ten_lines():
-    assert len(complete_plugins()) == 5
+    assert len(complete_plugins()) == 8
     for code in complete_plugins():
         assert len(code.strip().splitlines()) < 10
 
 
 def test_lighter_reasoning_tokens_in_a_real_run(tmp_path, registered):
     """As documented: half the weight between the two markers, registered and configured by the documented lines."""
-    static, _, validate, *_ = complete_plugins()
+    static, *_, validate, _, _ = complete_plugins()
     module = as_module(static + validate, "reasoning")
     trainer = sft_trainer(tmp_path)
     docs = from_dataset(trainer.train_dataset)
@@ -89,7 +90,7 @@ def test_lighter_reasoning_tokens_in_a_real_run(tmp_path, registered):
 
 
 def test_wrong_options_of_the_documented_plugin(tmp_path, registered):
-    static, _, validate, *_ = complete_plugins()
+    static, *_, validate, _, _ = complete_plugins()
     registered(as_module(static + validate, "reasoning"), "reasoning")
     with pytest.raises(wit_plugins.WITConfigError, match=r"reasoning: needs open, close and weight, got \['weight'\]"):
         WITCallback(sft_trainer(tmp_path), prompt_weight=0.2, strategies={"reasoning": {"weight": 0.5}})
@@ -97,7 +98,7 @@ def test_wrong_options_of_the_documented_plugin(tmp_path, registered):
 
 def test_the_documented_spans_are_looked_for(tmp_path, registered):
     """Not a word where the markers are, a warning that names the span where they are not; and they are logged."""
-    static, _, _, spans, logged = complete_plugins()
+    static, *_, spans, logged = complete_plugins()
     registered(as_module(static + spans + logged, "reasoning"), "reasoning")
     for opened, closed in ((200, 201), (None, None)):
         trainer = sft_trainer(tmp_path)
@@ -165,3 +166,58 @@ def test_the_example_configuration_is_one(tmp_path, monkeypatch):
     assert (from_config, from_command_line) == ([], [])
     config = parsed[-1].config()
     assert config.prompt_weight == yaml.safe_load(path.read_text(encoding="utf-8"))["prompt_weight"]
+
+
+def test_the_documented_selection_takes_the_most_surprising_half(tmp_path, registered):
+    """Over one micro-batch that is the step: the mean over the kept tokens, up to how many the quantile rounds to."""
+    registered(as_module(complete_plugins()[2], "surprising"), "surprising")
+    trainer = sft_trainer(tmp_path)
+    nll = []
+    for logits, ids, is_response in document_logits(plain_copy(trainer.model), from_dataset(trainer.train_dataset)):
+        own = logits.log_softmax(-1)
+        nll += [-own[t - 1, ids[t]].item() for t in range(1, len(ids)) if is_response[t]]
+    kept = [value for value in nll if value >= np.quantile(nll, 0.5)]
+    assert 0.4 < len(kept) / len(nll) < 0.6
+    trainer.add_callback(WITCallback(trainer, prompt_weight=0.0, strategies={"surprising": {"share": 0.5}}))
+    trainer.train()
+    assert logs(trainer)[0] == pytest.approx(sum(kept) / (0.5 * len(nll)), rel=1e-5)
+
+
+def test_the_documented_targets_are_a_margin(tmp_path, registered):
+    """nll of the token less a share of the nll of what the model likes best."""
+    registered(as_module(complete_plugins()[3], "margin"), "margin")
+    trainer = sft_trainer(tmp_path)
+    found = []
+    for logits, ids, is_response in document_logits(plain_copy(trainer.model), from_dataset(trainer.train_dataset)):
+        own = logits.log_softmax(-1)
+        found += [(0.3 * own[t - 1].max() - own[t - 1, ids[t]]).item() for t in range(1, len(ids)) if is_response[t]]
+    trainer.add_callback(WITCallback(trainer, prompt_weight=0.0, strategies={"margin": {"margin": 0.3}}))
+    trainer.train()
+    assert logs(trainer)[0] == pytest.approx(sum(found) / len(found), rel=1e-5)
+
+
+def test_the_documented_inputs_are_masked_thought(tmp_path, registered):
+    registered(as_module(complete_plugins()[4], "hidden"), "hidden")
+    losses = []
+    for name, options in (("hidden", {"id": 9}), ("masked_thought", {"mask_token_id": 9})):
+        trainer = sft_trainer(tmp_path)
+        strategies = {name: {**options, "probability": 0.4}}
+        trainer.add_callback(WITCallback(trainer, prompt_weight=0.3, strategies=strategies))
+        trainer.train()
+        losses.append(logs(trainer)[0])
+    assert losses[0] == losses[1]
+
+
+def test_what_the_table_of_methods_says_to_paste_trains(tmp_path):
+    rows = re.findall(r"^\| `(strategies: .*?)` \|", (DOCS / "strategies.md").read_text(encoding="utf-8"), re.MULTILINE)
+    names = []
+    for row in rows:
+        strategies = yaml.safe_load(row)["strategies"]
+        names += strategies
+        trainer = sft_trainer(tmp_path, model=literature.adapted() if "rho1" in strategies else None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*key tokens: matches nothing")
+            trainer.add_callback(WITCallback(trainer, prompt_weight=0.3, strategies=strategies))
+        trainer.train()
+        assert np.isfinite(logs(trainer)[0])
+    assert sorted(names) == sorted(set(DEFAULT_STRATEGIES) - {"wit", "spans"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from wit_plugins.linear_cross_entropy.problem import Head, TokenNLL, Tokens, wide
+from wit_plugins.linear_cross_entropy.problem import Head, TokenNLL, Tokens, entropy_of_top, wide
 
 
 def full_logits(hidden: torch.Tensor, head: Head, tokens: Tokens) -> TokenNLL:
@@ -19,10 +19,17 @@ def full_logits(hidden: torch.Tensor, head: Head, tokens: Tokens) -> TokenNLL:
     nll = -log_probs.gather(-1, tokens.targets[:, None]).squeeze(-1)  # [N]
     weights = tokens.weights.detach().to(nll.dtype)
     if tokens.rescale is not None and len(nll):
-        factors = tokens.rescale(-nll.detach(), slice(0, len(nll)))
+        z = logits.detach()
+        entropies = {k: entropy_of_top(z, k or z.shape[-1], 1.0, None) for k in tokens.entropies}
+        factors = tokens.rescale(-nll.detach(), slice(0, len(nll)), entropies)
         if factors is not None:
             weights = weights * factors.detach()
-    loss, divisor = (weights * nll).sum(), tokens.divisor(nll.dtype)
+    losses = nll
+    drawn = None if tokens.retarget is None else tokens.retarget(log_probs.detach().exp(), slice(0, len(nll)))
+    if drawn is not None:
+        terms = drawn[1].detach() * -log_probs.gather(-1, drawn[0])  # [N, K]
+        losses = torch.where(drawn[1] == 0, 0, terms).sum(dim=-1)
+    loss, divisor = (weights * losses).sum(), tokens.divisor(nll.dtype)
     return TokenNLL(
         loss=loss if divisor is None else loss / divisor,
         nll=nll.detach(),

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from wit_plugins.linear_cross_entropy.problem import TokenNLL, Tokens, wide
-from wit_plugins.linear_cross_entropy.softmax import Scores, TorchSoftmax, rescale_weights
+from wit_plugins.linear_cross_entropy.softmax import Scores, TorchSoftmax
 from wit_plugins.linear_cross_entropy.sources import GivenLogits, HiddenStates
 
 Source = HiddenStates | GivenLogits
@@ -67,12 +67,12 @@ class Pass:
             self._walk(needs)
         else:
             self._walk((False,) * len(needs))
-            rescale_weights(rescale, scores.nll, scores.weights, whole)
+            scores.rescale_by(rescale, whole)
             if any(needs):
-                scores.correct = scores.entropy = None  # known already
+                scores.settle()
                 self._walk(needs)
         self.gradients = self.source.gradients()  # by now the buffers are gone
-        loss = (scores.weights * scores.nll).sum()
+        loss = (scores.weights * scores.losses).sum()
         return loss if self.late is None else loss / self.late
 
     def _walk(self, needs: tuple[bool, ...]) -> None:
@@ -94,7 +94,7 @@ class _GradientInForward(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         needs = tuple(with_grad and need for need in ctx.needs_input_grad[2:])
         scores = walk.scores
-        correct, entropy = scores.correct, scores.entropy
+        correct, entropy = scores.correct, scores.entropy if walk.tokens.with_entropy else None
         with torch.autocast(scores.nll.device.type, enabled=False):
             loss = walk.run(needs)
         ctx.save_for_backward(walk.late, *walk.gradients)

@@ -102,6 +102,8 @@ def linear_nll(hidden: torch.Tensor, head: Head, tokens: Tokens, impl: str = "au
         head = Head(weight, bias, head.logit_scale, head.softcap)
         _check(hidden, head, tokens)
         softmax = _softmax(impl, hidden)
+        if tokens.retarget is not None and softmax is not None:
+            softmax = TorchSoftmax  # the kernel knows one target
         if softmax is None:
             return full_logits(hidden, head, tokens)
         return score(HiddenStates(hidden, head, tokens.rows, len(tokens.targets)), tokens, softmax)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,8 +33,18 @@ class Rescale(Protocol):
     def per_token(self) -> bool:
         """Whether a factor depends on its own token alone. If not, all `N` tokens are asked for at once."""
 
-    def __call__(self, log_probs: torch.Tensor, tokens: slice) -> torch.Tensor | None:
-        """Factors `[n]` ≥ 0, or `None` for 1, from detached log-probabilities `[n]`; `tokens` says which of `N`."""
+    def __call__(
+        self, log_probs: torch.Tensor, tokens: slice, entropies: Mapping[int, torch.Tensor]
+    ) -> torch.Tensor | None:
+        """Factors `[n]` ≥ 0, or `None` for 1, from detached log-probabilities `[n]`; `tokens` says which of `N`.
+
+        `entropies` are those that [`Tokens`] asks for, `[n]` each.
+        """
+
+
+# From probabilities `[n, V]`, detached, and which of the `N` tokens they are of: ids and coefficients `[n, K]`, or
+# `None` for the target alone. The loss of a token is then Σ coefficient · -log p(id).
+Retarget = Callable[["torch.Tensor", slice], "tuple[torch.Tensor, torch.Tensor] | None"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,9 @@ class Tokens:
         rescale ([`Rescale`], *optional*): dynamic weights.
         with_correct (`bool`): whether each target is the model's first choice.
         with_entropy (`bool`): the entropy of the model's distribution at each token.
+        entropies (`tuple[int, ...]`): which entropies the dynamic weights are told: of the k most likely tokens,
+            renormalised, for each k; 0 stands for all tokens.
+        retarget ([`Retarget`], *optional*): what takes the targets' place in the loss; `nll` stays the targets'.
     """
 
     targets: torch.Tensor
@@ -58,6 +72,8 @@ class Tokens:
     rescale: Rescale | None = None
     with_correct: bool = False
     with_entropy: bool = False
+    entropies: tuple[int, ...] = ()
+    retarget: Retarget | None = None
 
     def divisor(self, dtype: torch.dtype) -> torch.Tensor | None:
         """The denominator as a scalar tensor beside the targets, 0 replaced by 1."""
@@ -85,6 +101,22 @@ class TokenNLL:
     nll: torch.Tensor
     correct: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
+
+
+def entropy_of_top(logits: torch.Tensor, k: int, logit_scale: float, softcap: float | None) -> torch.Tensor:
+    """The entropy `[n]` of the k most likely tokens, their probabilities renormalised, in nats.
+
+    Args:
+        logits (`torch.Tensor`): `[n, V]`, any float dtype, before scale and soft cap, which keep their order.
+        k (`int`): at least 1; a smaller vocabulary has fewer.
+        logit_scale (`float`): what the logits are multiplied by.
+        softcap (`float`, *optional*): applied after the scale.
+    """
+    top = logits.topk(min(k, logits.shape[-1]), dim=-1, largest=logit_scale > 0).values.to(wide(logits.dtype))
+    top = top * logit_scale
+    if softcap is not None:
+        top = softcap * torch.tanh(top / softcap)
+    return torch.special.entr(torch.softmax(top, dim=-1)).sum(dim=-1)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from wit_plugins.linear_cross_entropy.problem import entropy_of_top
+
 if TYPE_CHECKING:
     from wit_plugins.linear_cross_entropy.problem import Rescale, Tokens
 
@@ -19,32 +21,74 @@ class Scores:
 
     Attributes:
         nll (`torch.Tensor`): `[N]`, float32 or float64, in nats.
+        losses (`torch.Tensor`): `[N]`: the same, or what other targets make of it.
         weights (`torch.Tensor`): `[N]`, of the same dtype: those of the gradient, dynamic factors included.
         correct (`torch.Tensor | None`): bool `[N]`.
         entropy (`torch.Tensor | None`): `[N]`.
+        top_entropies (`dict[int, torch.Tensor]`): `[N]` each, by the number of most likely tokens that it is of.
     """
 
     def __init__(self, tokens: Tokens, weights: torch.Tensor) -> None:
         self.targets = tokens.targets.contiguous()
         self.weights = weights
         self.nll = torch.empty_like(weights)
+        self.retarget = tokens.retarget
+        self.losses = self.nll if tokens.retarget is None else torch.empty_like(weights)
         self.correct = torch.empty_like(weights, dtype=torch.bool) if tokens.with_correct else None
-        self.entropy = torch.empty_like(weights) if tokens.with_entropy else None
+        asked = set(tokens.entropies) if tokens.rescale is not None else set()
+        self.told_entropy = 0 in asked
+        self.entropy = torch.empty_like(weights) if tokens.with_entropy or self.told_entropy else None
+        self.top_entropies = {k: torch.empty_like(weights) for k in asked - {0}}
         # Factors that depend on their own token alone are asked for while the token is at hand.
         self.rescale = tokens.rescale if tokens.rescale is not None and tokens.rescale.per_token else None
 
     def weigh(self, tokens: slice) -> torch.Tensor:
         """The weights `[n]` of tokens whose nll is known, with their dynamic factors."""
         if self.rescale is not None:
-            rescale_weights(self.rescale, self.nll, self.weights, tokens)
+            self.rescale_by(self.rescale, tokens)
         return self.weights[tokens]
 
+    def rescale_by(self, rescale: Rescale, tokens: slice) -> None:
+        """Multiply the weights of some tokens by their dynamic factors, in place."""
+        entropies = {k: entropy[tokens] for k, entropy in self.top_entropies.items()}
+        if self.told_entropy and self.entropy is not None:
+            entropies[0] = self.entropy[tokens]
+        factors = rescale(-self.nll[tokens], tokens, entropies)
+        if factors is not None:
+            self.weights[tokens] *= factors.detach().to(self.weights.dtype)
 
-def rescale_weights(rescale: Rescale, nll: torch.Tensor, weights: torch.Tensor, tokens: slice) -> None:
-    """Multiply the weights of some tokens by their dynamic factors, in place."""
-    factors = rescale(-nll[tokens], tokens)
-    if factors is not None:
-        weights[tokens] *= factors.detach().to(weights.dtype)
+    def draw(
+        self, exponentials: torch.Tensor, total: torch.Tensor, tokens: slice
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Other targets than the tokens' own and their coefficients `[m, K]`, if there are any; fills the losses.
+
+        Args:
+            exponentials (`torch.Tensor`): `[m, V]`: the probabilities times `total`.
+            total (`torch.Tensor`): `[m, 1]`.
+            tokens (`slice`): which tokens they are of; their nll is known.
+        """
+        if self.retarget is None:
+            return None
+        nll = self.nll[tokens]
+        drawn = self.retarget(exponentials / total, tokens)
+        if drawn is None:
+            self.losses[tokens] = nll
+            return None
+        ids, coefficients = drawn[0], drawn[1].detach().to(nll.dtype)
+        others = total.log() - exponentials.gather(-1, ids).log()
+        others = torch.where(ids == self.targets[tokens, None], nll[:, None], others)
+        self.losses[tokens] = torch.where(coefficients == 0, 0, coefficients * others).sum(dim=-1)
+        return ids, coefficients
+
+    def look(self, logits: torch.Tensor, chunk: slice, logit_scale: float, softcap: float | None) -> None:
+        """Read off a chunk of logits `[n, V]`, before anything is done to them, what the softmax does not."""
+        for k, entropy in self.top_entropies.items():
+            entropy[chunk] = entropy_of_top(logits, k, logit_scale, softcap)
+
+    def settle(self) -> None:
+        """What was found out by now is not asked for again."""
+        self.correct = self.entropy = None
+        self.top_entropies = {}
 
 
 class TorchSoftmax:
@@ -77,6 +121,7 @@ class TorchSoftmax:
 
     def __call__(self, logits: torch.Tensor, chunk: slice) -> None:
         """Turn `logits` `[n, V]`, of the tokens of the slice `chunk`, into w · ∂nll/∂logits; fill their scores."""
+        self.scores.look(logits, chunk, self.logit_scale, self.softcap)
         for start in range(0, len(logits), self.size):
             part = logits[start : start + self.size]
             tokens = slice(chunk.start + start, chunk.start + start + len(part))
@@ -112,8 +157,13 @@ class TorchSoftmax:
             mean = terms.mul_(z).sum(dim=-1, keepdim=True) / total
             scores.entropy[tokens] = (log_total - mean)[:, 0]
         weights = scores.weigh(tokens)  # [m]
+        drawn = scores.draw(z, total, tokens)
         if self.with_grad:
             weights = (weights * self.logit_scale)[:, None]
-            z.mul_(weights / total).scatter_add_(-1, targets, -weights)  # w · scale · (softmax - one-hot)
+            scale = weights / total
+            if drawn is not None:
+                targets, weights = drawn[0], weights * drawn[1]
+                scale = weights.sum(dim=-1, keepdim=True) / total
+            z.mul_(scale).scatter_add_(-1, targets, -weights)  # w · scale · (softmax - one-hot), a sum over all targets
             if self.slope is not None:
                 z.mul_(self.slope[: len(z)])

@@ -21,13 +21,15 @@ from torch import nn
 
 from wit_plugins.active import ActiveStrategies
 from wit_plugins.errors import WeightsNotAppliedError, WITConfigError
+from wit_plugins.loss.base_model import without_adapters
 from wit_plugins.loss.fused import FusedHead, LossForLogits, uncompiled
 from wit_plugins.loss.step import OutputFormat, Step
 from wit_plugins.loss.weighted import MicroBatch
+from wit_plugins.tokens.chance import Chance
 from wit_plugins.tokens.collator import CODES_KEY
 from wit_plugins.tokens.roles import IGNORE_INDEX
 from wit_plugins.tokens.span_bits import SPANS_KEY
-from wit_plugins.tokens.transport import MAX_VOCAB_SIZE, framework_labels
+from wit_plugins.tokens.transport import MAX_VOCAB_SIZE, decode, framework_labels
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ class WeightedHead:
         self.adapter = adapter
         self.normalization = normalization
         self.step: Step | None = None
+        self._reference_nll: torch.Tensor | None = None
         self._aligned = False
         self.loss_impl = loss_impl
         self.fused = None if loss_impl == "logits" else FusedHead(model)
@@ -132,6 +135,9 @@ class WeightedHead:
         step.spans = spans
         kwargs = {key: value for key, value in kwargs.items() if key not in self.adapter.head_kwargs}
         kwargs["return_dict"] = True
+        if step.training and self.strategies.changes_inputs:
+            kwargs["input_ids"] = self._changed_inputs(kwargs.get("input_ids"), codes, step)
+        self._reference_nll = self._read_by_reference(model, args, kwargs, labels, codes, step)
         output = None
         if self.fused is not None and not self.adapter.reads_logits(step):
             output = self._run_fused(model, args, kwargs, labels, codes, step)
@@ -145,6 +151,47 @@ class WeightedHead:
             step.aux_loss = aux_loss.detach()
             step.aux_loss_coefficient = _aux_loss_coefficient(self.model)
         return self.adapter.output(output, step.result, step)
+
+    def _read_by_reference(
+        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Any, codes: Any, step: Step
+    ) -> torch.Tensor | None:
+        """The nll `[N]` of the step's tokens by the model without its adapters, if a strategy asks for it."""
+        if not self.strategies.referring:
+            return None
+        batches: list[MicroBatch] = []
+
+        def batch(num_logits: int, device: torch.device) -> MicroBatch:
+            batches.append(self._micro_batch(codes, labels, step, num_logits, device, alone=True))
+            return batches[-1]
+
+        # Its own head is not the one that is trained instead of it, and an unchecked one may be no product.
+        fused, called = self.fused, model.get_output_embeddings()
+        linear = fused.linear(model) if fused is not None and fused.checked else None
+        with torch.no_grad(), without_adapters(model):
+            if fused is not None and linear is not None and uncompiled(called) is linear:
+                with LossForLogits(fused, linear, called, batch).in_place():
+                    self._original_of(model)(*args, **kwargs)
+            else:
+                logits = self._original_of(model)(*args, **kwargs).logits
+                batch(logits.shape[1], logits.device).from_logits(logits)
+        return batches[-1].nll
+
+    def _changed_inputs(self, input_ids: torch.Tensor | None, codes: torch.Tensor, step: Step) -> torch.Tensor:
+        """What strategies have the model read instead of `input_ids` `[B, L]`.
+
+        Raises:
+            WeightsNotAppliedError: if the model is not given ids, or not those of the batch.
+        """
+        if input_ids is None or input_ids.shape != codes.shape:
+            raise WeightsNotAppliedError(
+                f"strategies: {', '.join(self.strategies.changes_inputs)} changes what the model reads, but the model "
+                "is not called with the batch's input_ids (a PEFT method that inserts tokens); train without it"
+            )
+        codes = codes.to(input_ids.device)
+        vocab_size = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        progress = step.number / step.number_of_steps
+        random = Chance(codes, step.number, step.seed)(1)[..., 0]
+        return self.strategies.change_inputs(input_ids, decode(codes)[1], random, progress, vocab_size)
 
     def _original_of(self, model: Any) -> Callable[..., Any]:
         """The original forward, on the model that was called."""
@@ -196,20 +243,31 @@ class WeightedHead:
         self.fused = None
 
     def _micro_batch(
-        self, codes: torch.Tensor, labels: torch.Tensor, step: Step, num_logits: int, device: torch.device
+        self,
+        codes: torch.Tensor,
+        labels: torch.Tensor,
+        step: Step,
+        num_logits: int,
+        device: torch.device,
+        alone: bool = False,
     ) -> MicroBatch:
-        codes, spans = self._align(codes, labels, num_logits).to(device), step.spans
+        """The micro-batch of a call; `alone`, its tokens as they are, for nobody's strategies."""
+        codes, spans = self._align(codes, labels, num_logits).to(device), None if alone else step.spans
         if spans is not None:
             spans = torch.nn.functional.pad(spans.to(device), (codes.shape[1] - spans.shape[1], 0))
-        return MicroBatch(
+        batch = MicroBatch(
             codes,
-            self.strategies,
+            ActiveStrategies({}) if alone else self.strategies,
             spans=spans,
             normalization=self.normalization,
             num_items=step.num_items,
             every_role=not step.training,
             response_metrics=self.adapter.response_metrics,
+            drawing=(step.number, step.seed) if step.training else None,
         )
+        if not alone and self._reference_nll is not None:
+            batch.compare(self._reference_nll.to(device))
+        return batch
 
     def _align(self, codes: torch.Tensor, labels: torch.Tensor, num_logits: int) -> torch.Tensor:
         """Put virtual tokens (prompt-learning PEFT) in front of the codes, where PEFT has put them before the labels.

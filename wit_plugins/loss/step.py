@@ -23,6 +23,9 @@ class Step:
         aux_loss_scale (`float`): what that loss is multiplied by beside it, so that what the trainer makes of the whole
             loss afterwards leaves it as the trainer without weights would have it.
         spans (`torch.Tensor | None`): int64 `[B, L]`, which logged spans each token is in; set by the head.
+        number (`int`): how many optimizer steps were taken before.
+        number_of_steps (`int`): how many the run has.
+        seed (`int`): the run's.
         result ([`WeightedLoss`] | None): set by the head.
         aux_loss (`torch.Tensor | None`): the auxiliary loss that came with it, detached.
     """
@@ -32,6 +35,9 @@ class Step:
     prediction_loss_only: bool = True
     aux_loss_coefficient: float = 0.0
     aux_loss_scale: float = 1.0
+    number: int = 0
+    number_of_steps: int = 1
+    seed: int = 0
     spans: torch.Tensor | None = None
     result: WeightedLoss | None = None
     aux_loss: torch.Tensor | None = None

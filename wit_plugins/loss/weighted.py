@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +11,10 @@ import torch
 from wit_plugins.active import ActiveStrategies
 from wit_plugins.linear_cross_entropy import Head, TokenNLL, Tokens, linear_nll, logits_nll
 from wit_plugins.loss.normalization import denominator, safe
+from wit_plugins.tokens.chance import Chance
 from wit_plugins.tokens.roles import PROMPT, RESPONSE
 from wit_plugins.tokens.span_bits import inside
-from wit_plugins.tokens.transport import decode
+from wit_plugins.tokens.transport import decode, locate
 
 
 @dataclass
@@ -52,6 +55,7 @@ class MicroBatch:
         num_items (`torch.Tensor`, *optional*): the whole step's denominator, a scalar.
         every_role (`bool`): compute tokens of weight 0 as well (evaluation), for the roles' own sums.
         response_metrics (`bool`): sum token accuracy and entropy over all response tokens, whatever their weights.
+        drawing (`tuple[int, int]`, *optional*): the step's number and the run's seed, if targets may be drawn.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class MicroBatch:
         num_items: torch.Tensor | None = None,
         every_role: bool = False,
         response_metrics: bool = False,
+        drawing: tuple[int, int] | None = None,
     ) -> None:
         self.batch_size, length = codes.shape
         targets, roles, weights = (part[:, 1:] for part in decode(codes))  # [B, L - 1]
@@ -81,6 +86,14 @@ class MicroBatch:
         self.labels_count = is_response.sum()
         self.denominator = safe(denominator(codes, normalization) if num_items is None else num_items.to(codes.device))
         self.strategies, self.every_role, self.metrics = strategies, every_role, response_metrics
+        self._located: dict[str, torch.Tensor] = {}
+        if strategies.has_dynamic_weights and strategies.locating:
+            located = zip(("documents", "positions"), locate(codes), strict=True)
+            self._located = {name: values[:, 1:][self.row, column] for name, values in located}
+        self.nll = self.weights.new_zeros(0)  # [N], once the loss was asked for
+        self.column, self._chance = column + 1, None
+        if drawing is not None and strategies.draws_targets:
+            self._chance = Chance(codes, *drawing)
 
     def from_hidden(self, hidden: torch.Tensor, head: Head) -> WeightedLoss:
         """The loss from the hidden states `[B, L, H]` that the head is applied to, in one pass over it."""
@@ -95,9 +108,19 @@ class MicroBatch:
         """Whether the dynamic weights of a token depend on nothing but this token."""
         return self.strategies.per_token
 
-    def __call__(self, log_probs: torch.Tensor, tokens: slice) -> torch.Tensor | None:
+    def __call__(
+        self, log_probs: torch.Tensor, tokens: slice, entropies: Mapping[int, torch.Tensor]
+    ) -> torch.Tensor | None:
         """Dynamic weights: factors `[n]` for the tokens of a slice, from their detached log-probabilities `[n]`."""
-        return self.strategies.dynamic_weights(log_probs, self.roles[tokens])
+        located = {name: values[tokens] for name, values in self._located.items()}
+        roles, weights = self.roles[tokens], self.weights[tokens]
+        return self.strategies.dynamic_weights(log_probs, roles, weights=weights, entropies=entropies, **located)
+
+    def _draw(self, probabilities: torch.Tensor, tokens: slice) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Targets and coefficients `[n, K]` for the tokens of a slice, from probabilities `[n, V]`."""
+        assert self._chance is not None
+        random = functools.partial(self._chance, rows=self.row[tokens], columns=self.column[tokens])
+        return self.strategies.draw_targets(probabilities, self.targets[tokens], self.roles[tokens], random)
 
     def _tokens(self) -> Tokens:
         return Tokens(
@@ -108,9 +131,16 @@ class MicroBatch:
             rescale=self if self.strategies.has_dynamic_weights else None,
             with_correct=self.metrics,
             with_entropy=self.metrics,
+            entropies=self.strategies.entropies,
+            retarget=None if self._chance is None else self._draw,
         )
 
+    def compare(self, reference_nll: torch.Tensor) -> None:
+        """Take what a reference makes of the same `N` tokens, for the strategies."""
+        self._located["reference_log_probs"] = -reference_nll
+
     def _sum(self, tokens: TokenNLL) -> WeightedLoss:
+        self.nll = tokens.nll
         result = WeightedLoss(tokens.loss, self.denominator, self._role_sums(tokens.nll), self.labels_count)
         if tokens.correct is not None and tokens.entropy is not None:
             on_response = self.roles == RESPONSE

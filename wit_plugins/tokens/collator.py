@@ -69,7 +69,7 @@ class WeightedCollator:
         self.collator = collator
         self.strategies = strategies
         self.reader = reader or ExampleReader()
-        self._reading = strategies.reading
+        self._reading, self._locating = strategies.reading, strategies.locating
         self._token_text = TokenText(tokenizer) if hasattr(tokenizer, "convert_ids_to_tokens") else None
         if self._reading and self._token_text is None:
             names = sorted({name for names in self._reading.values() for name in names})
@@ -147,13 +147,15 @@ class WeightedCollator:
             weights[piece] = self.strategies.static_weights(**document)
             if logged:
                 bits[piece] = to_bits(self.strategies.find_spans(**document), logged, len(read.roles[piece]))
+            if self._locating:
+                self._check_whole(read.roles[piece])
         labelled = read.labels != IGNORE_INDEX
         if read.data_weights is None:
             return encode(read.targets, read.roles, weights, labelled), bits
         # What weighs 0 in the data is left out as what the framework masks is: not trained on, counted or reported.
-        kept = read.data_weights != 0
-        roles = np.where(kept, read.roles, NEITHER).astype(np.uint8)
-        return encode(read.targets, roles, weights * read.data_weights, labelled & kept), bits
+        left_out = (read.data_weights == 0) & (read.roles != NEITHER)
+        roles = np.where(left_out, NEITHER, read.roles).astype(np.uint8)
+        return encode(read.targets, roles, weights * read.data_weights, labelled & ~left_out, left_out), bits
 
     def explain(self, example: Mapping[str, Any]) -> Explained:
         """Where the weights of one example come from, for the preview. With WIT alone that is known from the roles."""
@@ -199,9 +201,24 @@ class WeightedCollator:
                 known["text"], known["offsets"] = self._token_text.decode(input_ids.tolist())
         return known
 
+    def _check_whole(self, roles: np.ndarray) -> None:
+        """Documents are told apart behind the collator by their first tokens, which alone have no role."""
+        if np.count_nonzero(np.diff(np.flatnonzero(roles)) > 1):
+            raise BadExampleError(
+                "attention_mask is 0 in the middle of a document, which "
+                f"{', '.join(self._locating)} (strategies) would take for two; take these tokens out of the example"
+            )
+
     def __getattr__(self, name: str) -> Any:
         # Frameworks read options off their collator (`padding_free`, `pad_to_multiple_of`, …).
-        if name.startswith("__") or name in ("collator", "strategies", "reader", "_reading", "_token_text"):
+        if name.startswith("__") or name in (
+            "collator",
+            "strategies",
+            "reader",
+            "_reading",
+            "_locating",
+            "_token_text",
+        ):
             raise AttributeError(name)
         return getattr(self.collator, name)
 

@@ -10,7 +10,8 @@ read back on the device, after every cast that could have rounded a float:
 
 53 bits, because one framework's collator turns labels into float64 for a moment. -100 stays -100: neither prompt nor
 response, so a collator's own padding can never be mistaken for prompt. A token that has a label and is not predicted
-(the first one of a document) keeps it under a weight that no token can have, infinity; it is neither as well.
+(the first one of a document) keeps it under a weight that no token can have, infinity; it is neither as well. So is,
+with the same weight and the other role, one that is left out within a document, since it weighs 0 in the data.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ _LABEL_ONLY = 0x7F800000  # float32 infinity
 
 
 def encode(
-    targets: np.ndarray, roles: np.ndarray, weights: np.ndarray, labelled: np.ndarray | None = None
+    targets: np.ndarray,
+    roles: np.ndarray,
+    weights: np.ndarray,
+    labelled: np.ndarray | None = None,
+    left_out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Write targets, roles and weights into codes.
 
@@ -39,6 +44,7 @@ def encode(
         roles (`np.ndarray`): uint8 `[T]`.
         weights (`np.ndarray`): float32 `[T]`, finite and ≥ 0.
         labelled (`np.ndarray`, *optional*): bool `[T]`: which tokens have a label. By default those with a role.
+        left_out (`np.ndarray`, *optional*): bool `[T]`: tokens without a role and a label that are within a document.
 
     Returns:
         int64 `[T]`: codes in `[0, 2^53)`, -100 where the role is `NEITHER` and there is no label to keep.
@@ -60,7 +66,8 @@ def encode(
     bits[label_only] = _LABEL_ONLY
     is_response = (roles == RESPONSE) | label_only
     codes = is_response.astype(np.int64) << _ROLE_SHIFT | bits << TARGET_BITS | (targets & _TARGET_MASK)
-    return np.where(real, codes, IGNORE_INDEX)
+    codes = np.where(real, codes, IGNORE_INDEX)
+    return codes if left_out is None else np.where(left_out, _LABEL_ONLY << TARGET_BITS, codes)
 
 
 def restore_codes(codes: torch.Tensor) -> torch.Tensor:
@@ -90,6 +97,30 @@ def decode(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     targets = torch.where(real, codes & _TARGET_MASK, IGNORE_INDEX)
     roles = torch.where(real, torch.where((codes >> _ROLE_SHIFT) != 0, RESPONSE, PROMPT), NEITHER).to(torch.uint8)
     return targets, roles, torch.where(real, bits, 0).to(torch.int32).view(torch.float32)
+
+
+def locate(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which document of the batch each token is in, and where there. Runs on any device and does not synchronise.
+
+    A document's first token has no role (nothing predicts it) and all others have one, or are left out, so that
+    documents are told apart wherever a collator has put them: in rows of their own, one behind the other, padded on
+    either side.
+
+    Args:
+        codes (`torch.Tensor`): int64 `[B, L]`.
+
+    Returns:
+        `documents` and `positions`, int64 `[B, L]`, of the tokens that have a role (else without meaning): the number
+        of the document, from 0 in the order of the batch, and the place in it, its first token's being 0.
+    """
+    left_out = codes == _LABEL_ONLY << TARGET_BITS
+    real = (decode(codes)[1] != NEITHER) | left_out
+    first = real.clone()  # the first one with a role, which is the document's second
+    first[:, 1:] &= ~real[:, :-1]
+    documents = first.flatten().cumsum(0).reshape(codes.shape) - 1
+    columns = torch.arange(codes.shape[1], device=codes.device).expand_as(codes)
+    starts = torch.where(first, columns - 1, -1).cummax(dim=1).values
+    return documents, columns - starts
 
 
 def framework_labels(codes: torch.Tensor) -> torch.Tensor:

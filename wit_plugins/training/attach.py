@@ -11,6 +11,7 @@ from torch import nn
 from wit_plugins.active import ActiveStrategies
 from wit_plugins.config import WITConfig
 from wit_plugins.errors import WITConfigError
+from wit_plugins.loss.base_model import check_base_model
 from wit_plugins.loss.head import WeightedHead
 from wit_plugins.plugins import plugin_manager
 from wit_plugins.tokens.collator import WeightedCollator
@@ -57,6 +58,8 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
     _check_trainer(trainer)
     strategies = ActiveStrategies(config.active_strategies())
     model = causal_lm(trainer)
+    if strategies.referring:
+        check_base_model(model, strategies.referring)
     aux_loss_sums = adapter.aux_loss_sums(trainer)  # before it is changed
     make_head = functools.partial(
         WeightedHead,

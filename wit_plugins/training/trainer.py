@@ -96,6 +96,8 @@ class WeightedTrainerMixin(_Base):
                 "the trainer's data_collator; prepare the dataset with labels that are -100 on the prompt"
             )
         step = wit.head.step = Step(num_items_in_batch, training, wit.prediction_loss_only)
+        step.number, step.number_of_steps = self.state.global_step, max(1, self.state.max_steps)
+        step.seed = self.args.seed
         if num_items_in_batch is not None:  # else the trainer averages whole losses, as it does without weights
             step.aux_loss_scale = self._aux_loss_scale(training) / self._loss_scale()
         try:

@@ -104,8 +104,8 @@ class Rescale:
     def __init__(self, factors, per_token=True):
         self.factors, self.per_token = factors, per_token
 
-    def __call__(self, log_probs, tokens):
-        return self.factors(log_probs, tokens)
+    def __call__(self, log_probs, tokens, entropies):
+        return self.factors(log_probs, tokens, entropies) if entropies else self.factors(log_probs, tokens)
 
 
 def head_nll(

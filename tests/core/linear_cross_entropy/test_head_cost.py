@@ -21,6 +21,7 @@ from headkit import (
     products,
 )
 from support import subprocess_env
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wit_plugins.linear_cross_entropy import (
     head_gradient,
@@ -70,6 +71,40 @@ def test_factors_of_the_whole_micro_batch_cost_one_product_more(small_chunks):
     assert products(step) == 4 * N * H * V
     with torch.no_grad():
         assert products(step) == N * H * V
+
+
+class Calls(TorchDispatchMode):
+    """The names of all operations, with the sizes of what they make."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, torch.Tensor)]
+        self.made.append((func.overloadpacket.__name__, sum(sizes)))
+        return out
+
+
+@pytest.mark.parametrize("impl", ["torch", "logits"])
+def test_what_nobody_asks_for_costs_nothing(impl, small_chunks):
+    """Entropies cost no product, and nothing at all without anybody who asks for them."""
+    hidden, weight, _, targets, token_weights = make(ignored=0, zeros=0)
+
+    def step(**asked):
+        rescale = Rescale(lambda log_probs, *_: log_probs.exp())
+        head_nll(hidden, weight, targets, token_weights, rescale=rescale, impl=impl, **asked).loss.backward()
+
+    with Calls() as plain:
+        step()
+    with Calls() as asking:
+        step(entropies=(0, 5))
+    assert not {"topk", "special_entr"} & {name for name, _ in plain.made}
+    assert {"topk", "special_entr"} <= {name for name, _ in asking.made}
+    assert sum(size for _, size in plain.made) < sum(size for _, size in asking.made)
+    if impl == "torch":
+        assert products(step) == products(lambda: step(entropies=(0, 5))) == 3 * N * H * V
 
 
 def test_weight_zero_costs_nothing(small_chunks):

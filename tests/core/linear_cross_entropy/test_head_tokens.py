@@ -152,3 +152,87 @@ def test_no_dynamic_weights_after_all(impl):
     plain = head_nll(hidden, weight, targets, token_weights, impl=impl)
     asked = head_nll(hidden, weight, targets, token_weights, rescale=Rescale(lambda *_: None), impl=impl)
     assert torch.equal(plain.loss, asked.loss)
+
+
+@pytest.mark.parametrize("impl", ["logits", "torch"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("with_entropy", [True, False])
+def test_entropies_for_dynamic_weights(impl, dtype, per_token, with_entropy, small_chunks):
+    """Of all tokens (0), of the 5 most likely, of more than there are; each token's own, whoever else asks for it."""
+    hidden, weight, bias, targets, token_weights = make(dtype=dtype, with_bias=True, ignored=0)
+    seen = {k: torch.full((N,), torch.nan, dtype=torch.float64) for k in (0, 5, V + 1)}
+
+    def rescale(log_probs, tokens, entropies):
+        assert entropies.keys() == seen.keys()
+        for k, values in entropies.items():
+            seen[k][tokens] = values.double()
+        return entropies[5]
+
+    result = head_nll(
+        hidden,
+        weight,
+        targets,
+        token_weights,
+        bias=bias,
+        logit_scale=1.5,
+        softcap=3.0,
+        impl=impl,
+        rescale=Rescale(rescale, per_token),
+        entropies=(0, 5, V + 1),
+        with_entropy=with_entropy,
+    )
+    logits = 3 * torch.tanh(1.5 * (hidden.double() @ weight.double().t() + bias.double()) / 3)
+    p = logits.softmax(-1)
+    top = p.detach().sort(descending=True).values[:, :5]
+    top = top / top.sum(-1, keepdim=True)
+    expected = {0: -(p * p.log()).sum(-1), 5: -(top * top.log()).sum(-1), V + 1: -(p * p.log()).sum(-1)}
+    for k, values in seen.items():
+        assert_close(values, expected[k].detach(), dtype, f"entropy of {k}")
+    nll = -p.log()[torch.arange(N), targets]
+    loss = (token_weights.double() * expected[5] * nll).sum()
+    assert_close(result.loss.detach(), loss.detach(), dtype, "loss")
+    for grad, want in zip(
+        torch.autograd.grad(result.loss, [hidden, weight, bias]),
+        torch.autograd.grad(loss, [hidden, weight, bias]),
+        strict=True,
+    ):
+        assert_close(grad, want.double(), dtype)
+    assert (result.entropy is not None) == with_entropy
+
+
+@pytest.mark.parametrize("impl", ["logits", "torch"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("per_token", [None, True, False])
+def test_other_targets(impl, dtype, per_token, small_chunks):
+    """Σ_k c_k · -log p(id_k), with the token's own target among them, one twice, one that counts for nothing."""
+    hidden, weight, bias, targets, token_weights = make(dtype=dtype, with_bias=True, ignored=0)
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(V, (N, 4), generator=generator)
+    ids[:, 1], ids[:, 2] = targets, ids[:, 0]
+    coefficients = torch.rand(N, 4, generator=generator) * torch.tensor([1.0, 1.0, -0.1, 1.0])
+    coefficients[:, 3] = 0
+    seen = torch.zeros(N)
+
+    def retarget(probabilities, tokens):
+        assert not probabilities.requires_grad
+        assert torch.allclose(probabilities.sum(-1), torch.ones(len(probabilities), dtype=probabilities.dtype))
+        seen[tokens] += 1
+        return ids[tokens], coefficients[tokens]
+
+    rescale = None if per_token is None else Rescale(lambda log_probs, _: log_probs.exp(), per_token)
+    options = {"bias": bias, "num_items": 9, "logit_scale": 1.5, "softcap": 4.0, "impl": impl, "rescale": rescale}
+    result = head_nll(hidden, weight, targets, token_weights, retarget=retarget, **options)
+    logits = 4 * torch.tanh(1.5 * (hidden.double() @ weight.double().t() + bias.double()) / 4)
+    log_probs = logits.log_softmax(-1)
+    own = log_probs[torch.arange(N), targets]
+    factors = 1 if rescale is None else own.detach().exp()
+    expected = -(token_weights.double() * factors * (coefficients * log_probs.gather(-1, ids)).sum(-1)).sum() / 9
+    assert_close(result.nll, -own.detach(), dtype, "nll")
+    assert_close(result.loss.detach(), expected.detach(), dtype, "loss")
+    wanted = torch.autograd.grad(expected, [hidden, weight, bias])
+    for grad, want in zip(torch.autograd.grad(result.loss, [hidden, weight, bias]), wanted, strict=True):
+        assert_close(grad, want.double(), dtype)
+    assert seen.min() >= 1
+    nobody = head_nll(hidden, weight, targets, token_weights, retarget=lambda *_: None, **options)
+    assert torch.equal(nobody.loss, head_nll(hidden, weight, targets, token_weights, **options).loss)

@@ -20,7 +20,7 @@ from wit_plugins.tokens.collator import WeightedCollator
 from wit_plugins.tokens.data_weights import DataWeights, UnreadWeightWarning
 from wit_plugins.tokens.prepared import prepare, read_prepared
 from wit_plugins.tokens.reader import ExampleReader
-from wit_plugins.tokens.transport import decode
+from wit_plugins.tokens.transport import decode, framework_labels, locate
 from wit_plugins.training.attach import with_data_weights
 
 TOKENIZER = byte_tokenizer(["two plus two is four"])
@@ -67,6 +67,27 @@ def test_weights_of_the_data_multiply_and_zero_leaves_out() -> None:
     assert targets.tolist() == [-100, 11, -100, 13, 14, -100]
     assert roles.tolist() == [0, 1, 0, 2, 2, 0]
     assert weights.tolist() == pytest.approx([0, 0.2, 0, 1.6, 0.4, 0])
+
+
+def test_what_is_left_out_does_not_end_its_document() -> None:
+    data = _data_weights()
+    config = WITConfig(prompt_weight=0.2)
+    strategies = ActiveStrategies(config.active_strategies())
+    collator = WeightedCollator(lambda f: f, strategies, with_data_weights(ExampleReader(), config, strategies))
+    documents = [
+        {
+            "input_ids": [7, 7, 7, 7, 7],
+            "labels": data.labels([7] * 5, [-100, 7, 7, 7, 7], np.array([1, 1, 0, 0, 1]), {}),
+        },
+        {"input_ids": [7, 7, 7], "labels": data.labels([7] * 3, [-100, 7, 7], np.array([1, 0, 1]), {})},
+    ]
+    codes = np.concatenate([collator.codes(document) for document in documents])
+    found, positions = locate(torch.from_numpy(codes)[None])
+    real = decode(torch.from_numpy(codes))[1] != 0
+    assert real.tolist() == [False, True, False, False, True, False, False, True]
+    assert found[0][real].tolist() == [0, 0, 1]
+    assert positions[0][real].tolist() == [1, 4, 2]
+    assert framework_labels(torch.from_numpy(codes)).tolist() == [-100, 7, -100, -100, 7, -100, -100, 7]
 
 
 def test_data_prepared_with_other_settings_is_refused() -> None:

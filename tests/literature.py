@@ -1,0 +1,179 @@
+"""What the methods of the literature compute, plainly in float64. Shares no code with what it checks.
+
+A method is a function of the micro-batches of one optimizer step: lists of documents, each with its logits `[T, V]`,
+its ids and which of them are response. It gives the step's loss; its docstring is the formula.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from support import Document, Scored, llama
+
+MicroBatches = Sequence[Sequence[Scored]]
+
+
+def tokens(document: Scored, prompt_weight: float, response_weight: float) -> list[tuple[torch.Tensor, int, float]]:
+    """Of each predicted token the distribution `[V]` (log-probabilities), its id and its weight λ."""
+    logits, ids, is_response = document
+    log_probs = torch.log_softmax(logits.double(), dim=-1)
+    weights = [float(np.float32(response_weight if r else prompt_weight)) for r in is_response]
+    return [(log_probs[t - 1], ids[t], weights[t]) for t in range(1, len(ids))]
+
+
+def eaft(batches: MicroBatches, weights: tuple[float, float], alpha=1.0, top_k=20, divisor=3.0) -> torch.Tensor:
+    """Σ λ (H_k / divisor)^α nll / N, H_k the entropy of the k most likely tokens, which sum to 1."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for document in (document for batch in batches for document in batch):
+        for log_probs, target, weight in tokens(document, *weights):
+            if weight == 0:
+                continue
+            p = log_probs.detach().exp().sort(descending=True).values[:top_k]
+            p = p / p.sum()
+            entropy = -(p * p.log()).sum().item()
+            total = total - weight * (entropy / divisor) ** alpha * log_probs[target]
+            count += 1
+    return total / count
+
+
+def hardest(batches: MicroBatches, weights: tuple[float, float], share=0.5) -> torch.Tensor:
+    """Σ_kept λ nll / (share · N): of each micro-batch the ⌈share · n⌉ tokens with the highest nll are kept."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for batch in batches:
+        found = [(w, -lp[y]) for document in batch for lp, y, w in tokens(document, *weights) if w != 0]
+        found.sort(key=lambda item: -item[1].item())
+        total = total + sum(weight * nll for weight, nll in found[: math.ceil(share * len(found))])
+        count += len(found)
+    return total / (share * count)
+
+
+def decaying(batches: MicroBatches, weights: tuple[float, float]) -> torch.Tensor:
+    """Σ λ nll · position / (the number of weighted tokens in its document) / N."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for document in (document for batch in batches for document in batch):
+        found = tokens(document, *weights)
+        own = sum(weight != 0 for *_, weight in found)
+        for position, (log_probs, target, weight) in enumerate(found, 1):
+            if weight != 0:
+                total = total - weight * position / own * log_probs[target]
+                count += 1
+    return total / count
+
+
+def otr(batches: MicroBatches, weights, samples, beta, temperature, seed=42) -> torch.Tensor:
+    """-Σ λ (1/K) Σ_k r_k log π(a_k) / N; a_k is the token into whose share of [0, 1) the token's k-th number falls."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for document in (document for batch in batches for document in batch):
+        for position, (log_probs, target, weight) in enumerate(tokens(document, *weights), 1):
+            if weight == 0:
+                continue
+            ends = (log_probs.detach() / temperature).softmax(-1).cumsum(0).tolist()
+            for draw in range(samples):
+                number = uniform(document[1], position, draw, seed)
+                drawn = next(index for index, end in enumerate(ends) if end > number)
+                total = total - weight * (1 if drawn == target else beta) / samples * log_probs[drawn]
+            count += 1
+    return total / count
+
+
+def plain(batches: MicroBatches, weights: tuple[float, float], **_: Any) -> torch.Tensor:
+    """Σ λ nll / N."""
+    found = [item for batch in batches for document in batch for item in tokens(document, *weights) if item[2] != 0]
+    return -sum(weight * log_probs[target] for log_probs, target, weight in found) / len(found)
+
+
+def masked(document: Document, mask_token_id: int, probability: float, seed=42, **_: Any) -> list[int]:
+    """What the model reads: a response token is masked if its number is below the probability."""
+    ids = document.input_ids
+    chosen = [t > 0 and r and uniform(ids, t, 0, seed) < probability for t, r in enumerate(document.is_response)]
+    return [mask_token_id if masked else i for i, masked in zip(ids, chosen, strict=True)]
+
+
+def mixed(number: int) -> int:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014), in whole numbers of any size."""
+    number %= 2**64
+    number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    number = (number ^ number >> 27) * 0x94D049BB133111EB % 2**64
+    return number ^ number >> 31
+
+
+def uniform(ids: Sequence[int], position: int, draw: int, seed: int, step: int = 0) -> float:
+    """A token's own number in [0, 1): of its document, its place there, the step, the seed and the draw."""
+    places = [t * 0x5851F42D4C957F2D for t in range(len(ids))]
+    document = mixed(sum(mixed(ids[t] + places[t]) for t in range(1, len(ids))))
+    state = document + places[position] + step * 0x632BE59BD9B4E019 + seed * 0x1F83D9ABFB41BD6B
+    return (mixed(state + draw * 0x2545F4914F6CDD1D) >> 40) / 2**24
+
+
+METHODS: dict[str, tuple[Callable[..., torch.Tensor], dict[str, Any]]] = {
+    "eaft": (eaft, {"alpha": 0.7, "top_k": 5, "divisor": 2.0}),
+    "masked_thought": (plain, {"mask_token_id": 2, "probability": 0.4}),
+    "otr": (otr, {"samples": 2, "beta": -0.5, "temperature": 1.3}),
+}
+
+
+READ = {"masked_thought": masked}  # what the model reads, where it is not the document
+
+
+def scored(model: Any, document: Document, read: Sequence[int] | None = None) -> Scored:
+    """A document on its own through a model: no padding, no packing."""
+    logits = model(input_ids=torch.tensor([document.input_ids if read is None else read])).logits[0]
+    return logits, document.input_ids, document.is_response
+
+
+def step(
+    model: Any, method: str, batches: Sequence[Sequence[Document]], weights: tuple[float, float], seed: int = 42
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of a run's first step by a method with the options in `METHODS`; the model is in float64."""
+    function, options = METHODS[method]
+    if "seed" in inspect.signature(function).parameters:
+        options = {**options, "seed": seed}
+    read = READ.get(method, lambda document, **_: None)
+    model.train().zero_grad()
+    batches_scored = [[scored(model, d, read(d, **{"seed": seed, **options})) for d in batch] for batch in batches]
+    loss = function(batches_scored, weights, **options)
+    loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    return loss.item(), grads
+
+
+SHARE = 0.3  # of Rho-1
+
+
+def adapted(model: Any = None) -> Any:
+    """A model whose adapter is not at its start, where it would be no adapter."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(5)
+    modules = ["q_proj", "v_proj", "down_proj"]
+    config = LoraConfig(r=4, target_modules=modules, init_lora_weights=False, task_type="CAUSAL_LM")
+    return get_peft_model(model or llama(), config)
+
+
+def rho1_step(
+    model: Any, batches: Sequence[Sequence[Document]], weights: tuple[float, float]
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Σ_kept λ nll / (share · N); kept: of each micro-batch the ⌈share · n⌉ with the highest nll - nll_reference."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for docs in batches:
+        found = []
+        for doc in docs:
+            ids = torch.tensor([doc.input_ids])
+            own = model(input_ids=ids).logits[0].log_softmax(-1)
+            with torch.no_grad(), model.disable_adapter():
+                reference = model(input_ids=ids).logits[0].log_softmax(-1)
+            for t in range(1, len(doc.input_ids)):
+                weight, target = float(np.float32(weights[doc.is_response[t]])), doc.input_ids[t]
+                excess = (reference[t - 1, target] - own[t - 1, target]).item()
+                found += [(excess, weight, -own[t - 1, target])] if weight else []
+        found.sort(key=lambda item: -item[0])
+        total = total + sum(weight * nll for _, weight, nll in found[: math.ceil(SHARE * len(found))])
+        count += len(found)
+    loss = total / (SHARE * count)
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}

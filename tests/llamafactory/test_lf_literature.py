@@ -1,0 +1,52 @@
+"""The methods of the literature through LLaMA-Factory's `run_exp`, by the same `strategies:` block as anywhere."""
+
+import literature
+import pytest
+from lfkit import LLAMAFACTORY, LOSS, Version, chatml, place, run
+from support import Document, all_relative_error
+
+EAFT = pytest.mark.skipif(Version("0.9.5") > LLAMAFACTORY, reason="0.9.4 has no EAFT of its own to compare with")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    return place(tmp_path_factory.mktemp("literature"))
+
+
+@pytest.mark.parametrize("method", literature.METHODS)
+def test_loss_and_step_are_the_formula_s(workplace, tmp_path, method):
+    options = literature.METHODS[method][1]
+    wit = {"prompt_weight": 0.4, "response_weight": 0.6, "strategies": {method: options}}
+    recorder = run(workplace.config(output_dir=str(tmp_path)), wit)
+    docs = [Document(doc.input_ids, doc.is_response) for doc in chatml()]
+    loss, grads = literature.step(recorder.initial, method, [docs], (0.4, 0.6))
+    assert recorder.logged() == [pytest.approx(loss, **LOSS)]
+    assert all_relative_error(recorder.taken, grads) < 1e-4
+
+
+@EAFT
+def test_eaft_within_wit_equals_use_eaft_loss(workplace, tmp_path):
+    """The way out that the refusal of `use_eaft_loss` names, step for step."""
+    args = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6}
+    own = run(workplace.config(output_dir=str(tmp_path / "own"), use_eaft_loss=True, eaft_alpha=0.8, **args))
+    weights = {"prompt_weight": 0.0, "response_weight": 1.0, "strategies": {"eaft": {"alpha": 0.8}}}
+    weighted = run(workplace.config(output_dir=str(tmp_path / "weighted"), **args), weights)
+    plain = run(workplace.config(output_dir=str(tmp_path / "plain"), **args))
+    assert weighted.logged() == pytest.approx(own.logged(), **LOSS)
+    assert weighted.logged() != pytest.approx(plain.logged(), rel=1e-3)
+    assert all_relative_error(weighted.after, own.after) < 1e-5
+
+
+def test_rho1_compares_with_the_model_below_its_adapter(workplace, tmp_path):
+    """LoRA that was trained before, and goes on: at its start it would be no adapter, and nothing in excess."""
+    adapter = tmp_path / "adapter"
+    literature.adapted(workplace.model()).save_pretrained(adapter)
+    config = workplace.config(
+        output_dir=str(tmp_path / "out"), finetuning_type="lora", adapter_name_or_path=str(adapter), lora_dropout=0.0
+    )
+    wit = {"prompt_weight": 0.4, "response_weight": 0.6, "strategies": {"rho1": {"share": literature.SHARE}}}
+    recorder = run(config, wit)
+    docs = [Document(doc.input_ids, doc.is_response) for doc in chatml()]
+    loss, grads = literature.rho1_step(recorder.initial.train(), [docs], (0.4, 0.6))
+    assert recorder.logged() == [pytest.approx(loss, **LOSS)]
+    assert all_relative_error(recorder.taken, grads) < 1e-4

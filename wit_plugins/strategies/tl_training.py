@@ -1,0 +1,71 @@
+"""TL-Training: the tokens that decide which tool is called weigh more (arXiv:2412.15495).
+
+Key tokens are the first one of each call, and the first one at which the called tool's name departs from each other
+tool's. If a document has fewer of them than of its other response tokens, they weigh n_other / n_key, at most
+`max_weight`. The paper's loss is divided by Σ w: set `normalization: weight_sum`. Its repository leaves the last token
+of each parameter out of n_other; here all response tokens count. Wrong calls, which it masks, are for the data to mask.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from wit_plugins.config import did_you_mean
+from wit_plugins.hookspecs import hookimpl
+from wit_plugins.tokens.roles import RESPONSE
+
+_CALL = r'<tool_call>\s*\{\s*"name":\s*"(?P<name>[^"]+)"'
+_OPTIONS = ("tools", "call", "max_weight")
+
+
+@hookimpl
+def validate_options(options: Mapping[str, Any]) -> None:
+    """`tools`, their names, is required; `call` finds a call and its `name`, `max_weight` is 9."""
+    for name in options:
+        if name not in _OPTIONS:
+            raise ValueError(f"there is no option {name!r}{did_you_mean(str(name), _OPTIONS)}")
+    tools, call, most = options.get("tools"), options.get("call", _CALL), options.get("max_weight", 9)
+    if not isinstance(tools, list) or not tools or not all(isinstance(tool, str) and tool for tool in tools):
+        raise ValueError(f"tools = {tools!r}: needs the names of all tools, such as [get_weather, get_time]")
+    if isinstance(most, bool) or not isinstance(most, (int, float)) or not 1 <= most < 1e30:
+        raise ValueError(f"max_weight = {most!r}: is a number of at least 1, such as 9")
+    try:
+        named = "name" in re.compile(call).groupindex
+    except (re.error, TypeError) as error:
+        raise ValueError(f"call = {call!r}: is no regular expression: {error}") from error
+    if not named:
+        raise ValueError(f"call = {call!r}: has no group (?P<name>…) for the tool's name")
+
+
+def _shared(name: str, other: str) -> int:
+    """How many characters two names begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(name, other, strict=False)) if a != b), min(len(name), len(other)))
+
+
+@hookimpl
+def find_spans(
+    roles: np.ndarray, text: str, offsets: np.ndarray, options: Mapping[str, Any]
+) -> Mapping[str, np.ndarray]:
+    """The key tokens of a document's calls, bool `[T]`."""
+    places = set()
+    for call in re.finditer(options.get("call", _CALL), text):
+        departing = {_shared(call["name"], tool) for tool in options["tools"] if tool != call["name"]}
+        places |= {call.start(), *(call.start("name") + length for length in departing)}
+    # The token that writes a character is the first one that ends behind it.
+    writers = np.searchsorted(offsets[:, 1], sorted(places), side="right")
+    mask = np.zeros(len(roles), dtype=bool)
+    mask[writers[writers < len(roles)]] = True
+    return {"key tokens": mask & (roles == RESPONSE)}
+
+
+@hookimpl
+def static_weights(roles: np.ndarray, text: str, offsets: np.ndarray, options: Mapping[str, Any]) -> np.ndarray:
+    """What the key tokens weigh, and 1 for all others, float32 `[T]`."""
+    (is_key,) = find_spans(roles, text, offsets, options).values()
+    keys, others = int(is_key.sum()), int(((roles == RESPONSE) & ~is_key).sum())
+    weight = min(others / keys, options.get("max_weight", 9)) if 0 < keys < others else 1
+    return np.where(is_key, weight, 1).astype(np.float32)
