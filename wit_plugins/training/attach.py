@@ -55,6 +55,7 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
     adapter.check(trainer)
     _check_trainer(trainer)
     strategies = ActiveStrategies(config.active_strategies())
+    adapter.check_data(trainer, config)
     model = causal_lm(trainer)
     aux_loss_sums = adapter.aux_loss_sums(trainer)  # before it is changed
     make_head = functools.partial(
@@ -69,6 +70,7 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
     try:
         reader, tokenizer = example_reader(trainer, adapter), getattr(trainer, "processing_class", None)
         reader = with_data_weights(reader, config, strategies)
+        reader = replace(reader, needs_prepared=reader.needs_prepared and not adapter.cuts_beginnings)
         attachment = Attachment(config, adapter, head, make_head, reader, changes, aux_loss_sums)
         dataset = getattr(trainer, "train_dataset", None)
         if dataset is not None and can_be_read_again(dataset):
