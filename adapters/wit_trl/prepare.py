@@ -23,7 +23,6 @@ from packaging.version import Version
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from wit_plugins import WITConfig, WITConfigError, attached
-from wit_plugins.active import ActiveStrategies
 from wit_plugins.tokens.data_weights import DataWeights
 from wit_trl.rows import MARK, RAW, KeepsResponse, Template, Weigh, found_weights
 from wit_trl.unread import note
@@ -134,7 +133,7 @@ def _weighted(
     """
     if not isinstance(processing_class, PreTrainedTokenizerBase) or MARK in (dataset.column_names or ()):
         return None
-    data = DataWeights(_reading(config), processing_class)
+    data = DataWeights(config, processing_class)
     if not data.active or found_weights(dataset, data) == []:
         return None
     raw = bool(data.strategies.reading_raw)
@@ -150,12 +149,6 @@ def _weighted(
         with_indices=True,
         remove_columns=[RAW] if raw else None,
     )
-
-
-def _reading(config: WITConfig) -> WITConfig:
-    """Only the settings that decide what is written into labels, so that runs with other weights share one cache."""
-    raw = ActiveStrategies(config.active_strategies()).reading_raw
-    return config.model_copy(update={"prompt_weight": 1.0, "response_weight": 1.0, "strategies": dict(raw)})
 
 
 def _keep_raw(row: Mapping[str, Any]) -> dict[str, Any]:
