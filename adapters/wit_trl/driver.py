@@ -144,9 +144,9 @@ def _yaml(values: Mapping[str, Any]) -> str:
 
 def _why_none(uncut: Any, args: Any) -> str:
     """Why TRL has dropped every example, and the way out: it does so where no label of an example counts."""
-    from wit_trl.rows import has_label
+    from wit_trl.rows import own_labels
 
-    if uncut is not None and not any(has_label(row["labels"]) for row in uncut):
+    if uncut is not None and not any((own_labels(row["labels"]) != -100).any() for row in uncut):
         return (
             "every label of every example is -100, so there is no response, and TRL drops such examples; check the "
             "labels column, or what masks it (completion_only_loss, assistant_only_loss)"

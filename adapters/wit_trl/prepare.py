@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import trl
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, Value
 from packaging.version import Version
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
@@ -134,21 +134,27 @@ def _weighted(
     if not isinstance(processing_class, PreTrainedTokenizerBase) or MARK in (dataset.column_names or ()):
         return None
     data = DataWeights(config, processing_class)
-    if not data.active or found_weights(dataset, data) == []:
+    found = found_weights(dataset, data) if data.active else []
+    if found == []:
         return None
+    unused = [where for where in found or () if where.startswith(("messages", "conversations"))]
+    if unused and "prompt" in dataset.column_names:
+        raise WITConfigError(
+            f"{', '.join(unused)} of the {name} dataset: TRL tokenises the columns prompt and completion, so that "
+            "these weights are for no token; remove one or the other"
+        )
     raw = bool(data.strategies.reading_raw)
     if raw:
         dataset = _map(dataset, _keep_raw, args, f"Keeping the raw {name} dataset")
     template = Template(processing_class, data.message_keys, trainer.chat_template)
     dataset = _tokenised(trainer, dataset, template, args, formatting_func, name)
-    return _map(
-        dataset,
-        Weigh(data, template, name),
-        args,
-        f"Weighing {name} dataset",
-        with_indices=True,
-        remove_columns=[RAW] if raw else None,
-    )
+    options: dict[str, Any] = {"with_indices": True, "remove_columns": [RAW] if raw else None}
+    if isinstance(dataset, Dataset):
+        features = dataset.features.copy()
+        features.pop(RAW, None)
+        features |= {"labels": type(features["labels"])(Value("string")), MARK: Value("int64")}
+        options["features"] = features
+    return _map(dataset, Weigh(data, template, name), args, f"Weighing {name} dataset", **options)
 
 
 def _keep_raw(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,16 @@
-"""What TRL's rows say of weights, and their labels with the weights in them. Functions of `datasets.map`: picklable."""
+"""What TRL's rows say of weights, and their labels with the weights in them. Functions of `datasets.map`: picklable.
+
+The labels of prepared datasets are *sealed*: written as text, of which a collator without weights can make no tensor.
+TRL's head does not look (since 1.15) whether a label is in the vocabulary, and such a run would train on nonsense.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from wit_plugins.errors import BadExampleError
 from wit_plugins.tokens.data_weights import DataWeights
@@ -111,7 +117,7 @@ class Weigh:
         if row.get(MARK) is not None:
             return {}
         try:
-            return {"labels": self._labels(dict(row)), MARK: self.data.fingerprint}
+            return {"labels": seal(self._labels(dict(row))), MARK: self.data.fingerprint}
         except BadExampleError as error:
             raise BadExampleError(f"example {index} of the {self.name} dataset: {error}") from None
 
@@ -152,15 +158,29 @@ class KeepsResponse:
 
     def __call__(self, row: Mapping[str, Any]) -> bool:
         """See above; rows that are not prepared are left to TRL."""
-        labels = row.get("labels")
-        return labels is None or read_prepared(token_array(labels)) is None or has_label(labels, self.kept)
+        return row.get(MARK) is None or bool((own_labels(row["labels"])[self.kept] != IGNORE_INDEX).any())
 
 
-def has_label(labels: Sequence[int], kept: slice = slice(None)) -> bool:
-    """Whether any of these labels, prepared or not, is the framework's own and not -100."""
-    own = token_array(labels)
-    prepared = read_prepared(own)
-    return bool(((own if prepared is None else prepared.labels)[kept] != IGNORE_INDEX).any())
+def seal(labels: Sequence[int]) -> list[str]:
+    """Labels, prepared or not, on which nobody trains who cannot open them."""
+    return [str(label) for label in labels]
+
+
+def is_sealed(labels: Any) -> bool:
+    """Whether these are."""
+    return len(labels) > 0 and isinstance(labels[0], str)
+
+
+def opened(labels: Sequence[str]) -> np.ndarray:
+    """Sealed labels as they were, int64 `[T]`."""
+    return np.fromiter(map(int, labels), dtype=np.int64, count=len(labels))
+
+
+def own_labels(labels: Any) -> np.ndarray:
+    """TRL's own labels, int64 `[T]`, whatever has been made of them."""
+    found = opened(labels) if is_sealed(labels) else token_array(labels)
+    prepared = read_prepared(found)
+    return found if prepared is None else prepared.labels
 
 
 def conversations(row: Mapping[str, Any]) -> dict[str, list[Any]]:

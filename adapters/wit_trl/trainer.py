@@ -22,6 +22,7 @@ from wit_plugins.errors import BadExampleError
 from wit_plugins.tokens.roles import token_array
 from wit_plugins.training.adapter import AuxLossSums, TrainerAdapter
 from wit_plugins.training.attach import causal_lm
+from wit_trl.rows import is_sealed, opened
 from wit_trl.versions import OLDEST, TOO_NEW
 
 _FUSED_HEAD_SINCE = Version("1.15.0")
@@ -100,7 +101,9 @@ class TRLAdapter(TrainerAdapter):
             changes.set(model, "router_aux_loss_coef", model.config.get_text_config().router_aux_loss_coef)
 
     def read_example(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
-        """With its `attention_mask` cut as TRL cut the ids; TRL leaves it whole, and does not look at it."""
+        """With its labels opened, and its `attention_mask` cut as TRL cut the ids, which does not look at it."""
+        if example.get("labels") is not None and is_sealed(example["labels"]):
+            example = {**example, "labels": opened(example["labels"])}
         if example.get("attention_mask") is None:
             return example
         mask, length = token_array(example["attention_mask"]), len(example["input_ids"])

@@ -112,8 +112,6 @@ def _check(dataset: Any, data: DataWeights, name: str) -> None:
 
 
 def _check_marks(marks: set[int | None], data: DataWeights, name: str) -> None:
-    if None in marks:
-        raise _unread(["some of its rows"], name)
     if marks - {data.fingerprint}:
         raise WITConfigError(
             f"the {name} dataset was prepared with other settings than these (message_weight_keys, sample_weight_key, "
