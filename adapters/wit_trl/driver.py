@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wit_plugins import WITConfigError
+from wit_plugins import WITConfig, WITConfigError
 from wit_plugins.active import ActiveStrategies
 from wit_plugins.cli.borrow import (
     Built,
@@ -68,7 +68,7 @@ class TRLDriver(FrameworkDriver):
             parsed = _parse(make_parser(prog="wit"), ["--config", str(path)], job)
             config = parsed[-1].config()
             strategies = ActiveStrategies(config.active_strategies())
-            trainer, uncut = _build_trainer(parsed[:-1])
+            trainer, uncut = _build_trainer(parsed[:-1], config)
         args = trainer.args
         if hasattr(trainer.train_dataset, "__len__") and not len(trainer.train_dataset):
             raise WITConfigError(f"{job.name}: no training example is left: {_why_none(uncut.get('train'), args)}")
@@ -146,7 +146,9 @@ def _yaml(values: Mapping[str, Any]) -> str:
 
 def _why_none(uncut: Any, args: Any) -> str:
     """Why TRL has dropped every example, and the way out: it does so where no label of an example counts."""
-    if uncut is not None and not any(any(label != -100 for label in row["labels"]) for row in uncut):
+    from wit_trl.rows import own_labels
+
+    if uncut is not None and not any((own_labels(row["labels"]) != -100).any() for row in uncut):
         return (
             "every label of every example is -100, so there is no response, and TRL drops such examples; check the "
             "labels column, or what masks it (completion_only_loss, assistant_only_loss)"
@@ -175,11 +177,13 @@ def _launcher_options() -> set[str]:
     return {action.dest for action in launch_command_parser()._actions} | {"accelerate_config"}
 
 
-def _build_trainer(arguments: list[Any]) -> tuple[Any, dict[str, Any]]:
+def _build_trainer(arguments: list[Any], config: WITConfig) -> tuple[Any, dict[str, Any]]:
     """The trainer of `trl sft`, and the datasets before truncation and packing by the names that TRL gives them."""
     import trl
     from trl.scripts import sft
     from trl.trainer import sft_trainer
+
+    from wit_trl.prepare import CONFIG
 
     original: Any = trl.SFTTrainer
     uncut: dict[str, Any] = {}
@@ -195,6 +199,7 @@ def _build_trainer(arguments: list[Any]) -> tuple[Any, dict[str, Any]]:
             return super()._prepare_dataset(uncut[name], processing_class, args, packing, formatting_func, name)
 
     SFTTrainer.__name__ = SFTTrainer.__qualname__ = original.__name__
+    setattr(SFTTrainer, CONFIG, config)
     with exchanged(trl, "SFTTrainer", SFTTrainer), exchanged(sft_trainer, "create_model_from_path", _empty_model):
         try:
             sft.main(*arguments)

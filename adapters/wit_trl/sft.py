@@ -36,6 +36,13 @@ class WITArguments:
         default=None,
         metadata={"help": _HELP["strategies"] + " On the command line: names with commas between, or JSON."},
     )
+    message_weight_keys: list[str] = field(
+        default_factory=lambda: list(WITConfig.model_fields["message_weight_keys"].default),
+        metadata={"help": _HELP["message_weight_keys"] + " On the command line: names with spaces between, or `none`."},
+    )
+    sample_weight_key: str | None = field(
+        default="weight", metadata={"help": _HELP["sample_weight_key"] + " On the command line: a name, or `none`."}
+    )
 
     def config(self) -> WITConfig:
         """The settings, checked.
@@ -50,6 +57,10 @@ class WITArguments:
                 "file), or run `trl sft` to train without weights"
             )
         values["strategies"] = _parse_strategies(values["strategies"])
+        if values["message_weight_keys"] == ["none"]:
+            values["message_weight_keys"] = []
+        if values["sample_weight_key"] == "none":
+            values["sample_weight_key"] = None
         return WITConfig.parse(values, "the weights")
 
 
@@ -180,10 +191,11 @@ def _check_script() -> None:
 
 @contextmanager
 def _weighted_trainer(config: WITConfig) -> Iterator[None]:
-    """While it lasts, `trl.SFTTrainer` attaches the weights when it is made. The only patch of TRL."""
+    """While it lasts, `trl.SFTTrainer` attaches the weights when it is made. The script's only patch."""
     import trl
 
     from wit_trl.callback import WITCallback
+    from wit_trl.prepare import CONFIG
 
     original: Any = trl.SFTTrainer
 
@@ -192,6 +204,7 @@ def _weighted_trainer(config: WITConfig) -> Iterator[None]:
             super().__init__(*args, **kwargs)
             self.add_callback(WITCallback(self, **config.model_dump()))
 
+    setattr(SFTTrainer, CONFIG, config)  # weights that stand in its datasets are read while it tokenises them
     trl.SFTTrainer = SFTTrainer
     try:
         yield

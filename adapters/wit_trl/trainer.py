@@ -17,11 +17,12 @@ import torch
 from packaging.version import Version
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from wit_plugins import WITConfigError
+from wit_plugins import WITConfig, WITConfigError
 from wit_plugins.errors import BadExampleError
 from wit_plugins.tokens.roles import token_array
 from wit_plugins.training.adapter import AuxLossSums, TrainerAdapter
 from wit_plugins.training.attach import causal_lm
+from wit_trl.rows import is_sealed, opened
 from wit_trl.versions import OLDEST, TOO_NEW
 
 _FUSED_HEAD_SINCE = Version("1.15.0")
@@ -62,7 +63,9 @@ class TRLAdapter(TrainerAdapter):
         self.loss_type = trainer.args.loss_type
         self.use_liger_kernel = trainer.args.use_liger_kernel
         self.max_length, self.truncation_mode = trainer.args.max_length, trainer.args.truncation_mode
-        self.cuts_documents = trainer.args.packing and trainer.args.packing_strategy == "wrapped"
+        packed = trainer.args.packing and trainer.args.packing_strategy
+        self.cuts_documents = packed == "wrapped"
+        self.cuts_beginnings = packed in ("wrapped", "bfd_split") or self.truncation_mode == "keep_end"
         self.aux_loss_coefficient = trainer.aux_loss_enabled and getattr(trainer.args, "router_aux_loss_coef", None)
         self.drops_mask = type(trainer.data_collator).__module__.startswith("trl.")
 
@@ -80,6 +83,12 @@ class TRLAdapter(TrainerAdapter):
                 "vision-language models are not supported yet; pass the tokenizer alone as processing_class"
             )
 
+    def check_data(self, trainer: Any, config: WITConfig) -> None:
+        """Refuse datasets whose weights TRL has not written into the labels, since nobody asked it to."""
+        from wit_trl.unread import check
+
+        check(trainer, config)
+
     def prepare(self, trainer: Any, changes: Any) -> None:
         """Keep the column `attention_mask`, which tells padding from prompt, and say TRL's coefficient to the model."""
         columns = trainer._signature_columns
@@ -92,7 +101,9 @@ class TRLAdapter(TrainerAdapter):
             changes.set(model, "router_aux_loss_coef", model.config.get_text_config().router_aux_loss_coef)
 
     def read_example(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
-        """With its `attention_mask` cut as TRL cut the ids; TRL leaves it whole, and does not look at it."""
+        """With its labels opened, and its `attention_mask` cut as TRL cut the ids, which does not look at it."""
+        if example.get("labels") is not None and is_sealed(example["labels"]):
+            example = {**example, "labels": opened(example["labels"])}
         if example.get("attention_mask") is None:
             return example
         mask, length = token_array(example["attention_mask"]), len(example["input_ids"])

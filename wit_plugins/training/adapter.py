@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
     from transformers.utils import ModelOutput
 
+    from wit_plugins.config import WITConfig
     from wit_plugins.loss.step import Step
     from wit_plugins.loss.weighted import WeightedLoss
     from wit_plugins.training.changes import Changes
@@ -36,6 +37,8 @@ class TrainerAdapter:
         head_kwargs (`frozenset[str]`): arguments of the model's forward that are meant for a head that this one
             replaces; they are not passed on.
         cuts_documents (`bool`): whether rows begin and end anywhere in a document.
+        cuts_beginnings (`bool`): whether a document may have lost its first tokens, which say what its labels were
+            prepared with; [`check_data`] then makes sure that they were.
         response_metrics (`bool`): whether the trainer reads token accuracy and entropy off the model's output.
         masking_hint (`str`): how a user of this framework masks the prompt.
     """
@@ -43,11 +46,15 @@ class TrainerAdapter:
     framework = "transformers"
     head_kwargs: frozenset[str] = frozenset({"skip_logits"})  # transformers' trainer says it to Liger's head
     cuts_documents = False
+    cuts_beginnings = False
     response_metrics = False
     masking_hint = "give the examples a labels column that is -100 on the prompt"
 
     def check(self, trainer: Trainer) -> None:
         """Raise [`WITConfigError`] if this trainer's options cannot be combined with weights."""
+
+    def check_data(self, trainer: Trainer, config: WITConfig) -> None:
+        """Raise [`WITConfigError`] if weights stand in the data that are not in the labels, see `tokens.prepared`."""
 
     def prepare(self, trainer: Trainer, changes: Changes) -> None:
         """Change what must change on the trainer, through `changes`, so that `detach` can undo it."""

@@ -57,6 +57,7 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
     adapter.check(trainer)
     _check_trainer(trainer)
     strategies = ActiveStrategies(config.active_strategies())
+    adapter.check_data(trainer, config)
     model = causal_lm(trainer)
     if strategies.referring:
         check_base_model(model, strategies.referring)
@@ -73,6 +74,7 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
     try:
         reader, tokenizer = example_reader(trainer, adapter), getattr(trainer, "processing_class", None)
         reader = with_data_weights(reader, config, strategies)
+        reader = replace(reader, needs_prepared=reader.needs_prepared and not adapter.cuts_beginnings)
         logged = list(strategies.logged_spans.values())
         metrics = RoleMetrics(logged), RoleMetrics(logged)
         attachment = Attachment(config, adapter, head, make_head, reader, changes, aux_loss_sums, *metrics)

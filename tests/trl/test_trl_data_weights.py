@@ -1,0 +1,166 @@
+"""Weights in the data, through the real `SFTTrainer`: loss and step are those of the text and its weights."""
+
+import copy
+
+import pytest
+from datasets import Dataset
+from support import all_relative_error
+from trl import SFTConfig
+from weightkit import MAX_LENGTH, dataset, expected_step, reference, rows, step_taken, tokenizer, trainer
+from wit_trl import WITCallback, prepare_dataset
+from wit_trl.rows import opened
+
+from wit_plugins.tokens.prepared import read_prepared
+
+WEIGHTS = (0.2, 0.8)
+SETTINGS = {"prompt_weight": 0.2, "response_weight": 0.8}
+
+
+def config(**args):
+    settings = {"max_length": MAX_LENGTH, "report_to": [], "use_cpu": True, "bf16": False, **args}
+    return SFTConfig("unused", **settings)
+
+
+def is_exact(tmp_path, made, documents, weights=WEIGHTS, normalization="nonzero_tokens"):
+    expected, gradients = expected_step(made.model, documents, weights, normalization)
+    loss, taken = step_taken(made)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert all_relative_error(taken, gradients) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "args"),
+    [
+        ("messages", {}),
+        ("messages", {"packing": True}),
+        ("messages", {"max_length": 60}),
+        ("messages", {"packing": True, "packing_strategy": "bfd_split", "max_length": 100}),
+        ("messages", {"padding_free": True, "max_length": None, "dataloader_num_workers": 1}),
+        ("prompt_completion", {}),
+        ("plain", {"packing": True}),
+    ],
+)
+def test_loss_and_step_are_those_of_the_text_and_its_weights(tmp_path, kind, args):
+    asked = {"assistant_only_loss": kind == "messages", **args}
+    made = trainer(tmp_path, prepare_dataset(dataset(rows(kind)), tokenizer(), config(**asked)), **asked)
+    made.add_callback(WITCallback(made, **SETTINGS))
+    cut = None if args.get("packing") else args.get("max_length", MAX_LENGTH)
+    documents = reference(rows(kind), cut)
+    if args.get("packing_strategy") == "bfd_split":
+        documents = [piece for document in documents for piece in document.split(args["max_length"])]
+        assert len(documents) > 8
+    is_exact(tmp_path, made, documents)
+
+
+def test_tokens_of_weight_zero_are_not_counted_or_reported(tmp_path):
+    made = trainer(tmp_path, prepare_dataset(dataset(rows()), tokenizer(), config(assistant_only_loss=True)))
+    made.add_callback(WITCallback(made, **SETTINGS, normalization="weight_sum"))
+    documents = reference(rows())
+    is_exact(tmp_path, made, documents, normalization="weight_sum")
+    kept = [r for d in documents for r, w in zip(d.response[1:], d.data[1:], strict=True) if w]
+    assert len(kept) < sum(len(d.response) - 1 for d in documents)
+    logged = made.state.log_history[0]
+    assert (logged["prompt_tokens"], logged["response_tokens"]) == (kept.count(False), kept.count(True))
+
+
+def test_zero_and_one_are_the_masks_that_trl_knows(tmp_path):
+    """The framework's own result: TRL on labels that are masked by hand, at (0, 1)."""
+    made = [row for row in rows() if "weight" not in row]
+    for row in made:
+        for message in row["messages"]:
+            for key in [key for key in message if key not in ("role", "content")]:
+                del message[key]
+        row["messages"][1]["train"], row["messages"][3]["content"] = False, "the end"
+    prepared = prepare_dataset(dataset(made), tokenizer(), config(assistant_only_loss=True))
+    weighted = trainer(tmp_path, prepared)
+    weighted.add_callback(WITCallback(weighted, prompt_weight=0))
+    masked = [
+        {
+            "input_ids": d.ids,
+            "labels": [i if r and w else -100 for i, r, w in zip(d.ids, d.response, d.data, strict=True)],
+        }
+        for d in reference(made)
+    ]
+    own = trainer(tmp_path, Dataset.from_list(masked))
+    (loss, taken), (own_loss, own_taken) = step_taken(weighted), step_taken(own)
+    assert loss == pytest.approx(own_loss, rel=1e-6)
+    assert all_relative_error(taken, own_taken) < 1e-5
+
+
+def conversation(index):
+    said = [("user", "two plus"), ("assistant", f"four {index}"), ("user", "then?"), ("assistant", "the end " * index)]
+    return {"messages": [{"role": role, "content": content} for role, content in said]}
+
+
+def weighted_by(weight, row):
+    """The same row with this weight at the sample and at each message."""
+    made = {
+        name: [{**message, "weight": weight} for message in value]
+        if isinstance(value, list) and name in HOLD_MESSAGES
+        else value
+        for name, value in row.items()
+    }
+    return {**made, "weight": weight}
+
+
+def fresh():
+    """A tokenizer of one's own, that may be changed."""
+    return copy.deepcopy(tokenizer())
+
+
+HOLD_MESSAGES = ("messages", "conversations", "prompt", "completion")
+FORMS = {
+    "messages": (lambda row: row, {}),
+    "assistant_only": (lambda row: row, {"assistant_only_loss": True}),
+    "tools": (
+        lambda row: {
+            **row,
+            "tools": [{"type": "function", "function": {"name": "f"}}],
+            "chat_template_kwargs": {"a": 1},
+        },
+        {},
+    ),
+    "from_value": (
+        lambda row: {"conversations": [{"from": m["role"], "value": m["content"]} for m in row["messages"]]},
+        {},
+    ),
+    "prompt_completion": (lambda row: {"prompt": row["messages"][:3], "completion": row["messages"][3:]}, {}),
+    "whole_completion": (
+        lambda row: {"prompt": row["messages"][:3], "completion": row["messages"][3:]},
+        {"completion_only_loss": False},
+    ),
+    "plain": (lambda row: {"prompt": "two plus", "completion": row["messages"][1]["content"]}, {}),
+    "text": (lambda row: {"said": row["messages"][1]["content"]}, {"dataset_text_field": "said"}),
+    "formatted": (lambda row: {"said": row["messages"][1]["content"]}, {}),
+    "template": (lambda row: row, {"chat_template_path": "template.jinja", "eos_token": "<|im_start|>"}),
+    "processes": (lambda row: row, {"dataset_num_proc": 2}),
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "stream"), [*((form, False) for form in FORMS), *((form, True) for form in FORMS if form != "processes")]
+)
+def test_ids_and_masks_are_those_of_trl(tmp_path, monkeypatch, form, stream):
+    """As without the weights, and byte for byte where all of them are 1; the trainer changes nothing any more."""
+    change, args = FORMS[form]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "template.jinja").write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
+    plain = [change(conversation(index)) for index in range(4)]
+    formatting = {"formatting_func": lambda row: f"said: {row['said']}"} if form == "formatted" else {}
+    kwargs = {"processing_class": fresh(), **formatting}
+    own = trainer(tmp_path, Dataset.from_list(plain), trainer_kwargs=kwargs, **args).train_dataset
+    for weight in (1.0, 2.0):
+        data = Dataset.from_list([weighted_by(weight, row) for row in plain])
+        given = fresh()
+        prepared = prepare_dataset(data.to_iterable_dataset() if stream else data, given, config(**args), **formatting)
+        assert given.get_vocab() == fresh().get_vocab()
+        assert (given.chat_template, given.eos_token) == (fresh().chat_template, fresh().eos_token)
+        kwargs = {"processing_class": given}
+        after = trainer(tmp_path, prepared, trainer_kwargs=kwargs, **args, max_steps=1).train_dataset
+        assert [row["input_ids"] for row in after] == own["input_ids"]
+        labels = [opened(row["labels"]) for row in after]
+        if weight != 1:
+            said = [read_prepared(each) for each in labels]
+            assert all((each.weights[1:] >= 2).all() for each in said)
+            labels = [each.labels for each in said]
+        assert [each.tolist() for each in labels] == own["labels"]
