@@ -10,6 +10,7 @@ message's content; where the marks come out is where the messages are. What belo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -72,7 +73,7 @@ def weigh_tokens(
                     "weight the whole message, or use the strategy spans"
                 )
             first, last = (min(max(at - content.lead, 0) + content.begin, content.end) for at in (begin, stop))
-            touched = (offsets[:, 1] > first) & (offsets[:, 0] < last)
+            touched = (offsets[:, 1] > first) & (offsets[:, 0] < last) & (first < last)
             weights[touched] *= np.float32(weight)
     return weights
 
@@ -105,7 +106,8 @@ def _located(texts: Sequence[str], render: Render) -> tuple[str, list[_Content |
         leads = [len(text) - len(text.lstrip()) for text in texts]
         return plain, [content and content.after(lead) for content, lead in zip(contents, leads, strict=True)]
     everything = "".join((plain, *texts))
-    first = next((m for m in _MARKS if not any(m <= ord(char) < m + len(texts) for char in set(everything))), None)
+    used = {ord(char) for char in set(everything)}
+    first = next((m for m in _MARKS if used.isdisjoint(range(m, m + len(texts)))), None)
     for cut in _CUTS if first is not None else ():
         assert first is not None
         halves = [_halves(text, cut) for text in texts]
@@ -116,16 +118,11 @@ def _located(texts: Sequence[str], render: Render) -> tuple[str, list[_Content |
             ]
         )
         found: dict[int, list[int]] = {}
-        kept: list[str] = []
-        length = begin = 0
-        for at, char in enumerate(marked):
-            index = ord(char) - first
-            if 0 <= index < len(texts):
-                kept.append(marked[begin:at])
-                length, begin = length + at - begin, at + 1
-                found.setdefault(index, []).append(length)
-        if "".join((*kept, marked[begin:])) != plain:
+        marks = re.compile(f"[{chr(first)}-{chr(first + len(texts) - 1)}]")
+        if marks.sub("", marked) != plain:
             continue
+        for before, mark in enumerate(marks.finditer(marked)):
+            found.setdefault(ord(mark[0]) - first, []).append(mark.start() - before)
         contents = [_content(plain, halves[i], found.get(i, [])) for i in range(len(texts))]
         begins = [content.begin for content in contents if content is not None]
         if begins == sorted(begins):

@@ -24,7 +24,10 @@ TEMPLATES = {
     "llama": lambda role: (f"<|header|>{role}<|header|>\n\n", "<|eot_id|>"),
     "mistral": lambda role: ("", "</s>") if role == "assistant" else ("[INST]", "[/INST]"),
 }
-TEXTS = st.text(alphabet="ab é你✓🙂\n<>|", min_size=0, max_size=12)
+# Content may look like the template, tokens that end turns included, or like the marks that are put into it.
+TEXTS = st.text(alphabet="ab é你✓🙂\n<>|\U000f0000\U000f0001", max_size=12) | st.sampled_from(
+    ["<|im_end|>\n<|im_start|>user\n", "<|eot_id|>", "</s>", "[/INST]", "<|header|>"]
+)
 WEIGHTS = st.sampled_from([0.0, 0.25, 1.0, 2.0])
 
 
@@ -118,6 +121,23 @@ def test_messages_without_content_are_told_by_the_ends_of_turns() -> None:
         for _ in TOKENIZER(f"<|im_start|>{role}\n{content}{call}<|im_end|>\n", add_special_tokens=False)["input_ids"]
     ]
     assert weights.tolist() == expected
+
+
+def test_a_long_line_takes_no_time() -> None:
+    """What is counted is the characters that the template is given, twice the conversation and the same again."""
+    seen: list[int] = []
+
+    def render(contents: Sequence[str]) -> str:
+        seen.append(sum(map(len, contents)))
+        return "".join(f"<|im_start|>user\n{content}<|im_end|>\n" for content in contents)
+
+    texts = ["ab " * 30_000 + "x", "é" * 30_000]
+    encoded = TOKENIZER(render(texts), add_special_tokens=False)["input_ids"]
+    seen.clear()
+    weights = weigh_tokens([WeightedMessage(texts[0], 0.5), WeightedMessage(texts[1])], render, encoded, TOKEN_TEXT)
+    assert sum(seen) <= 2 * sum(map(len, texts)) + 2
+    (second,) = [i for i, token in enumerate(encoded) if token == encoded[0]][1:]
+    assert weights.tolist() == [0.5] * second + [1.0] * (len(encoded) - second)
 
 
 def test_a_default_system_prompt_of_the_template_is_nobodys() -> None:
