@@ -51,7 +51,7 @@ def read_config(cfg: Mapping[str, Any]) -> WITConfig:
             "    wit:\n      prompt_weight: 0.4\n      response_weight: 0.6\n"
             "or take the plugin line out to train without weights"
         )
-    config = WITConfig.parse(_plain(values), "wit")
+    config = WITConfig.parse(plain(values), "wit")
     ActiveStrategies(config.active_strategies())  # finds strategies that do not exist or refuse their options
     for key, refused, reason in _REFUSALS:
         value = cfg.get(key)
@@ -110,9 +110,10 @@ _REFUSED_PLUGINS = {
 }
 
 
-def _plain(values: Any) -> Any:
+def plain(values: Any) -> Any:
+    """A block of Axolotl's configuration as what YAML made of it."""
     return values.to_dict() if hasattr(values, "to_dict") else values
 
 
 def _shown(value: Any) -> str:
-    return repr(_plain(value))
+    return repr(plain(value))

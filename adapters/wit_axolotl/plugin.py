@@ -2,7 +2,8 @@
 
 In the order in which Axolotl calls them: `register` sees the configuration before anything is loaded, `get_input_args`
 adds the `wit` key to its schema, `get_training_args` sets the one training argument that the paper's denominator
-needs, `post_trainer_create` attaches, and `post_train` leaves the settings beside the model.
+needs, `post_trainer_create` attaches, and `post_train` leaves the settings beside the model. What Axolotl does to the
+data it asks no plugin about; see `wit_axolotl.patch`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from axolotl.integrations.base import BasePlugin
 from wit_axolotl.config import PLUGIN, is_listed, read_config
 from wit_axolotl.versions import check_version
 from wit_plugins import WITConfig, WITConfigError, attach, front_door
+from wit_plugins.tokens.own_labels import OwnLabelsCollator
 from wit_plugins.training.records import save_config
 
 
@@ -37,6 +39,9 @@ class WITPlugin(BasePlugin):
         # Axolotl's plugin manager outlives a run: it also calls plugins that the present configuration does not name.
         if is_listed(cfg):
             self._config = read_config(cfg)
+            from wit_axolotl import patch  # with Axolotl's data pipeline, which need not be loaded to say what is wrong
+
+            patch.install()
         elif cfg.get("wit"):
             raise WITConfigError(f"wit: there is a wit: block, but plugins does not name {PLUGIN}; add it")
 
@@ -47,6 +52,14 @@ class WITPlugin(BasePlugin):
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
         """Normalise over all ranks, as Trainer does by itself; Axolotl switches it off."""
         return {"average_tokens_across_devices": True} if is_listed(cfg) else None
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
+        """Give `axolotl evaluate` the labels without weights: it builds its trainer past `post_trainer_create`."""
+        if is_listed(cfg):
+            for name in ("data_collator", "train_data_collator", "eval_data_collator"):
+                if getattr(trainer, name, None) is not None:
+                    setattr(trainer, name, OwnLabelsCollator(getattr(trainer, name)))
+        return []
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Attach the weights to the trainer, whatever class Axolotl or another plugin chose for it.

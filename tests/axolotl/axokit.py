@@ -177,7 +177,7 @@ def rows(kind: str, count: int = 8, seed: int = 0) -> list[dict[str, Any]]:
             system = {"role": "system", "content": text(doc.input_ids[:1])}
             made.append({"messages": [system, user, assistant, user, assistant]})
         elif kind == "weighted_turns":
-            off, on = {"train": False, "weight": 0}, {"train": True, "weight": 1}
+            off, on = {"train": False, "importance": 0}, {"train": True, "importance": 1}
             turns = [{**user, **off}, {**assistant, **off}, {**user, **off}, {**assistant, **on}]
             made.append({"messages": turns})
         elif kind == "alpaca":

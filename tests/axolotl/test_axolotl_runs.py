@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from axokit import CHAT, LEARNING_RATE, axolotl, from_prepared, train, weights_of
+from axokit import CHAT, LEARNING_RATE, axolotl, from_prepared, rows, train, weights_of
 from safetensors.torch import load_file
 from support import all_relative_error, llama, reference_step, role_losses, subprocess_env
 
@@ -104,19 +104,20 @@ def test_what_a_run_leaves_behind(place):
 
 
 def test_preprocess_writes_what_axolotl_alone_would(place, tmp_path):
-    """The cache holds nothing of the weights: with and without the plugin it is the same folder."""
+    """Where nothing in the data weighs other than 1 it is the same file, in a folder of another name."""
     for plugins, wit in ((["axokit.Recorder"], None), (PLUGINS, {"prompt_weight": 0.5})):
         prepared = tmp_path / str(len(plugins))
         axolotl("preprocess", place.config(plugins=plugins, wit=wit, dataset_prepared_path=str(prepared)))
-    folders = [sorted(p.relative_to(tmp_path / n) for p in (tmp_path / n).rglob("*.arrow")) for n in "13"]
-    assert folders[0] == folders[1]
-    assert len(folders[0]) == 1
-    assert (tmp_path / "1" / folders[0][0]).read_bytes() == (tmp_path / "3" / folders[1][0]).read_bytes()
+    (theirs,), (ours,) = (list((tmp_path / name).rglob("*.arrow")) for name in "13")
+    assert theirs.read_bytes() == ours.read_bytes()
+    assert theirs.parent.name != ours.parent.name
 
 
-def test_evaluate_is_axolotl_s_own(place):
+def test_evaluate_is_axolotl_s_own(place, tmp_path):
     """`axolotl evaluate` builds its trainer past the plugins; its loss is the response's, whatever the weights."""
-    held_out = {"path": str(place.data("chat", 6)), "ds_type": "json", "split": "train", **CHAT}
+    weighted = [{**row, "weight": 0.5 * index} for index, row in enumerate(rows("chat", 6))]
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in weighted))
+    held_out = {"path": str(tmp_path / "held_out.jsonl"), "ds_type": "json", "split": "train", **CHAT}
     settings = {"test_datasets": [held_out], "eval_batch_size": 6, "micro_batch_size": 6}
     summaries = []
     for plugins, wit in ((["axokit.Recorder"], None), (PLUGINS, {"prompt_weight": 0.5})):

@@ -32,7 +32,7 @@ def answers(kind="chat"):
         ("multi_turn", CHAT, "{0} {0}"),
         ("multi_turn", {**CHAT, "train_on_eot": "last"}, "{0} {0} <end>"),
         ("weighted_turns", {**CHAT, "message_field_training": "train"}, "{0}"),
-        ("weighted_turns", {**CHAT, "message_field_training": "weight"}, "{0}"),
+        ("weighted_turns", {**CHAT, "message_field_training": "importance"}, "{0}"),
         ("alpaca", None, "{0} </s>"),
         ("input_output", {"type": "input_output"}, "{0}"),
         ("tokenised", {"type": None}, None),
@@ -43,7 +43,7 @@ def answers(kind="chat"):
         "multi_turn",
         "last_eot",
         "per_message",
-        "per_message_weight",
+        "per_message_number",
         "alpaca",
         "input_output",
         "tokenised",
@@ -51,7 +51,9 @@ def answers(kind="chat"):
 )
 def test_data(place, kind, dataset, expected):
     eot = {"eot_tokens": ["<end>"]} if dataset and "train_on_eot" in dataset else {}
-    run = place.train(kind=kind, dataset=dataset, sequence_len=128, **eot)
+    # What Axolotl's mask alone leaves out is prompt; that it weighs 0 as well: test_axolotl_data_weights.py
+    wit = {"prompt_weight": 0.2, "response_weight": 0.8, "message_weight_keys": []}
+    run = place.train(kind=kind, dataset=dataset, sequence_len=128, wit=wit, **eot)
     assert_step_is_exact(run)
     if expected is not None:
         assert sorted(response_words(run)) == sorted(expected.format(answer) for answer in answers())

@@ -38,13 +38,17 @@ class DataWeights:
     Args:
         config ([`WITConfig`]): says which keys are read, and which strategies.
         tokenizer (`PreTrainedTokenizerBase`): the one that trains.
+        own_key (`str`, *optional*): under which key the framework itself is told to read a message's flag. It is read,
+            too, if any is. The framework's caches know it already, so it is not in the fingerprint.
     """
 
-    def __init__(self, config: WITConfig, tokenizer: Any) -> None:
-        self.message_keys = tuple(config.message_weight_keys)
+    def __init__(self, config: WITConfig, tokenizer: Any, own_key: str | None = None) -> None:
+        keys = config.message_weight_keys
+        self.message_keys = tuple(dict.fromkeys([*keys, own_key] if keys and own_key else keys))
         self.sample_key = config.sample_weight_key
         self.tokenizer = tokenizer
         self.strategies = ActiveStrategies(ActiveStrategies(config.active_strategies()).reading_raw)
+        self._fingerprint = fingerprint(keys, self.sample_key, self.strategies)
         self._token_text = TokenText(tokenizer)
         self._warned: set[str] = set()
 
@@ -56,7 +60,7 @@ class DataWeights:
     @property
     def fingerprint(self) -> int:
         """Of all settings that decide what is written into the labels, below 2^31; for caches, too."""
-        return fingerprint(self.message_keys, self.sample_key, self.strategies)
+        return self._fingerprint
 
     def sample_weight(self, example: Mapping[str, Any]) -> float:
         """What a whole example is multiplied by; 1 if it says nothing.

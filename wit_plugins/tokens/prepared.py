@@ -70,11 +70,16 @@ def prepare(labels: np.ndarray, weights: np.ndarray, fingerprint: int) -> np.nda
     return prepared
 
 
+def is_prepared(labels: np.ndarray) -> bool:
+    """Whether any of these labels, int64 of any shape, is a prepared one."""
+    return bool((labels >= _PREPARED).any())
+
+
 def read_prepared(labels: np.ndarray) -> Prepared | None:
     """What labels `[T]`, int64, say beside the framework's own; `None` if none of them is a prepared one."""
-    said = labels >= _PREPARED
-    if not said.any():
+    if not is_prepared(labels):
         return None
+    said = labels >= _PREPARED
     field = labels >> TARGET_BITS & _FIELD
     first = said & (labels & _FIRST != 0)
     own = np.where(labels & _ROLE != 0, labels & (MAX_VOCAB_SIZE - 1), IGNORE_INDEX)

@@ -1,0 +1,224 @@
+"""The weights in a row of a `chat_template` dataset: what its messages say, and which tokens Axolotl made of them.
+
+Axolotl turns messages into *turns* (it maps roles and names, joins parts, may put a system message in front or take one
+out) and keeps no key that it does not know, so weights are read from the row. Where the turns are in the tokens is
+found with Axolotl's own prompter, which is asked for the same turns with other contents.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from axolotl.prompt_strategies.chat_template import ChatTemplateStrategy, MistralStrategy
+from axolotl.utils.dict import remove_none_values
+
+from wit_plugins.errors import BadExampleError
+from wit_plugins.tokens.data_weights import DataWeights
+from wit_plugins.tokens.messages import WeightedMessage
+
+_DETAIL = "train_detail"  # what Axolotl's guide calls the key; it reads the one that the dataset names
+_Pieces = tuple[tuple[int, int, float], ...]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One conversation as Axolotl gives it to its template, with weights.
+
+    Attributes:
+        turns (`list`): Axolotl's.
+        tools (`list | None`): Axolotl's.
+        messages (`list`): the weights of each turn's content.
+        thoughts (`dict`): of each turn that has weights in its reasoning: the weights of that text.
+        thinking (`str`): under which key a turn has its reasoning.
+    """
+
+    turns: list[dict[str, Any]]
+    tools: Any
+    messages: list[WeightedMessage]
+    thoughts: dict[int, WeightedMessage]
+    thinking: str
+
+    def token_weights(
+        self, strategy: ChatTemplateStrategy, weights: DataWeights, input_ids: Sequence[int]
+    ) -> np.ndarray:
+        """The weights of the conversation's tokens, float32 `[T]`.
+
+        Raises:
+            BadExampleError: if messages of different weights cannot be told apart.
+        """
+        if isinstance(strategy, MistralStrategy):
+            raise BadExampleError(
+                "tokenizer_use_mistral_common: that tokenizer does not say what it writes for which message, so "
+                "messages cannot be weighted; take the option out, or leave weights of messages unread "
+                "(message_weight_keys: [])"
+            )
+        prompter = copy.copy(strategy.prompter)
+        prompter.tokenizer = _AsText(prompter.tokenizer)
+
+        def render(key: str, texts: Mapping[int, str]) -> str:
+            turns = [{**turn, key: texts[i]} if i in texts else turn for i, turn in enumerate(self.turns)]
+            return str(prompter.build_prompt(turns, tools=self.tools))
+
+        def render_contents(contents: Sequence[str]) -> str:
+            return render("content", {i: text for i, text in enumerate(contents) if isinstance(self._text(i), str)})
+
+        found = weights.weigh_messages(self.messages, render_contents, input_ids)
+        # A template may leave the reasoning of earlier turns out.
+        written = [i for i in self.thoughts if render(self.thinking, {i: "…"}) != render(self.thinking, {})]
+        if written:
+            thoughts = [self.thoughts[i] for i in written]
+            found *= weights.weigh_messages(
+                thoughts, lambda texts: render(self.thinking, dict(zip(written, texts, strict=True))), input_ids
+            )
+        return found
+
+    def _text(self, index: int) -> Any:
+        return self.turns[index].get("content")
+
+
+class _AsText:
+    """A tokenizer that renders a conversation and leaves it at that."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def apply_chat_template(self, conversation: Any, tokenize: bool, return_dict: bool, **options: Any) -> Any:
+        return self._tokenizer.apply_chat_template(conversation, tokenize=False, **options)
+
+
+def read_conversation(
+    strategy: ChatTemplateStrategy, weights: DataWeights, row: Mapping[str, Any]
+) -> Conversation | None:
+    """What the messages of a row say; `None` if all of them weigh 1.
+
+    Raises:
+        BadExampleError: naming the message, the key and the value.
+    """
+    prompter = strategy.prompter
+    prompt = remove_none_values(dict(row))
+    if not weights.message_keys or prompt.get(prompter.field_messages) is None:
+        return None
+    said = strategy._get_messages(prompt)
+    if not any(_speaks(message, weights) for message in said):
+        return None
+    turns = strategy.get_conversation_thread(prompt)
+    # Axolotl puts a system message of the row in front, or takes one out.
+    first = len(said) - len(turns)
+    messages: list[WeightedMessage] = []
+    thoughts: dict[int, WeightedMessage] = {}
+    thinking = str(prompter.template_thinking_key)
+    for index, turn in enumerate(turns):
+        text = turn.get("content")
+        text = text if isinstance(text, str) else ""
+        if first + index < 0:
+            messages.append(WeightedMessage(text))
+            continue
+        reader = _MessageReader(strategy, weights, said[first + index], f"{prompter.field_messages}[{first + index}]")
+        messages.append(WeightedMessage(text, reader.weight(), reader.pieces("content", text)))
+        if isinstance(turn.get(thinking), str) and (pieces := reader.parts(thinking, turn[thinking])):
+            thoughts[index] = WeightedMessage(turn[thinking], 1.0, pieces)
+    if not thoughts and all(message.weight == 1 and not message.pieces for message in messages):
+        return None
+    return Conversation(turns, strategy._get_tools(prompt), messages, thoughts, thinking)
+
+
+def _speaks(message: Mapping[str, Any], weights: DataWeights) -> bool:
+    """Whether a message or one of its parts has a key that is read; warns of those that are not and look like it."""
+    said = False
+    for key, value in ((None, [message]), *message.items()):
+        for part in value if isinstance(value, list) else ():
+            if isinstance(part, Mapping):
+                said |= any(name in weights.message_keys for name in part)
+                if not str(key).endswith("_detail"):
+                    weights.message_weight({k: v for k, v in part.items() if k not in weights.message_keys}, "messages")
+    return said
+
+
+class _MessageReader:
+    """What one message says."""
+
+    def __init__(
+        self, strategy: ChatTemplateStrategy, weights: DataWeights, message: Mapping[str, Any], where: str
+    ) -> None:
+        self._prompter = strategy.prompter
+        self._weights = weights
+        self._message = message
+        self._where = where
+
+    def weight(self) -> float:
+        return self._weights.message_weight(self._message, self._where)
+
+    def pieces(self, key: str, text: str) -> _Pieces:
+        """Of its content: parts, or a `train_detail`."""
+        parts, details = self.parts(key, text), self._details()
+        if parts and details:
+            raise BadExampleError(
+                f"{self._where} has parts with weights and a {self._detail_key}, of which Axolotl reads the parts "
+                "only; keep one of them"
+            )
+        return parts or details
+
+    def parts(self, key: str, text: str) -> _Pieces:
+        """Of parts `{type, text, weight}`, which Axolotl joins to one text."""
+        key = self._prompter.message_property_mappings.get(key, key)
+        said = self._message.get(key)
+        if not isinstance(said, list):
+            return ()
+        joined, pieces = "", []
+        for number, part in enumerate(said):
+            if not isinstance(part, Mapping):
+                continue  # as Axolotl does
+            at = f"{self._where}.{key}[{number}]"
+            weight = self._weights.message_weight(part, at)
+            words = part.get("text") or part.get("content") or part.get("value") or ""
+            if weight != 1 and not (isinstance(words, str) and words):
+                raise BadExampleError(f"{at} = {dict(part)!r}: only parts of text can be weighted")
+            if weight != 1:
+                pieces.append((len(joined), len(joined) + len(words), weight))
+            joined += words
+        if pieces and joined != text:
+            raise BadExampleError(f"{self._where}.{key}: Axolotl did not join its parts, so they cannot be weighted")
+        return tuple(pieces)
+
+    @property
+    def _detail_key(self) -> str:
+        return self._prompter.message_field_training_detail or _DETAIL
+
+    def _details(self) -> _Pieces:
+        """Of a `train_detail`: `[{begin_offset, end_offset, train, weight}]`, characters of the content."""
+        key, pieces = self._detail_key, []
+        said = self._message.get(key)
+        for number, detail in enumerate(said if isinstance(said, list) else ()):
+            at = f"{self._where}.{key}[{number}]"
+            weight = self._of_detail(detail, at)
+            if weight is None:
+                continue
+            if not self._prompter.message_field_training_detail:
+                raise BadExampleError(
+                    f"{at} has a weight, but Axolotl is not told to read it; add message_field_training_detail: {key} "
+                    "to the dataset"
+                )
+            begin, end = detail.get("begin_offset"), detail.get("end_offset")
+            if not all(isinstance(offset, int) and offset >= 0 for offset in (begin, end)) or end < begin:
+                raise BadExampleError(
+                    f"{at}: begin_offset = {begin!r}, end_offset = {end!r}: are characters of the content, counted "
+                    "from 0, the end one inclusive"
+                )
+            if weight != 1:
+                pieces.append((begin, end + 1, weight))
+        return tuple(pieces)
+
+    def _of_detail(self, detail: Mapping[str, Any], at: str) -> float | None:
+        """The weight that stands beside `train`, or what `train` says; `None` if nothing does."""
+        said = {key: detail[key] for key in self._weights.message_keys if detail.get(key) is not None}
+        if len(said) > 1:
+            said.pop("train", None)  # Axolotl wants it there: whether there is a label, beside what it weighs
+        elif said and "train" not in detail:
+            raise BadExampleError(f"{at} has no train beside its weight; Axolotl needs it (train: true)")
+        if not self._prompter.message_field_training_detail and set(said) <= {"train"}:
+            return None  # Axolotl does not read it, and it has no weight of ours
+        return self._weights.message_weight(said, at) if said else None
