@@ -18,7 +18,7 @@ import numpy as np
 from wit_plugins.active import ActiveStrategies
 from wit_plugins.config import WITConfig, survives_float32
 from wit_plugins.errors import BadExampleError
-from wit_plugins.tokens.messages import Render, WeightedMessage, weigh_tokens
+from wit_plugins.tokens.messages import Render, WeightedMessage, token_offsets, weigh_tokens
 from wit_plugins.tokens.prepared import FINGERPRINT_BITS, prepare
 from wit_plugins.tokens.roles import example_roles
 from wit_plugins.tokens.text import TokenText
@@ -31,7 +31,9 @@ class UnreadWeightWarning(UserWarning):
 
 
 class DataWeights:
-    """Reads the weights that stand in the data, and writes them into labels. Picklable.
+    """Reads the weights that stand in the data, and writes them into labels.
+
+    Picklable, and what is pickled tells caches apart: it holds what decides the labels, and not the roles' weights.
 
     Args:
         config ([`WITConfig`]): says which keys are read, and which strategies.
@@ -42,7 +44,7 @@ class DataWeights:
         self.message_keys = tuple(config.message_weight_keys)
         self.sample_key = config.sample_weight_key
         self.tokenizer = tokenizer
-        self.strategies = ActiveStrategies(config.active_strategies())
+        self.strategies = ActiveStrategies(ActiveStrategies(config.active_strategies()).reading_raw)
         self._token_text = TokenText(tokenizer)
         self._warned: set[str] = set()
 
@@ -132,10 +134,22 @@ class DataWeights:
         return made
 
     def weigh_messages(
-        self, messages: Sequence[WeightedMessage], render: Render, input_ids: Sequence[int]
+        self,
+        messages: Sequence[WeightedMessage],
+        render: Render,
+        input_ids: Sequence[int],
+        offsets: np.ndarray | None = None,
     ) -> np.ndarray:
         """The weights `[T]` of the tokens of rendered messages, float32; see [`weigh_tokens`]."""
-        return weigh_tokens(messages, render, input_ids, self._token_text)
+        return weigh_tokens(messages, render, input_ids, self._token_text, offsets)
+
+    def offsets(self, text: str, input_ids: Sequence[int]) -> np.ndarray:
+        """Which characters of a text each of its `T` tokens writes, int64 `[T, 2]`.
+
+        Raises:
+            BadExampleError: if the tokens are not those of the text.
+        """
+        return token_offsets(text, input_ids, self._token_text)
 
     def labels(
         self,
@@ -157,20 +171,39 @@ class DataWeights:
             BadExampleError: if labels and ids do not fit each other.
             ValueError: if a strategy returns what are no weights.
         """
+        data = np.broadcast_to(np.asarray(weights, dtype=np.float32), len(input_ids))
+        return self.carry(labels, data * self.raw_weights(input_ids, labels, raw_example))
+
+    def raw_weights(
+        self, input_ids: Sequence[int], labels: Sequence[int], raw_example: Mapping[str, Any]
+    ) -> np.ndarray:
+        """What strategies that read the example give the tokens of one document, float32 `[T]`; 1 if there are none.
+
+        Takes, and raises, what [`DataWeights.labels`] does.
+        """
+        if not self.strategies.reading_raw:
+            return np.ones(len(input_ids), dtype=np.float32)
         ids, own = np.asarray(input_ids, dtype=np.int64), np.asarray(labels, dtype=np.int64)
-        data = np.broadcast_to(np.asarray(weights, dtype=np.float32), ids.shape).copy()
-        reading = self.strategies.reading_raw
-        if reading:
-            targets, roles, _ = example_roles({"input_ids": ids, "labels": own})
-            text, offsets = self._token_text.decode(targets.tolist())
-            example = {"input_ids": ids, "labels": own}
-            read = self.strategies.static_weights(
-                targets, roles, example, self.tokenizer, text, offsets, raw_example=raw_example
-            )
-            data *= np.where(roles != 0, read, np.float32(1))
-        if not reading and (data == 1).all():
+        example = {"input_ids": ids, "labels": own}
+        targets, roles, _ = example_roles(example)
+        text, offsets = self._token_text.decode(targets.tolist())
+        read = self.strategies.static_weights(
+            targets, roles, example, self.tokenizer, text, offsets, raw_example=raw_example
+        )
+        return np.where(roles != 0, read, np.float32(1))
+
+    def carry(self, labels: Sequence[int], weights: np.ndarray) -> list[int]:
+        """Labels that carry weights `[T]`: for frameworks that cut a document while they tokenise it.
+
+        They stay as they are if everything weighs 1 and no strategy reads the example.
+        """
+        own = np.asarray(labels, dtype=np.int64)
+        if not self.strategies.reading_raw and (weights == 1).all():
             return own.tolist()
-        return prepare(own, data, self.fingerprint).tolist()
+        return prepare(own, np.asarray(weights, dtype=np.float32), self.fingerprint).tolist()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_warned": set()}
 
     def _look_at(self, message: Mapping[str, Any], where: str) -> None:
         """Warn of keys that look like weights and are not read, of each once."""

@@ -35,15 +35,22 @@ class WeightedMessage:
         weight (`float`): what all of its tokens are multiplied by.
         pieces (`tuple`): begin and end (exclusive) of characters of the content, and what the tokens that write any of
             them are multiplied by besides.
+        written (`tuple`, *optional*): begin and end of the characters of the rendered text that the framework says are
+            this message's, to the end of its turn. No mark is put into its content then, which may be left empty.
     """
 
     content: str
     weight: float = 1.0
     pieces: tuple[tuple[int, int, float], ...] = ()
+    written: tuple[int, int] | None = None
 
 
 def weigh_tokens(
-    messages: Sequence[WeightedMessage], render: Render, input_ids: Sequence[int], token_text: TokenText
+    messages: Sequence[WeightedMessage],
+    render: Render,
+    input_ids: Sequence[int],
+    token_text: TokenText,
+    offsets: np.ndarray | None = None,
 ) -> np.ndarray:
     """The weights of the tokens of a rendered conversation, float32 `[T]`; 1 for what belongs to no message.
 
@@ -52,6 +59,8 @@ def weigh_tokens(
         render (`Callable`): see [`Render`].
         input_ids: what the framework made of the rendered text, `T` of them: all of it, before it is cut.
         token_text ([`TokenText`]): of the tokenizer.
+        offsets (`np.ndarray`, *optional*): int64 `[T, 2]`, which characters of the rendered text each token writes;
+            found by itself where a framework tokenises the whole text at once.
 
     Raises:
         BadExampleError: if messages of different weights cannot be told apart.
@@ -59,8 +68,13 @@ def weigh_tokens(
     weights = np.ones(len(input_ids), dtype=np.float32)
     if all(message.weight == 1 and not message.pieces for message in messages):
         return weights
-    text, contents = _located([message.content for message in messages], render)
-    offsets = _offsets(text, list(input_ids), token_text)
+    text, contents = _located(["" if message.written else message.content for message in messages], render)
+    contents = [
+        _Content(*message.written, lead=0) if message.written else content
+        for message, content in zip(messages, contents, strict=True)
+    ]
+    if offsets is None:
+        offsets = token_offsets(text, input_ids, token_text)
     for message, (start, end) in zip(
         messages, _token_ranges(messages, contents, input_ids, offsets, token_text), strict=True
     ):
@@ -152,13 +166,13 @@ def _content(plain: str, halves: tuple[str, str], found: Sequence[int]) -> _Cont
     return _Content(at - len(before), at + len(behind), len(halves[0]) - len(before))
 
 
-def _offsets(text: str, input_ids: list[int], token_text: TokenText) -> np.ndarray:
-    """Which characters of the rendered text each token writes, int64 `[T, 2]`.
+def token_offsets(text: str, input_ids: Sequence[int], token_text: TokenText) -> np.ndarray:
+    """Which characters of a text each of its `T` tokens writes, int64 `[T, 2]`.
 
     Raises:
         BadExampleError: if the tokens are not those of the text.
     """
-    tokenizer = token_text.tokenizer
+    tokenizer, input_ids = token_text.tokenizer, list(input_ids)
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         own = list(encoded["input_ids"])
@@ -197,6 +211,8 @@ def _token_ranges(
     located = [index for index, content in enumerate(contents) if content is not None]
     for left, right in zip([None, *located], [*located, None], strict=True):
         low = 0 if left is None else _tokens_of(contents[left], offsets)[1]
+        if left is not None and messages[left].written:  # its turn's end is in it, and the line break may be behind it
+            low = max([low, *(behind for index, behind in ends if index < low < behind)])
         high = size if right is None else _tokens_of(contents[right], offsets)[0]
         cuts = [behind for index, behind in ends if low <= index < high]
         # Whose turns end between the two: the left one's, and those of messages without content.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from typing import Any
 
@@ -166,3 +167,20 @@ def test_a_strategy_reads_the_example_as_it_was() -> None:
             collator.codes({"input_ids": [two, two], "labels": [-100, two]})
         # With other options it is another preparation.
         assert data.fingerprint != _data_weights(strategies={"by_source": {"web": 0.5}}).fingerprint
+
+
+def test_what_is_pickled_tells_caches_apart() -> None:
+    """Frameworks hash what prepares their data: a sweep over the roles' weights shares one cache."""
+    same = pickle.dumps(_data_weights())
+    spans = {"spans": [{"named": "reasoning", "weight": 0.5}]}
+    assert pickle.dumps(_data_weights(prompt_weight=0.7, strategies=spans)) == same
+    used = _data_weights()
+    with pytest.warns(UnreadWeightWarning):
+        used.says_something({}, [{"wieght": 0.5}])
+    used.offsets("two", TOKENIZER("two")["input_ids"])
+    assert pickle.dumps(used) == same
+    for settings in ({"message_weight_keys": ["loss"]}, {"sample_weight_key": None}):
+        assert pickle.dumps(_data_weights(**settings)) != same
+    copied = pickle.loads(pickle.dumps(_data_weights(message_weight_keys=["loss"])))
+    assert copied.fingerprint == _data_weights(message_weight_keys=["loss"]).fingerprint
+    assert copied.message_weight({"loss": 0.5}, "m") == 0.5

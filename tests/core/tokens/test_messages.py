@@ -169,3 +169,28 @@ def test_what_cannot_be_told_is_refused(render, messages, said) -> None:  # type
     encoded = TOKENIZER(render([message.content for message in messages]), add_special_tokens=False)["input_ids"]
     with pytest.raises(BadExampleError, match=said):
         weigh_tokens(messages, render, encoded, TOKEN_TEXT)
+
+
+@pytest.mark.parametrize("line_break_is_the_next_ones", [False, True])
+def test_what_the_framework_says_it_wrote_needs_no_mark(line_break_is_the_next_ones: bool) -> None:
+    """A call that the template writes anew, where no turn ends before it."""
+    first, call, last = "[INST]one[/INST]", "<call>{}</s>", "[INST]two[/INST]"
+    call, last = (call, f"\n{last}") if line_break_is_the_next_ones else (f"{call}\n", last)
+
+    def render(contents: Sequence[str]) -> str:
+        assert contents[1] == ""
+        return f"[INST]{contents[0]}[/INST]{call}{last.replace('two', contents[2])}"
+
+    encoded = TOKENIZER(render(["one", "", "two"]), add_special_tokens=False)["input_ids"]
+    at = len("[INST]one[/INST]")
+    messages = [
+        WeightedMessage("one", 2.0),
+        WeightedMessage("", 0.0, written=(at, at + len(call))),
+        WeightedMessage("two", 3.0),
+    ]
+    weights = weigh_tokens(messages, render, encoded, TOKEN_TEXT)
+    # Where no turn ends, what stands between two messages is the second's; a line break belongs to the turn it ends.
+    pieces = [("[INST]one", 2.0), ("[/INST]<call>{}</s>", 0.0), ("\n", 0.0), ("[INST]two[/INST]", 3.0)]
+    expected = [w for piece, w in pieces for _ in TOKENIZER(piece, add_special_tokens=False)["input_ids"]]
+    assert first + call + last == "".join(piece for piece, _ in pieces)
+    assert weights.tolist() == expected
