@@ -150,8 +150,12 @@ class WITConfig(BaseModel):
         return {"wit": wit, **self.strategies}
 
     def summary(self) -> str:
-        """The settings in one line, for logs and messages."""
-        parts = [f"{name}={value!r}" for name, value in self.model_dump(exclude={"strategies"}).items()]
+        """The settings in one line, for logs and messages; which keys of the data are read, where it is unusual."""
+        own = self.model_dump(exclude={"strategies"})
+        usual = {
+            name: type(self).model_fields[name].get_default() for name in ("message_weight_keys", "sample_weight_key")
+        }
+        parts = [f"{name}={value!r}" for name, value in own.items() if name not in usual or value != usual[name]]
         if self.strategies:
             parts.append(f"strategies={self.strategies!r}")
         return ", ".join(parts)
