@@ -88,7 +88,8 @@ class Prepared:
             prompts and its responses, it is `split` into several, or `dropped`.
         row_length (`int | None`): how many tokens a packed row has room for; `None` if nothing is packed.
         problems (`list[str]`): why training would refuse to start, each with the way out.
-        unmatched (`list[str]`): what strategies look for and is not in the training data; filled in by the command.
+        unmatched (`list[str]`): what strategies look for and is not in the training data, and keys of it that look
+            like weights and are not read; filled in by the command.
     """
 
     framework: str

@@ -23,9 +23,11 @@ from wit_plugins.cli.preview.terminal import print_legend, print_rows, print_sum
 from wit_plugins.cli.quiet import quiet
 from wit_plugins.cli.text import visible
 from wit_plugins.errors import WITConfigError, WITError
+from wit_plugins.tokens.data_weights import UnreadWeightWarning
 from wit_plugins.tokens.dataset_check import UnmatchedSpanWarning
 from wit_plugins.tokens.text import TokenText
 
+_ABOUT_THE_DATA = (UnmatchedSpanWarning, UnreadWeightWarning)
 _LONGEST = 1500  # characters of a framework's own message; some list all that they know
 _STREAM_ROWS = 10_000  # of a stream, whose end nobody knows, unless --limit says otherwise
 
@@ -116,9 +118,11 @@ def prepare(driver: FrameworkDriver, job: Job, screen: TextIO) -> Prepared:
     try:
         with python_warnings.catch_warnings(record=True) as caught, err.status(f"{driver.title} prepares the data"):
             python_warnings.simplefilter("ignore")  # about devices and deprecations, which is nothing about the data
-            python_warnings.simplefilter("always", UnmatchedSpanWarning)
+            for category in _ABOUT_THE_DATA:
+                python_warnings.simplefilter("always", category)
             prepared = driver.prepare(job)
-        prepared.unmatched += [str(item.message) for item in caught if item.category is UnmatchedSpanWarning]
+        said = [str(item.message) for item in caught if issubclass(item.category, _ABOUT_THE_DATA)]
+        prepared.unmatched += dict.fromkeys(said)
         return prepared
     except WITError:
         raise

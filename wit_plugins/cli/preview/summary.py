@@ -34,6 +34,7 @@ class Summary:
         prompt_mass, response_mass (`float`): Σ weights of each role, by which it enters the loss's numerator.
         weighted (`int`): tokens whose weight is not 0, which is what the loss is divided by.
         no_prompt, no_response (`int`): documents without a predicted token of that role.
+        weightless (`int`): documents, not among these, of which nothing is trained: they weigh 0 in the data.
         high_share (`int`): documents with a prompt share above 95 %.
         histogram (`np.ndarray`): documents by prompt share, in 20 bins of 5 %.
         padding (`int`): padding tokens that the framework put into the rows.
@@ -61,6 +62,7 @@ class Summary:
     weighted: int = 0
     no_prompt: int = 0
     no_response: int = 0
+    weightless: int = 0
     high_share: int = 0
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(BINS, dtype=np.int64))
     padding: int = 0
@@ -102,14 +104,14 @@ class Summary:
         """
         roles, weights = tokens.roles, tokens.weights.astype(np.float64)
         prompt, response = roles == PROMPT, roles == RESPONSE
-        real = int(len(tokens) - tokens.padding.sum())
+        count = int(len(tokens) - tokens.padding.sum())
         self.rows += len(tokens.row_starts)
         self.documents += len(tokens.document_starts)
-        self.tokens += real
+        self.tokens += count
         self.padding += int(tokens.padding.sum())
         self.prompt += int(prompt.sum())
         self.response += int(response.sum())
-        self.first += real - int(prompt.sum()) - int(response.sum())
+        self.first += count - int(prompt.sum()) - int(response.sum())
         self.prompt_mass += float(weights[prompt].sum())
         self.response_mass += float(weights[response].sum())
         self.weighted += int(np.count_nonzero(weights))
@@ -118,8 +120,12 @@ class Summary:
         prompts = np.add.reduceat(prompt, tokens.document_starts, dtype=np.int64)
         responses = np.add.reduceat(response, tokens.document_starts, dtype=np.int64)
         both = prompts + responses
-        self.no_prompt += int((prompts == 0).sum())
-        self.no_response += int((responses == 0).sum())
+        # Every token behind a document's first has a role, unless the data says that it weighs nothing.
+        real = np.add.reduceat(~tokens.padding, tokens.document_starts, dtype=np.int64)
+        weightless = (both == 0) & (real > 1)
+        self.weightless += int(weightless.sum())
+        self.no_prompt += int(((prompts == 0) & ~weightless).sum())
+        self.no_response += int(((responses == 0) & ~weightless).sum())
         shares = prompts[both > 0] / both[both > 0]
         self.high_share += int((shares > HIGH_SHARE).sum())
         self.histogram += np.histogram(shares, bins=BINS, range=(0, 1))[0]
@@ -249,6 +255,11 @@ def warnings(summary: Summary, config: WITConfig, prepared: Prepared) -> list[st
         found.append(
             f"{summary.prompt_share:.1%} of the tokens are prompt: with that many, prompt_weight decides everything "
             f"({config.prompt_weight:g} gives the prompt {summary.prompt_mass_share:.0%} of the loss)"
+        )
+    if summary.weightless:
+        found.append(
+            f"{_of(summary.weightless, summary)} weigh 0: by the weights that stand in the data, nothing of them is "
+            "trained; take them out, if that is not a mistake"
         )
     if config.prompt_weight > config.response_weight:
         found.append(
