@@ -5,10 +5,17 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from lfkit import LOSS, NEAT, alone, layout_args, place, run, run_command
 from weighted_data import LAMBDA, OPENAI, SHAREGPT, assert_step, data, expected
+from wit_llamafactory.driver import LlamaFactoryDriver
 
 from wit_plugins import WITConfigError
+from wit_plugins.cli import main
+from wit_plugins.cli.driver import Job
+from wit_plugins.cli.preview.documents import view
+from wit_plugins.cli.preview.summary import summarise
+from wit_plugins.tokens.text import TokenText
 
 OTHER_KEYS = {**LAMBDA, "message_weight_keys": ["loss"]}
 
@@ -169,3 +176,53 @@ def test_mistakes_in_the_data_are_said_by_row(workplace, tmp_path, monkeypatch, 
     (line,) = [line for line in err.splitlines() if "row 5" in line]
     assert re.search(rf"dataset mistaken\.json, row 5 \(from 0\): {said}", line)
     assert "Traceback" not in err
+
+
+def wit(capsys, *args):
+    capsys.readouterr()
+    code = main([str(arg) for arg in args])
+    captured = capsys.readouterr()
+    return code, " ".join(captured.out.split()), captured.err
+
+
+def test_check_reads_the_data_as_training_does(workplace, tmp_path, capsys):
+    rows = data()[0]
+    rows[0]["messages"][1]["wieght"] = 0.5
+    rows[3]["weight"] = 0
+    workplace.dataset("checked", rows, **SHAREGPT)
+    config = workplace.write(wit=LAMBDA, dataset="checked", cutoff_len=512)
+    code, out, err = wit(capsys, "check", config)
+    assert code == 0, out + err
+    assert "messages[1] has a key 'wieght' that looks like a weight and is not read" in out
+    assert "1 of 8 examples weigh 0" in out
+    code, out, _ = wit(capsys, "check", config)  # it is said again, whatever was cached
+    assert "'wieght' that looks like a weight" in out
+    rows[5]["messages"][1]["weight"] = -1
+    workplace.dataset("checked", rows, **SHAREGPT)
+    code, out, _ = wit(capsys, "check", config)
+    assert code == 1
+    assert "dataset checked.json, row 5 (from 0): messages[1].weight = -1" in out
+
+
+@pytest.mark.parametrize("layout", [{}, {"packing": True}], ids=["unpacked", "packing"])
+def test_the_preview_s_weights_are_those_of_the_data(workplace, layout):
+    path = workplace.write(wit=LAMBDA, dataset="weighted", cutoff_len=512, **layout)
+    prepared = LlamaFactoryDriver().prepare(Job(path, yaml.safe_load(path.read_text())))
+    rows = list(prepared.splits["train"].rows)
+    docs = {tuple(doc.input_ids): doc for doc in data()[1]}
+    shown = view(rows, list(range(len(rows))), prepared, TokenText(prepared.tokenizer))
+    documents = [document for row in shown for document in row.documents]
+    assert len(documents) == len(docs)
+    for document in documents:
+        expected_weights = docs[tuple(token.token_id for token in document.tokens)].weights()
+        assert [token.weight for token in document.tokens] == pytest.approx(expected_weights)
+    summary = summarise(prepared, prepared.splits["train"])
+    assert summary.weighted == sum(own != 0 for doc in docs.values() for own in doc.weights())
+
+
+def test_check_refuses_what_training_refuses(workplace, tmp_path, capsys):
+    cached = {"dataset": "weighted", "tokenized_path": str(tmp_path / "cache")}
+    run(workplace.config(output_dir=str(tmp_path / "own"), **cached))
+    code, out, _ = wit(capsys, "check", workplace.write(wit=LAMBDA, **cached))
+    assert code == 1
+    assert "was written by a run without these weights" in out
