@@ -25,7 +25,9 @@ def tokenizer_for(template):
     named = {slot["token"] for slot in slots if isinstance(slot, dict)}
     written = {token for slot in slots if isinstance(slot, str) for token in ENDS_OF_TURNS if token in slot}
     made.add_special_tokens({"additional_special_tokens": sorted(named | written)})
-    made.add_tokens(["｜", "▁", "◁", "▷"])  # so that a token writes whole characters
+    # So that a token writes whole characters.
+    said = [slot for slot in [*slots, *template.thought_words] if isinstance(slot, str)]
+    made.add_tokens(sorted({char for slot in said for char in slot if not char.isascii()}))
     return made
 
 
@@ -54,6 +56,7 @@ def reference(template, tokenizer):
     prefix = text_of(template.format_prefix.apply(), tokenizer)
     system, user = split(template.format_system.slots, tokenizer), split(template.format_user.slots, tokenizer)
     assistant = text_of(template.format_assistant.slots, tokenizer, "\0").split("\0")
+    again = [piece.replace("{{idx}}", "1") for piece in user]
     user = [piece.replace("{{idx}}", "0") for piece in user]
     if isinstance(template, ReasoningTemplate):  # no answer here has a thought
         assistant[0] = template.add_thought() + assistant[0]
@@ -64,7 +67,11 @@ def reference(template, tokenizer):
     else:
         pieces += [(system[0] + TEXTS[0] + system[1], first), (system[2] + user[0], second)]
     pieces += [(TEXTS[1] + user[1], second), (user[2] + assistant[0] + TEXTS[2] + assistant[1], third)]
-    return [*pieces, (user[0] + TEXTS[3] + user[1], fourth), (user[2] + assistant[0] + TEXTS[4] + assistant[1], fifth)]
+    return [
+        *pieces,
+        (again[0] + TEXTS[3] + again[1], fourth),
+        (again[2] + assistant[0] + TEXTS[4] + assistant[1], fifth),
+    ]
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES))

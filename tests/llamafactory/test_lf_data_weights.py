@@ -141,7 +141,7 @@ def test_tools(workplace, tmp_path, info):
             messages += [{"role": "tool", "content": "[1]", "weight": 0.5}]
         messages += [{"role": "assistant", "content": answer, "weight": 0.125 * index}]
         for message in messages:
-            message.setdefault("tool_calls", None)
+            message.setdefault("tool_calls", [])  # 0.9.4 takes no null
         rows.append({"messages": messages, "system": ""})
         own = f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
         system = "be kind\ndetailed thinking off" if info is OPENAI else "be kind"
