@@ -74,7 +74,7 @@ def _weighted_launcher() -> Iterator[None]:
     from llamafactory.train import tuner
 
     from wit_llamafactory import train
-    from wit_llamafactory.patch import require
+    from wit_llamafactory.sources import require
 
     require(launcher.launch, "file_name=__file__", "from .train.tuner import run_exp\n", "run_exp()")
     file, run_exp = launcher.__file__, tuner.run_exp

@@ -114,7 +114,7 @@ class LlamaFactoryDriver(FrameworkDriver):
             if not Path(str(values.get("tokenized_path") or "")).exists():
                 values.pop("tokenized_path", None)  # it would be written there
             # It prints whole examples, as they are.
-            with contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stdout(io.StringIO()), _reading_weights(config):
                 trainer, uncut, arguments = _build_trainer(values, job)
         data_args = arguments[1]
         collator, problems = weighted_collator(trainer, config, strategies)
@@ -144,6 +144,12 @@ class LlamaFactoryDriver(FrameworkDriver):
         if resume is not None:
             overrides["resume_from_checkpoint"] = str(resume)
         return [*command, str(job.path), *(f"{key}={_argument(value)}" for key, value in overrides.items())]
+
+
+def _reading_weights(config: WITConfig) -> contextlib.AbstractContextManager[None]:
+    from wit_llamafactory.data import reading_weights  # imports LLaMA-Factory
+
+    return reading_weights(config)
 
 
 def _argument(value: Any) -> str:

@@ -1,20 +1,21 @@
-"""Where LLaMA-Factory is changed, all of it: its `run_sft` takes over the weights that are among a run's callbacks.
+"""Where LLaMA-Factory's training is changed: its `run_sft` takes over the weights that are among a run's callbacks.
 
 LLaMA-Factory loads no plugins and gives callbacks no trainer. `install` exchanges `run_sft` in
 `llamafactory.train.tuner`, from where single processes, torchrun's workers and Ray's workers call it with all arguments
-parsed; and while it runs, the trainer's class in `llamafactory.train.sft.workflow`.
+parsed; and while it runs, the trainer's class in `llamafactory.train.sft.workflow`, and what `wit_llamafactory.data`
+exchanges.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from wit_llamafactory.checks import check_arguments, check_model, check_version
+from wit_llamafactory.sources import require
 from wit_plugins import WeightsNotAppliedError, WITConfig, WITConfigError
 from wit_plugins.training.records import add_to_model_card
 
@@ -55,6 +56,8 @@ def install() -> None:
     from llamafactory.train import tuner
     from llamafactory.train.sft import workflow
 
+    from wit_llamafactory.data import reading_weights
+
     if hasattr(tuner.run_sft, "takes_weights"):
         return
     require(tuner._training_function, _CALL_OF_RUN_SFT)
@@ -72,7 +75,7 @@ def install() -> None:
             return
         check_arguments({key: value for part in arguments for key, value in vars(part).items()})
         check_model(model_args.model_name_or_path, load_config(model_args))
-        with _weighted_trainer(workflow, weights):
+        with reading_weights(weights.config), _weighted_trainer(workflow, weights):
             original(*arguments, callbacks)
         if weights.trainer is None:
             raise WeightsNotAppliedError("LLaMA-Factory trained without building the trainer that the weights are for")
@@ -80,22 +83,6 @@ def install() -> None:
 
     run_sft.takes_weights = True  # type: ignore[attr-defined]
     tuner.run_sft = run_sft
-
-
-def require(function: Any, *pieces: str) -> None:
-    """Make sure that a function of LLaMA-Factory still contains the code that a patch of it relies on.
-
-    Raises:
-        WITConfigError: if it does not.
-    """
-    source = inspect.getsource(function)
-    for piece in pieces:
-        if piece not in source:
-            raise WITConfigError(
-                f"this version of LLaMA-Factory does not work as wit_llamafactory expects ({function.__module__}."
-                f"{function.__name__} has no {piece!r}), so the weights could not be switched on; install a supported "
-                "version (docs/llamafactory.md), or report it"
-            )
 
 
 def _weights(callbacks: Any) -> CarriesWeights | None:

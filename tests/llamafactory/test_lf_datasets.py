@@ -138,13 +138,15 @@ class TestDatasets:
 
     @pytest.mark.parametrize("first", ["own", "weighted"])
     def test_tokenized_path(self, workplace, first):
-        """A cache written without the plugin works with it, and the reverse: the same files."""
+        """A cache written without the plugin works with it where no weights are read from data, and the reverse."""
         expected, _ = step(plain_copy(workplace.model()), alone(chatml()), *WEIGHTS)
         cached = {"tokenized_path": str(workplace.folder / "cache")}
+        unread = {"message_weight_keys": [], "sample_weight_key": None} if first == "own" else {}
+        weights = {"prompt_weight": WEIGHTS[0], "response_weight": WEIGHTS[1], **unread}
         results = {}
         for name in ["own", "weighted"] if first == "own" else ["weighted", "own"]:
             out = str(workplace.folder / name)
-            recorder = run(workplace.config(output_dir=out, **cached), WEIGHTS if name == "weighted" else None)
+            recorder = run(workplace.config(output_dir=out, **cached), weights if name == "weighted" else None)
             results[name] = recorder.logged()[0]
             assert set(recorder.dataset.column_names) <= {
                 "input_ids",

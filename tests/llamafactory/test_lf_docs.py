@@ -11,17 +11,35 @@ from unittest import mock
 
 import pytest
 import yaml
-from lfkit import LLAMAFACTORY, LOSS, Version, alone, chatml, environment, history, place, plain_copy, run_command, step
+from lfkit import (
+    LLAMAFACTORY,
+    LOSS,
+    Version,
+    alone,
+    chatml,
+    environment,
+    history,
+    place,
+    plain_copy,
+    run,
+    run_command,
+    step,
+)
 from llamafactory.data.parser import get_dataset_list
 from llamafactory.data.template import TEMPLATES
 from llamafactory.hparams import parser
 from wit_llamafactory import WITCallback
 from wit_llamafactory.checks import _REFUSED, OLDEST
+from wit_llamafactory.driver import LlamaFactoryDriver
 from wit_llamafactory.train import weighted_arguments
 
 from wit_plugins import WITConfig
+from wit_plugins.cli.driver import Job
+from wit_plugins.cli.preview.documents import view
+from wit_plugins.tokens.text import TokenText
 
 ROOT = next(p for p in Path(__file__).parents if (p / "docs" / "llamafactory.md").is_file())
+DATA_WEIGHTS = (ROOT / "docs" / "data-weights.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "llamafactory.md").read_text(encoding="utf-8")
 CONFIGS = sorted((ROOT / "configs" / "llamafactory").glob("*.yaml"))
 
@@ -143,6 +161,40 @@ def test_the_message_that_troubleshooting_starts_with(tmp_path):
     (message,) = re.findall(r"\*\*`(Some keys are not used.*?)`", GUIDE)
     with pytest.raises(ValueError, match=re.escape(message)):
         parser._parse_train_args(values)
+
+
+def test_the_documented_weights_in_the_data(tmp_path):
+    """The files as the page has them, and the weights in its table, by LLaMA-Factory's own pipeline."""
+    section = DATA_WEIGHTS.split("## Weights in the data: LLaMA-Factory")[1].split("\n## ")[0]
+    (rows,) = re.findall(r"```json\n(.*?)```", section, flags=re.DOTALL)
+    (config,) = re.findall(r"```yaml\n(.*?)```", section, flags=re.DOTALL)
+    workplace = place(tmp_path)
+    (info,) = re.findall(r'`"chats": (\{.*?\})`', section)
+    workplace.dataset("chats", json.loads(rows), **{k: v for k, v in json.loads(info).items() if k != "file_name"})
+    path = workplace.write(dataset="chats", **yaml.safe_load(config))
+    prepared = LlamaFactoryDriver().prepare(Job(path, yaml.safe_load(path.read_text())))
+    split = prepared.splits["train"].rows
+    (row,) = view(list(split), [0], prepared, TokenText(prepared.tokenizer))
+    (document,) = row.documents
+    table = re.findall(r"^\| `(.*?)` \| ([0-9.]+) \| ([0-9.]+) \|$", section, flags=re.MULTILINE)
+    assert len(table) == len(json.loads(rows)[0]["conversations"])
+    expected = []
+    for index, (text, header, body) in enumerate(table):
+        name = ("user", "assistant")[index % 2]
+        for piece, weight in ((f"<|im_start|>{name}\n", header), (f"{text}<|im_end|>\n", body)):
+            expected += [float(weight)] * len(prepared.tokenizer(piece)["input_ids"])
+    weights = [token.weight for token in document.tokens]
+    assert weights[1:] == pytest.approx(expected[1:])  # nothing predicts the first
+
+
+def test_the_documented_refusal_of_a_cache(tmp_path, monkeypatch, capsys):
+    (message,) = re.findall(r"    (tokenized_path = 'cache': .*?null)\n", DATA_WEIGHTS, flags=re.DOTALL)
+    workplace = place(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    run(workplace.config(tokenized_path="cache"))
+    config = workplace.write(tokenized_path="cache", wit={"prompt_weight": 0.2}, output_dir="other")
+    assert run_command(monkeypatch, "train", str(config)) == 1
+    assert " ".join(message.split()) in capsys.readouterr().err
 
 
 def test_links_of_the_guide_lead_somewhere():

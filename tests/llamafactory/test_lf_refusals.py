@@ -204,8 +204,9 @@ def test_a_cache_without_masking(workplace, tmp_path):
     """`tokenized_path` written with `train_on_prompt: true`: the arguments do not say so, the examples do."""
     cached = {"tokenized_path": str(tmp_path / "cache")}
     run(workplace.config(output_dir=str(tmp_path / "own"), train_on_prompt=True, **cached))
+    weights = {**WIT, "message_weight_keys": [], "sample_weight_key": None}  # no weights in the data to miss
     with pytest.raises(WITConfigError, match=r"nothing masked.*set train_on_prompt: false.*tokenized_path"):
-        run(workplace.config(output_dir=str(tmp_path / "out"), **cached), (0.4, 0.6))
+        run(workplace.config(output_dir=str(tmp_path / "out"), **cached), weights)
 
 
 def test_another_version(monkeypatch):

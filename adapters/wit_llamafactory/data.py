@@ -1,0 +1,153 @@
+"""Where LLaMA-Factory's data is changed, all of it: weights that stand in the data are read while it is tokenised.
+
+Three functions of LLaMA-Factory are exchanged for the length of a run: the one that aligns a dataset, the one that
+picks the processor which tokenises it, and, for what `tokenized_path` keeps, the one that calls them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llamafactory.data import converter, loader
+from llamafactory.data.processor.supervised import SupervisedDatasetProcessor
+from llamafactory.extras.misc import has_tokenized_data
+from llamafactory.train.sft import workflow
+
+from wit_llamafactory.examples import BETWEEN_TOOL_RESPONSES, WeightedConverter
+from wit_llamafactory.sources import require
+from wit_llamafactory.tokenising import weighted_processor
+from wit_plugins import WITConfig, WITConfigError
+from wit_plugins.cli.borrow import exchanged
+from wit_plugins.errors import BadExampleError
+from wit_plugins.tokens.data_weights import DataWeights
+
+RECORD = "wit_data_weights.json"  # in the folder of `tokenized_path`
+_LOOKED_AT = 100  # examples whose keys are looked at before the dataset is aligned, perhaps from a cache
+
+
+@contextmanager
+def reading_weights(config: WITConfig) -> Iterator[None]:
+    """While it lasts, LLaMA-Factory's data is tokenised with the weights that stand in it.
+
+    Raises:
+        WITConfigError: if this version of LLaMA-Factory no longer does what this relies on.
+    """
+    if not DataWeights(config, None).active:
+        yield
+        return
+    _require_what_it_relies_on()
+    with (
+        exchanged(loader, "align_dataset", _align_dataset(loader.align_dataset, config)),
+        exchanged(loader, "_get_dataset_processor", _get_dataset_processor(loader._get_dataset_processor, config)),
+        exchanged(workflow, "get_dataset", _get_dataset(workflow.get_dataset, config)),
+    ):
+        yield
+
+
+def _require_what_it_relies_on() -> None:
+    require(converter.align_dataset, "get_dataset_converter(dataset_attr.formatting", "dataset_converter,\n")
+    require(converter.OpenAIDatasetConverter.__call__, repr(BETWEEN_TOOL_RESPONSES)[1:-1], "tool_responses.append(")
+    require(loader._load_single_dataset, "return align_dataset(dataset, dataset_attr, data_args, training_args)")
+    require(loader._get_preprocessed_dataset, "_get_dataset_processor(", "remove_columns=column_names")
+    require(
+        SupervisedDatasetProcessor._encode_data_example,
+        "process_messages(prompt + response,",
+        "self.template.encode_multiturn(self.tokenizer, messages, system, tools",
+        "source_ids[:source_len]",
+        "self.data_args.cutoff_len",
+        "target_label = target_ids",
+    )
+    require(SupervisedDatasetProcessor.preprocess_dataset, 'prompt=examples["_prompt"][i]')
+    require(loader.get_dataset, "has_tokenized_data(data_args.tokenized_path)", "if training_args.should_save:")
+    require(workflow.run_sft, "get_dataset(template, model_args, data_args, training_args, ")
+
+
+def _align_dataset(original: Callable[..., Any], config: WITConfig) -> Callable[..., Any]:
+    def align_dataset(dataset: Any, dataset_attr: Any, data_args: Any, training_args: Any) -> Any:
+        get_dataset_converter = converter.get_dataset_converter
+
+        def get_weighted_converter(*args: Any) -> WeightedConverter:
+            return WeightedConverter(get_dataset_converter(*args), DataWeights(config, None))
+
+        convert = get_weighted_converter(dataset_attr.formatting, dataset_attr, data_args)
+        try:
+            for example in itertools.islice(dataset, _LOOKED_AT):  # for warnings, which a cache would not repeat
+                convert.weights(example)
+            with exchanged(converter, "get_dataset_converter", get_weighted_converter):
+                return original(dataset, dataset_attr, data_args, training_args)
+        except BadExampleError as error:
+            for index, example in enumerate(dataset):
+                try:
+                    convert(example)
+                except BadExampleError as found:
+                    raise BadExampleError(f"dataset {dataset_attr}, row {index} (from 0): {found}") from None
+            raise BadExampleError(f"dataset {dataset_attr}: {error}") from None
+
+    return align_dataset
+
+
+def _get_dataset_processor(original: Callable[..., Any], config: WITConfig) -> Callable[..., Any]:
+    def get_dataset_processor(
+        data_args: Any, stage: str, template: Any, tokenizer: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        processor = original(data_args, stage, template, tokenizer, *args, **kwargs)
+        return weighted_processor(processor, DataWeights(config, tokenizer))
+
+    return get_dataset_processor
+
+
+def _get_dataset(original: Callable[..., Any], config: WITConfig) -> Callable[..., Any]:
+    def get_dataset(template: Any, model_args: Any, data_args: Any, training_args: Any, **kwargs: Any) -> Any:
+        path = data_args.tokenized_path
+        is_there = path is not None and has_tokenized_data(path)
+        if is_there:
+            _check_record(path, config)
+        made = original(template, model_args, data_args, training_args, **kwargs)
+        if path is not None and not is_there and training_args.should_save:
+            (Path(path) / RECORD).write_text(json.dumps(_record(config), indent=2) + "\n", encoding="utf-8")
+        return made
+
+    return get_dataset
+
+
+def _record(config: WITConfig) -> dict[str, Any]:
+    """What tokenised data was written with, as far as weights that stand in the data are concerned."""
+    data = DataWeights(config, None)
+    return {
+        "message_weight_keys": list(data.message_keys),
+        "sample_weight_key": data.sample_key,
+        "strategies": data.strategies.reading_raw,
+        "fingerprint": data.fingerprint,
+    }
+
+
+def _check_record(path: str, config: WITConfig) -> None:
+    """Refuse what `tokenized_path` keeps if weights that stand in the data may be missing or others in it.
+
+    Raises:
+        WITConfigError: with what it was written with, and the way out.
+    """
+    away = "delete the folder, or name another one, and it is written anew"
+    own = _record(config)
+    try:
+        found = json.loads((Path(path) / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WITConfigError(
+            f"tokenized_path = {path!r}: was written by a run without these weights (there is no {RECORD} in it), so "
+            f"those that stand in the data would be missing; {away}. If none stand in the data, say so within wit: "
+            "message_weight_keys: [], sample_weight_key: null"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise WITConfigError(f"tokenized_path = {path!r}: its {RECORD} cannot be read ({error}); {away}") from None
+    if not isinstance(found, dict) or found.get("fingerprint") != own["fingerprint"]:
+        known = found if isinstance(found, dict) else {}
+        wrong = [f"{key} = {known.get(key)!r}, here {own[key]!r}" for key in own if known.get(key) != own[key]]
+        raise WITConfigError(
+            f"tokenized_path = {path!r}: was written with other settings of weights in the data ({'; '.join(wrong)}); "
+            f"{away}"
+        )
