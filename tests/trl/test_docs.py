@@ -154,6 +154,24 @@ def test_the_script_in_the_trl_guide(tmp_path, monkeypatch, capsys):
     assert np.isfinite(history[-1]["train_loss"])
 
 
+def test_the_script_about_weights_in_the_data(tmp_path, monkeypatch):
+    """Pasted, with a local model for the hub's name; the turn of weight 0 is not among the reported tokens."""
+    llama(vocab_size=64).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    (script,) = [b for b in blocks("data-weights.md") if "prepare_dataset" in b]
+    script = script.replace('"Qwen/Qwen2.5-0.5B"', repr(str(tmp_path / "model")))
+    script = script.replace('SFTConfig("out", ', f'SFTConfig("{tmp_path}/out", logging_steps=1, report_to=[], ')
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(script, names)
+    first, *_ = names["trainer"].state.log_history
+    words = "<u> What is two plus two? <end> <a> Five. <end> <u> Are you sure? <end> <a> No. It is four. <end>".split()
+    # What does not end a turn for sure (this tokenizer's <end>) belongs to what follows it: six words and <end> stay.
+    weighing = words[:6] + words[9:]
+    assert first["prompt_tokens"] + first["response_tokens"] == len(weighing) - 1
+    assert first["response_tokens"] == len("<end> No. It is four. <end>".split())
+
+
 def test_the_example_configuration_is_one(tmp_path, monkeypatch):
     """configs/trl/sft.yaml is understood by the command line's own parser, key for key."""
     from wit_trl.sft import make_parser

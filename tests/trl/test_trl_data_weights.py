@@ -1,15 +1,25 @@
 """Weights in the data, through the real `SFTTrainer`: loss and step are those of the text and its weights."""
 
 import copy
+import json
 
+import numpy as np
 import pytest
+import yaml
 from datasets import Dataset
 from support import all_relative_error
+from test_cli import ARGS, first_loss, run
+from transformers import LlamaForCausalLM
 from trl import SFTConfig
-from weightkit import MAX_LENGTH, dataset, expected_step, reference, rows, step_taken, tokenizer, trainer
+from trlkit import LEARNING_RATE
+from weightkit import KEYS, MAX_LENGTH, dataset, expected_step, model, reference, rows, step_taken, tokenizer, trainer
 from wit_trl import WITCallback, prepare_dataset
 from wit_trl.rows import opened
+from wit_trl.sft import WITArguments, make_parser
 
+import wit_plugins
+from wit_plugins import WITConfigError, hookimpl
+from wit_plugins.plugins import plugin_manager
 from wit_plugins.tokens.prepared import read_prepared
 
 WEIGHTS = (0.2, 0.8)
@@ -164,3 +174,95 @@ def test_ids_and_masks_are_those_of_trl(tmp_path, monkeypatch, form, stream):
             assert all((each.weights[1:] >= 2).all() for each in said)
             labels = [each.labels for each in said]
         assert [each.tolist() for each in labels] == own["labels"]
+
+
+class BySource:
+    """A strategy that weighs by a column which no later stage keeps."""
+
+    @staticmethod
+    @hookimpl
+    def static_weights(roles, raw_example, options):
+        assert set(raw_example) == {"messages", "weight", "source"}  # as it stands in the data
+        return np.full(len(roles), options[raw_example["source"]], dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [{}, {"packing": True, "packing_strategy": "bfd_split", "max_length": 100}, {"max_length": 60}],
+    ids=["padded", "split", "cut"],
+)
+def test_a_strategy_reads_the_examples_as_they_were(tmp_path, args):
+    made = [{**row, "source": "web" if index % 2 else "book"} for index, row in enumerate(rows())]
+    factors = {"web": 0.25, "book": 3.0}
+    settings = {"strategies": {"by_source": factors}}
+    args = {"assistant_only_loss": True, **args}
+    wit_plugins.register(BySource, "by_source")
+    try:
+        unprepared = trainer(tmp_path, Dataset.from_list([conversation(1)] * 4), **args)
+        with pytest.raises(WITConfigError, match=r"\(strategies: by_source\), and TRL has tokenised it without"):
+            WITCallback(unprepared, **SETTINGS, **settings)
+        trained = trainer(tmp_path, prepare_dataset(dataset(made), tokenizer(), config(**args), **settings), **args)
+        trained.add_callback(WITCallback(trained, **SETTINGS, **settings))
+        documents = []
+        for row in made:
+            for document in reference([row], None if "packing" in args else args.get("max_length")):
+                document.data = [weight * factors[row["source"]] for weight in document.data]
+                documents += document.split(args.get("max_length", MAX_LENGTH))
+        is_exact(tmp_path, trained, documents)
+    finally:
+        plugin_manager().unregister(name="by_source")
+
+
+def test_what_is_evaluated_later_is_weighed_then(tmp_path):
+    """A raw dataset that is given to `evaluate` meets the settings that are attached."""
+    prepared = prepare_dataset(dataset(rows()), tokenizer(), config(assistant_only_loss=True))
+    made = trainer(tmp_path, prepared, assistant_only_loss=True)
+    made.add_callback(WITCallback(made, **SETTINGS))
+    held_out = rows()[2:6]
+    expected, _ = expected_step(made.model, reference(held_out), WEIGHTS, "nonzero_tokens")
+    assert made.evaluate(dataset(held_out))["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def files(folder, made, **changes):
+    """A model, a dataset and a configuration, as a user has them."""
+    model().save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    (folder / "data").mkdir()
+    (folder / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    settings = {**ARGS, **SETTINGS, "assistant_only_loss": True, "max_length": MAX_LENGTH, **changes}
+    settings |= {"model_name_or_path": "model", "dataset_name": "data", "output_dir": "out", "max_grad_norm": 0.0}
+    (folder / "sft.yaml").write_text(yaml.safe_dump(settings))
+
+
+def test_by_itself_on_the_command_line_in_two_processes(tmp_path):
+    files(tmp_path, rows(), per_device_train_batch_size=4)
+    done = run(tmp_path, "sft", "--config", "sft.yaml", "--multi_gpu", "--num_processes", "2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    before = model()
+    expected, gradients = expected_step(before, reference(rows()), WEIGHTS, "nonzero_tokens")
+    assert first_loss(tmp_path) == pytest.approx(expected, rel=1e-5)
+    trained = dict(LlamaForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-1").named_parameters())
+    taken = {name: (own - trained[name]).detach() / LEARNING_RATE for name, own in before.named_parameters()}
+    assert all_relative_error(taken, gradients) < 1e-4
+
+
+def test_a_mistake_is_one_line_on_the_command_line(tmp_path):
+    made = rows()
+    made[4]["messages"][1]["loss"] = -1
+    files(tmp_path, made)
+    done = run(tmp_path, "sft", "--config", "sft.yaml")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    last = done.stderr.rstrip().splitlines()[-1]
+    assert last.startswith("python -m wit_trl sft: example 4 of the train dataset: messages[1].loss = -1: is below 0")
+
+
+def test_the_settings_on_the_command_line():
+    usual = WITArguments(0.2).config()
+    assert (usual.message_weight_keys, usual.sample_weight_key) == (list(KEYS), "weight")
+    none = WITArguments(0.2, message_weight_keys=["none"], sample_weight_key="none").config()
+    assert (none.message_weight_keys, none.sample_weight_key) == ([], None)
+    said = "--model_name_or_path m --dataset_name d --output_dir unused --use_cpu true --bf16 false --prompt_weight 0.2"
+    said += " --message_weight_keys loss train --sample_weight_key quality"
+    other = make_parser().parse_args_and_config(said.split())[-1].config()
+    assert (other.message_weight_keys, other.sample_weight_key) == (["loss", "train"], "quality")

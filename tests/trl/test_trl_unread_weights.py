@@ -188,9 +188,7 @@ def test_weights_that_are_for_no_token_are_refused():
     """Of messages in a column from which TRL does not tokenise."""
     made = [{"prompt": "two plus", "completion": "two", **conversation(1)} for _ in range(2)]
     made[1]["messages"][0]["weight"] = 0.5
-    with pytest.raises(
-        WITConfigError, match=r"messages\[\].weight of the train dataset: TRL tokenises the columns"
-    ):
+    with pytest.raises(WITConfigError, match=r"messages\[\].weight of the train dataset: TRL tokenises the columns"):
         prepare_dataset(Dataset.from_list(made), tokenizer(), config())
     made = [{"conversations": row["messages"]} for row in made]
     with pytest.raises(WITConfigError, match="example 1 of the train dataset: conversations has weights, but TRL"):

@@ -478,7 +478,7 @@ def test_settings_survive_a_file():
 
 def blocks(language):
     root = next(p for p in Path(__file__).parents if (p / "docs" / "data-weights.md").is_file())
-    page = (root / "docs" / "data-weights.md").read_text(encoding="utf-8")
+    page = (root / "docs" / "data-weights.md").read_text(encoding="utf-8").split("\n## Weights in the data")[0]
     return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
