@@ -1,7 +1,23 @@
 """Spans through LLaMA-Factory's `run_exp`: loss and step equal a float64 computation from the text."""
 
 import pytest
-from lfkit import LOSS, NEAT, alone, in_rows, layout_args, place, rows_of, run, tokenizer
+from lfkit import (
+    LEARNING_RATE,
+    LOSS,
+    NEAT,
+    alone,
+    history,
+    in_rows,
+    layout_args,
+    place,
+    plain_copy,
+    rows_of,
+    run,
+    saved,
+    start_command,
+    tokenizer,
+    trained,
+)
 from span_reference import expected, from_ids, of_spans, span_logs, weighted_loss
 from support import all_relative_error
 
@@ -60,3 +76,43 @@ def test_loss_and_step_are_those_of_the_text(tmp_path, layout):
     assert len(logged) == 10  # the first one in the response alone
     assert of_spans(recorder.state.log_history[0]) == pytest.approx(logged, **LOSS)
     assert all_relative_error(recorder.taken, gradients) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("layout", "normalization", "batch"),
+    [("unpacked", "nonzero_tokens", 4), pytest.param("neat_packing", "weight_sum", 1, marks=NEAT)],
+)
+def test_two_processes_are_one(tmp_path, layout, normalization, batch):
+    """Loss, step and the spans' losses are those of all documents' text, by the command and its own launcher."""
+    workplace = place(tmp_path)
+    workplace.dataset("spans", data())
+    wit = {
+        "prompt_weight": 0.4,
+        "response_weight": 0.6,
+        "normalization": normalization,
+        "strategies": {"spans": SPANS},
+    }
+    settings = {"dataset": "spans", "cutoff_len": 256, "per_device_train_batch_size": batch, **layout_args(layout)}
+    path = workplace.write(wit=wit, **settings)
+    done = start_command(tmp_path, "train", str(path), FORCE_TORCHRUN="1", NPROC_PER_NODE="2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    entry = next(entry for entry in history(tmp_path / "out") if "loss" in entry)
+
+    own = run(workplace.config(**{**settings, "neat_packing": None}, output_dir=str(tmp_path / "docs")))
+    docs = own.docs()
+    if layout == "neat_packing":
+        packed = run(workplace.config(**settings, output_dir=str(tmp_path / "rows")))
+        assert len(packed.dataset) == 2  # rows: one on each rank
+    written = [from_ids(tokenizer(), doc.input_ids, doc.is_response) for doc in docs]
+    weights = [by_hand(document, expected(document, SPANS[:2], 0.4, 0.6)) for document in written]
+    before = workplace.model()
+    model = plain_copy(before).train()
+    scored = list(alone(docs)(model))
+    loss = weighted_loss(scored, weights, normalization)
+    loss.backward()
+    assert entry["loss"] == pytest.approx(loss.item(), **LOSS)
+    assert of_spans(entry) == pytest.approx(span_logs(scored, written, BY_PATTERN, NAMES, weights), **LOSS)
+    after = saved(tmp_path / "out")
+    taken = {name: (value - after[name]) / LEARNING_RATE for name, value in trained(before).items()}
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all_relative_error({name: taken[name] for name in gradients}, gradients) < 1e-4

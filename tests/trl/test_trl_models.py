@@ -8,6 +8,7 @@ import pytest
 import torch
 from packaging.version import Version
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, TaskType
+from span_reference import from_ids, of_spans, span_logs
 from support import (
     VOCAB_SIZE,
     all_relative_error,
@@ -17,6 +18,7 @@ from support import (
     mixtral,
     plain_copy,
     subprocess_env,
+    word_tokenizer,
 )
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from trlcases import TRL
@@ -88,7 +90,8 @@ class TestModels:
     def test_prompt_learning(self, tmp_path, kind, prepended):
         """Virtual tokens in front of every example, in the sequence or in the cache: the weights are aligned."""
         config = kind(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)
-        trainer = sft_trainer(tmp_path, trainer_kwargs={"peft_config": config})
+        words = word_tokenizer({f"w{i}": i for i in range(3, VOCAB_SIZE)})
+        trainer = sft_trainer(tmp_path, trainer_kwargs={"peft_config": config, "processing_class": words})
         docs = from_dataset(trainer.train_dataset)
         model = plain_copy(trainer.model)
         scored = []
@@ -97,9 +100,15 @@ class TestModels:
         expected = reference_loss(scored, 0.25, 0.5)
         expected.backward()
         before = weights_of(trainer)
-        trainer.add_callback(WITCallback(trainer, prompt_weight=0.25, response_weight=0.5))
+        # A span of weight 1 changes nothing, and its tokens are logged where they stand.
+        spans = [{"match": "w[1-3][0-9]", "weight": 1, "name": "some"}]
+        trainer.add_callback(WITCallback(trainer, prompt_weight=0.25, response_weight=0.5, strategies={"spans": spans}))
         trainer.train()
         assert logs(trainer)[0] == pytest.approx(expected.item(), rel=1e-5)
+        written = [from_ids(trainer.processing_class, doc.input_ids, doc.is_response) for doc in docs]
+        logged = span_logs(scored, written, spans, ["some"])
+        assert len(logged) == 4
+        assert of_spans(trainer.state.log_history[0]) == pytest.approx(logged, rel=1e-5)
         taken = {n: (before[n] - p) / LEARNING_RATE for n, p in weights_of(trainer).items()}
         grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
         assert all_relative_error(taken, grads) < 1e-4

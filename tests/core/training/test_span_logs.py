@@ -9,9 +9,9 @@ import torch
 from span_reference import expected, from_ids, of_spans, span_logs, weighted_loss
 from support import all_relative_error, document_logits, llama, plain_copy, subprocess_env
 from trainkit import DOCS, first_log, make_trainer, tokenizer
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer
 
-from wit_plugins import WITConfig, attach
+from wit_plugins import WeightsNotAppliedError, WITConfig, attach
 
 LEARNING_RATE = 0.05
 SPANS = [
@@ -63,6 +63,21 @@ def test_spans_in_the_log(tmp_path, layout, loss_impl):
     assert {"response_loss/mine", "prompt_loss/w-1-4-0-9-2"} <= training.keys()
     assert of_spans(first_log(trainer)) == pytest.approx(training, rel=1e-5)
     assert of_spans(first_log(trainer, "eval_loss"), "eval_") == pytest.approx(evaluation, rel=1e-5)
+
+
+class DropsSpans(Trainer):
+    """Keeps the columns of a batch that it knows."""
+
+    def compute_loss(self, model, inputs, **kwargs):
+        return super().compute_loss(model, {k: v for k, v in inputs.items() if k != "weighted_spans"}, **kwargs)
+
+
+def test_a_trainer_that_loses_the_spans_stops(tmp_path):
+    trainer = make_trainer(tmp_path, cls=DropsSpans)
+    with pytest.warns(UserWarning, match="nowhere"):
+        attach(trainer, config())
+    with pytest.raises(WeightsNotAppliedError, match=r"with weighted_labels and without weighted_spans, .*leave it in"):
+        trainer.train()
 
 
 ON_TWO = """
