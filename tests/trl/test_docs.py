@@ -1,6 +1,8 @@
 """The code in the documentation runs, and does what the text around it says."""
 
 import re
+import subprocess
+import sys
 import types
 import warnings
 from pathlib import Path
@@ -9,7 +11,7 @@ import literature
 import numpy as np
 import pytest
 import yaml
-from support import document_logits, from_dataset, llama, plain_copy
+from support import document_logits, from_dataset, llama, plain_copy, subprocess_env
 from trlkit import logs, sft_trainer, tokenizer
 from wit_trl import WITCallback
 
@@ -239,3 +241,11 @@ def test_what_the_table_of_methods_says_to_paste_trains(tmp_path):
         trainer.train()
         assert np.isfinite(logs(trainer)[0])
     assert sorted(names) == sorted(set(DEFAULT_STRATEGIES) - {"wit", "spans"})
+
+
+def test_the_picture_of_the_methods_is_drawn(tmp_path):
+    path = tmp_path / "methods.png"
+    command = [sys.executable, str(DOCS / "methods_picture.py"), "--steps", "2", "--out", str(path)]
+    done = subprocess.run(command, env=subprocess_env(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert path.read_bytes().startswith(b"\x89PNG")
