@@ -219,27 +219,34 @@ def test_files_are_recognised(place):
     assert choose_driver(job(config(place)), None).name == "axolotl"
 
 
-def test_a_sweep(place, tmp_path, monkeypatch, capsys):
+def test_a_search(place, tmp_path, monkeypatch, capsys):
     """Through Axolotl's launcher; the numbers are those of its own log."""
     path = config(place, val_set_size=0.25, max_steps=4, eval_steps=2, save_strategy="steps", save_steps=2)
     for name, value in subprocess_env().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.path.dirname(__file__), os.environ["PYTHONPATH"]]))
     runs = tmp_path / "runs"
-    args = ["sweep", path, "--prompt-weight", "0.5", "--response-weight", "1", "--output", runs]
-    code, _, err = wit(capsys, *args)
-    log = (runs / "p0.5_r1" / "log.txt").read_text()[-3000:]
+    code, _, err = wit(capsys, "sweep", path, "--trials", "3", "--param", "strategies.dft=on,off", "--output", runs)
+    log = "".join(file.read_text()[-2000:] for file in runs.glob("*/log.txt"))
     assert code == 0, err + log
-    (cell,) = json.loads((runs / "results.json").read_text())["cells"]
-    states = sorted((runs / "p0.5_r1" / "model").rglob("trainer_state.json"))
-    logged = [
-        entry["eval_response_loss"]
-        for entry in json.loads(states[-1].read_text())["log_history"]
-        if "eval_response_loss" in entry
-    ]
-    assert cell["metrics"]["eval_response_loss"] == logged[-1]
-    written = yaml.safe_load((runs / "p0.5_r1" / "config.yaml").read_text())
-    assert written["wit"] == {"prompt_weight": 0.5, "response_weight": 1.0}
+    cells = json.loads((runs / "results.json").read_text())["cells"]
+    assert [cell["details"]["trial"] for cell in cells] == ["p0_r1", "p0.2_r0.8", "p1_r1"]
+    for cell in cells:
+        folder = runs / cell["details"]["trial"]
+        states = sorted((folder / "model").rglob("trainer_state.json"))
+        logged = [
+            entry["eval_response_loss"]
+            for entry in json.loads(states[-1].read_text())["log_history"]
+            if "eval_response_loss" in entry
+        ]
+        assert cell["metrics"]["eval_response_loss"] == logged[-1]
+        weights = {name: cell[name] for name in ("prompt_weight", "response_weight")}
+        assert yaml.safe_load((folder / "config.yaml").read_text())["wit"] == {**weights, "strategies": {}}
+    capsys.readouterr()
+    assert main(["best", str(runs)]) == 0
+    out = capsys.readouterr().out
+    best = min(cells, key=lambda cell: cell["metrics"]["eval_response_loss"])
+    assert yaml.safe_load(out)["wit"]["prompt_weight"] == best["prompt_weight"]
     driver, cell_job = AxolotlDriver(), job(path, prompt_weight=0.5, response_weight=1.0)
     resumed = driver.files(cell_job, runs / "p0.5_r1" / "model", tmp_path / "checkpoint-2")
     (text,) = resumed.values()

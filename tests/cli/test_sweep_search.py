@@ -55,6 +55,15 @@ def test_a_search_finds_what_was_planted_and_stops_what_cannot_win(tmp_path, cap
     assert len(order(tmp_path)) == len(trials(tmp_path)) == 9
 
 
+def test_a_reference_is_never_stopped(tmp_path):
+    """(1, 1), the worst of the three, waits at each step until its value has been judged."""
+    reported = """f'"trial_id":2,"step":{step},' in (folder.parent / 'study.journal').read_text()"""
+    assert searched(tmp_path, curve(f"while prompt == 1 and not {reported}: time.sleep(0.02)"), trials=3) == 0
+    reference = trials(tmp_path)["p1_r1"]
+    assert (reference.state.name, reference.last_step) == ("COMPLETE", 10)
+    assert reference.system_attrs["completed_rung_0"] == reference.intermediate_values[1]  # the others compete with it
+
+
 def test_seeds_and_what_they_say(tmp_path, capsys):
     """The seed reaches the run; its noise is much smaller than what the weights change, or larger."""
     noisy = "import random\nnoise = random.Random(f'{prompt} {changes.get(\"seed\")}').gauss(0, 1) * SIZE\n"

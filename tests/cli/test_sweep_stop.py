@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+from clikit import read_json, run, workplace
 from support import subprocess_env
 
 SCRIPT = """
@@ -39,3 +40,21 @@ def test_all_ranks_stop_at_the_same_step(tmp_path):
     assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == ["8", "8"]
     assert json.loads((tmp_path / "progress.json").read_text()) == {"step": 8, "max_steps": 400}
     assert (tmp_path / "model" / "wit_config.json").is_file()
+
+
+def test_a_real_search_stops_a_run_that_cannot_win(tmp_path):
+    """TRL's own runs. What is searched is the highest loss on prompts, which is that of (0, 1) from the start."""
+    steps = {"max_steps": 60, "eval_strategy": "steps", "eval_steps": 5, "logging_steps": 60, "save_strategy": "no"}
+    workplace(tmp_path, evaluation=True, **steps)
+    args = ["--trials", "4", "--metric", "eval_prompt_loss:max", "--no-check"]
+    done = run("sweep", "sft.yaml", *args, "--output", "runs", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = {cell["details"]["trial"]: cell for cell in read_json(tmp_path / "runs" / "results.json")["cells"]}
+    states = [(name, cell["status"]) for name, cell in found.items()]
+    assert states == [*((name, "finished") for name in ("p0_r1", "p0.2_r0.8", "p1_r1")), ("ratio-0.03", "pruned")]
+    assert found["p0_r1"]["details"]["steps"] == 60
+    assert found["ratio-0.03"]["details"]["steps"] < 60
+    log = (tmp_path / "runs" / "ratio-0.03" / "log.txt").read_text()
+    assert f"WIT done: {found['ratio-0.03']['details']['steps']} steps" in log  # as a run that is done says it
+    assert (tmp_path / "runs" / "ratio-0.03" / "model" / "wit_config.json").is_file()
+    assert max(found.values(), key=lambda cell: cell["metrics"]["eval_prompt_loss"]) is found["p0_r1"]

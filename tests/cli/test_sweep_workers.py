@@ -9,7 +9,7 @@ import pytest
 from clikit import processes_of, read_json
 from sweepkit import curve, lowest, order, searched, trials, wait_for, worker
 
-from wit_plugins.cli.sweep import workers
+from wit_plugins.cli.sweep import study, workers
 from wit_plugins.cli.sweep.study import open_storage, read_trials
 from wit_plugins.cli.sweep.workers import Workers
 
@@ -37,7 +37,8 @@ def test_each_trial_is_taken_by_one_worker(tmp_path, url):
     """Three of them, started at the same moment on nothing: on a journal and on a database."""
     url = url and url.format(tmp_path)
     body = curve(between="time.sleep(0.05)")
-    started = [worker(tmp_path, body, trials=7, pruner="none", seeds=2, storage=url) for _ in range(3)]
+    seeds = 1 if url else 2
+    started = [worker(tmp_path, body, trials=7, pruner="none", seeds=seeds, storage=url) for _ in range(3)]
     for process in started:
         ended(process)
     runs = Counter(name for name, *_ in order(tmp_path))
@@ -45,7 +46,7 @@ def test_each_trial_is_taken_by_one_worker(tmp_path, url):
     assert set(runs) == set(found)
     assert set(runs.values()) == {1}
     assert sum("repeats" not in trial.user_attrs for trial in found.values()) == 7
-    assert sum("repeats" in trial.user_attrs for trial in found.values()) == 5
+    assert sum("repeats" in trial.user_attrs for trial in found.values()) == 5 * (seeds - 1)
     assert {trial.state.name for trial in found.values()} == {"COMPLETE"}
     assert len({trial.user_attrs["worker"] for trial in found.values()}) > 1
     assert "7 cells" in read_json(tmp_path / "runs" / "results.json")["cost"]
@@ -99,6 +100,25 @@ def test_a_worker_that_died_between_its_run_and_its_word(tmp_path):
     assert searched(tmp_path, "raise SystemExit('run again')", trials=3) == 0
     assert len(order(tmp_path)) == 3
     assert trials(tmp_path)["p1_r1"].value == pytest.approx(lowest(1))
+
+
+def test_a_database_s_trial_comes_back_when_its_worker_is_silent(tmp_path, monkeypatch):
+    """By Optuna's heartbeats; the one that was silent may not speak of it any more."""
+    from optuna.exceptions import UpdateFinishedTrialError
+
+    monkeypatch.setattr(study, "BEAT", 1)
+    monkeypatch.setattr(study, "GRACE", 1)
+    (tmp_path / "runs").mkdir()
+    arguments = tmp_path / "runs", f"sqlite:///{tmp_path}/study.db", {"direction": "min"}, [({}, {"key": "a"})], 1
+    silent, other = study.SharedStudy(*arguments), study.SharedStudy(*arguments)
+    taken, came_back = silent.take(), []
+    assert study.key_of(taken) == "a"
+    wait_for(lambda: came_back.append(other.take()) or came_back[-1])
+    assert study.key_of(came_back[-1]) == "a"
+    assert not silent.is_mine(taken)
+    with pytest.raises(UpdateFinishedTrialError):
+        taken.report(1.0, 1)
+    assert other.take() is None
 
 
 def test_a_worker_on_another_machine_is_dead_when_it_stood_still(tmp_path, monkeypatch):

@@ -230,27 +230,40 @@ def test_files_are_recognised(workplace):
     assert choose_driver(Job(None, trl), None).name == "trl"
 
 
-def test_a_sweep(workplace, tmp_path, monkeypatch, capsys):
-    """Two real runs through the launcher; the numbers are those of LLaMA-Factory's own log."""
+def test_a_search(workplace, tmp_path, monkeypatch, capsys):
+    """Three real runs through the launcher; the numbers are those of LLaMA-Factory's own log."""
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     config = workplace.write(
         wit=WIT, val_size=0.25, eval_strategy="steps", eval_steps=2, max_steps=4, save_strategy="steps", save_steps=2
     )
-    args = ["sweep", config, "--prompt-weight", "0,0.5", "--response-weight", "1", "--output", tmp_path / "runs"]
-    code, out, err = wit(capsys, *args)
-    logs = [path.read_text()[-2000:] for path in (tmp_path / "runs").glob("*/log.txt")]
+    runs = tmp_path / "runs"
+    params = ["--param", "strategies.dft=on,off", "--param", "learning_rate=0.001:0.1:log"]
+    code, out, err = wit(capsys, "sweep", config, "--trials", "3", *params, "--output", runs)
+    logs = [path.read_text()[-2000:] for path in runs.glob("*/log.txt")]
     assert code == 0, (err, logs)
-    assert "(0, 1) 0 finished" in out
-    cells = json.loads((tmp_path / "runs" / "results.json").read_text())["cells"]
-    for cell, name in zip(cells, ("p0_r1", "p0.5_r1"), strict=True):
-        model = tmp_path / "runs" / name / "model"
+    cells = json.loads((runs / "results.json").read_text())["cells"]
+    assert [cell["details"]["trial"] for cell in cells] == ["p0_r1", "p0.2_r0.8", "p1_r1"]
+    for cell in cells:
+        model = runs / cell["details"]["trial"] / "model"
         history = json.loads((model / "trainer_state.json").read_text())["log_history"]
         logged = [entry["eval_response_loss"] for entry in history if "eval_response_loss" in entry]
         assert cell["metrics"]["eval_response_loss"] == logged[-1]
         assert math.isfinite(cell["metrics"]["eval_prompt_loss"])
         weights = json.loads((model / "wit_config.json").read_text())
         assert weights["prompt_weight"] == cell["prompt_weight"]
+        assert weights["strategies"] == {}
+    # What `wit best` prints is a file's content, and means what was trained.
+    capsys.readouterr()
+    assert main(["best", str(runs)]) == 0
+    out = capsys.readouterr().out
+    best = min(cells, key=lambda cell: cell["metrics"]["eval_response_loss"])
+    pasted = yaml.safe_load(out)
+    pasted["wit"]["strategies"] = {"dft": {}}
+    written = workplace.write(**{**yaml.safe_load(config.read_text()), **pasted})
+    prepared = LlamaFactoryDriver().prepare(job(written))
+    assert prepared.config.prompt_weight == best["prompt_weight"]
+    assert list(prepared.config.strategies) == ["dft"]
 
 
 def test_a_sweep_goes_on_from_a_checkpoint(workplace, tmp_path):

@@ -14,7 +14,7 @@ from wit_plugins.linear_cross_entropy import usable_implementations
 from wit_plugins.plugins import strategy_names
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "tokenizers", "numpy", "pydantic", "pluggy")
-_OPTIONAL = ("liger-kernel", "triton", "deepspeed", "flash-attn", "bitsandbytes", "rich", "matplotlib")
+_OPTIONAL = ("liger-kernel", "triton", "deepspeed", "flash-attn", "bitsandbytes", "rich", "matplotlib", "optuna")
 
 
 def report() -> str:

@@ -106,7 +106,7 @@ def draw_curve(path: Path, outcomes: Sequence[Outcome], metric: Metric, title: s
             side: dict[str, Any] = {"ha": "left"} if x < 0.2 else {"ha": "right"} if x > 1.8 else {"ha": "center"}
             shift = 8 if x < 0.2 else -8 if x > 1.8 else 0
             axis.annotate(
-                label, (x, candidate.mean), xytext=(shift, 10), textcoords="offset points", color=_REFERENCE, **side
+                label, (x, candidate.mean), xytext=(shift, 13), textcoords="offset points", color=_REFERENCE, **side
             )
         if found:
             axis.plot(

@@ -204,7 +204,7 @@ class SearchRunner(Runner):
         pruners = load_optuna().pruners
         if self.options.pruner == "median":
             return pruners.MedianPruner(n_startup_trials=len(REFERENCES), n_warmup_steps=steps // 4)
-        return pruners.SuccessiveHalvingPruner(min_resource=max(1, steps // 9), reduction_factor=3)
+        return pruners.SuccessiveHalvingPruner(min_resource=max(1, steps // 6), reduction_factor=3)
 
     def status_of(self, run: Run) -> str:
         """Pruned, if it was asked to end before it was at its end."""
