@@ -5,7 +5,7 @@ NOX_VERSION := 2026.10.20
 NOX := $(WIT_CACHE)/nox-$(NOX_VERSION)/bin/nox
 export WIT_CACHE
 
-.PHONY: test quick demo lint docs clean
+.PHONY: test quick demo lint docs clean gpu wheels
 
 test: $(NOX)
 	$(NOX)
@@ -25,6 +25,21 @@ lint: $(NOX)
 docs: $(NOX)
 	$(NOX) -s docs
 
+# Arguments: make gpu GPU_ARGS=--quick. Where no index can be reached: WIT_OFFLINE=1, with WIT_WHEELS=folder to install
+# from (`WIT_WHEELS=folder make wheels` fills it elsewhere), or without, to use what $(PYTHON) has.
+ifeq ($(WIT_OFFLINE)$(WIT_WHEELS),1)
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
+else
+gpu: $(NOX)
+	$(NOX) -s gpu -- $(GPU_ARGS)
+endif
+
+wheels: $(NOX)
+	$(NOX) -s wheels
+
+$(NOX): export PIP_NO_INDEX := $(if $(WIT_OFFLINE),1,)
+$(NOX): export PIP_FIND_LINKS := $(if $(WIT_OFFLINE),$(WIT_WHEELS),$(PIP_FIND_LINKS))
 $(NOX):
 	$(PYTHON) -m venv $(WIT_CACHE)/nox-$(NOX_VERSION)
 	$(WIT_CACHE)/nox-$(NOX_VERSION)/bin/pip install --quiet --disable-pip-version-check nox==$(NOX_VERSION)

@@ -13,11 +13,15 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import nox
 
 ROOT = Path(__file__).parent
+if os.environ.get("WIT_OFFLINE") == "1":  # pip takes wheels from a folder that `nox -s wheels` filled, and nothing else
+    os.environ["PIP_NO_INDEX"] = "1"
+    os.environ["PIP_FIND_LINKS"] = os.environ.get("WIT_WHEELS", "")
 CACHE = Path(os.environ.get("WIT_CACHE", Path.home() / ".cache" / "wit-plugins"))
 
 TORCH = ["torch==2.13.0", "numpy==2.4.6"]
@@ -56,7 +60,17 @@ PINS = {
     ],
 }
 
+# On top, for the GPU suite: what pip finds a wheel of. What it does not (FlashAttention's are its makers' own) is left
+# out, and what needs it says so. Put the wheels of those into the folder of WIT_WHEELS.
+GPU_EXTRAS = ["cut-cross-entropy==25.1.1", "bitsandbytes==0.50.2", "einops==0.8.2", "flash-attn", "flash-attn-3"]
+GPU = {"trl": "trl-1.16", "axolotl": "axolotl-0.19", "llamafactory": "llamafactory-0.9.5"}
+
 PINS["zero3"] = [*PINS["core"], "einops==0.8.2", "hjson==3.1.0", "ninja==1.13.2", "msgpack==1.2.4", "py-cpuinfo==9.0.0"]
+
+# What TRL does not bring: this project's own requirements, and what its tests need.
+NEWEST = ["pluggy", "pydantic", "regex", "rich", "matplotlib", "pytest", "pytest-xdist", "hypothesis"]
+# Nothing may reach a model hub, and a test that uses a GPU by accident would not be the same test elsewhere.
+ENV = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 nox.options.sessions = ["lint", "core", "trl", "axolotl", "llamafactory"]
 nox.options.default_venv_backend = "none"
@@ -89,9 +103,7 @@ def install(session: nox.Session, name: str) -> tuple[Path, dict[str, str]]:
     shutil.rmtree(ROOT / "build", ignore_errors=True)
     pip = [str(binaries / "pip"), "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
     session.run(*pip, "--no-build-isolation", "--target", str(site), str(ROOT), external=True)
-    # Nothing may reach a model hub, and a test that uses a GPU by accident would not be the same test elsewhere.
-    env = {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return binaries, {**env, "TOKENIZERS_PARALLELISM": "false"}
+    return binaries, {**ENV, "PYTHONPATH": str(site)}
 
 
 def pytest(session: nox.Session, name: str, *paths: str) -> None:
@@ -199,6 +211,64 @@ def zero3(session: nox.Session) -> None:
     env = {"DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}
     session.run(*pip, "--no-build-isolation", "deepspeed==0.19.8", env=env, external=True)
     pytest(session, "zero3", "tests/zero3")
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """Everything that needs a GPU, in all three frameworks: tests, benchmarks, tables, pictures. Not a default session.
+
+    Arguments go to `benchmarks/gpu.py`. A framework whose environment cannot be built is left out, and said to be.
+    """
+    pythons, paths = [], []
+    for framework, name in GPU.items():
+        try:
+            binaries, env = install(session, name)
+        except nox.command.CommandFailed:
+            session.warn(f"{framework} is left out: its environment cannot be built")
+            continue
+        pip = [str(binaries / "pip"), "install", "--quiet", "--disable-pip-version-check", "--only-binary=:all:"]
+        extras = ROOT / ".nox" / f"gpu-extras-{name}"  # not into the environment, which other sessions share
+        for extra in GPU_EXTRAS:
+            session.run(*pip, "--no-deps", "--target", str(extras), extra, success_codes=[0, 1], external=True)
+        pythons.append(f"{framework}={binaries / 'python'}")
+        paths.append(f"{framework}={os.pathsep.join([env['PYTHONPATH'], str(extras)])}")
+    command = [sys.executable, "benchmarks/gpu.py", *session.posargs, "--python", *pythons, "--path", *paths]
+    session.run(*command, external=True)
+
+
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """Fill the folder WIT_WHEELS for `WIT_OFFLINE=1 make gpu` on a machine with this Python and system, and no index.
+
+    Arguments: some of the environments' names; by default those of the GPU suite. Not a default session.
+    """
+    folder = os.environ.get("WIT_WHEELS")
+    if not folder:
+        session.error("set WIT_WHEELS to the folder to fill, as in: WIT_WHEELS=wheels make wheels")
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--wheel-dir", folder]
+    session.run(*pip, f"nox=={version('nox')}", external=True)
+    for name in session.posargs or GPU.values():
+        session.run(*pip, *sorted(PINS[name]), external=True)
+    if not session.posargs:
+        for extra in GPU_EXTRAS:
+            session.run(*pip, "--no-deps", "--only-binary=:all:", extra, success_codes=[0, 1], external=True)
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """TRL's tests with the newest TRL, transformers and torch that the index has. Not a default session.
+
+    What `pip install trl` gets somebody today, which may be newer than what this release says it works with.
+    """
+    folder = ROOT / ".nox" / "newest"
+    session.run(sys.executable, "-m", "venv", "--clear", str(folder), external=True)
+    pip = [str(folder / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
+    session.run(*pip, "trl", "peft", "liger-kernel", "setuptools", "wheel", *NEWEST, external=True)
+    session.run(*pip, "--no-deps", "--no-build-isolation", str(ROOT), external=True)
+    shutil.rmtree(ROOT / "build", ignore_errors=True)
+    session.run(str(folder / "bin" / "pip"), "freeze", external=True)
+    command = [str(folder / "bin" / "pytest"), "-n", "2", "--dist", "loadgroup", *(session.posargs or ["tests/trl"])]
+    session.run(*command, env=ENV, external=True)
 
 
 @nox.session

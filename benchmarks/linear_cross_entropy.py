@@ -10,8 +10,9 @@ The time is the median; beside it stands the fastest step, which a busy machine 
 step allocates beyond the inputs and the two gradients, by PyTorch's own allocator (see `memory.py`). The error is the
 largest difference from float64, relative to the largest number in the same tensor, over loss, ∂hidden and ∂weight.
 
-Methods that need what is not there (a GPU, a library) are named with the reason instead of a number. `liger mean` is
-Liger Kernel's loss without weights: it computes something else, and is the bar for what a fused head may cost.
+Methods that need what is not there (a GPU, a library, memory) are named with the reason instead of a number.
+`liger mean` is Liger Kernel's loss without weights: it computes something else, and is the bar for what a fused head
+may cost. In half precision it sums ∂weight in that precision; `liger mean float32` sums it as exactly as `wit` does.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ from torch.utils.checkpoint import checkpoint
 from wit_plugins.linear_cross_entropy import weighted_linear_cross_entropy
 
 CPU_SHAPES = {"2048x512x32000": None, "4096x1024x50000": None}
-GPU_SHAPES = {  # tokens x hidden x vocabulary, soft cap
-    "8192x2048x128256 (Llama-3.2-1B)": None,
-    "8192x4096x128256 (Llama-3-8B)": None,
-    "8192x4096x151936 (Qwen3-8B)": None,
-    "8192x3584x256000 (Gemma-2-9B)": 30.0,
+GPU_SHAPES = {  # tokens x hidden x vocabulary: the heads of today's models, a batch and a long batch
+    f"{tokens}x{hidden}x{vocabulary}": None
+    for tokens in (16384, 65536)
+    for hidden in (2048, 4096)
+    for vocabulary in (32000, 128256, 262144)
 }
 QUICK_SHAPES = {"64x32x500": None, "96x16x300": 30.0}
 SWEEP_SHAPES = dict.fromkeys(
@@ -123,15 +124,14 @@ def trl(p: Problem) -> torch.Tensor:
     return mean(p, -log_probs)
 
 
-def liger(reduction: str) -> Callable[[Problem], torch.Tensor]:
-    """Liger Kernel's fused head: its unweighted mean, or its per-token losses weighted."""
+def liger(reduction: str, accum_dtype: torch.dtype | None = None) -> Callable[[Problem], torch.Tensor]:
+    """Liger Kernel's fused head: its unweighted mean, or its per-token losses weighted; ∂weight summed as told."""
 
     def method(p: Problem) -> torch.Tensor:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-        loss = liger_fused_linear_cross_entropy(
-            p.hidden, p.weight, p.targets, reduction=reduction, softcap=p.softcap, return_z_loss=False
-        )
+        options = {"reduction": reduction, "softcap": p.softcap, "accum_dtype": accum_dtype}
+        loss = liger_fused_linear_cross_entropy(p.hidden, p.weight, p.targets, return_z_loss=False, **options)
         return loss if reduction == "mean" else mean(p, loss)
 
     return method
@@ -181,6 +181,7 @@ METHODS = [
     Method("checkpointed", checkpointed),
     Method("trl", trl, ("trl",)),
     Method("liger mean", liger("mean"), ("liger_kernel",), gpu_only=True, weighted=False),
+    Method("liger mean float32", liger("mean", torch.float32), ("liger_kernel",), gpu_only=True, weighted=False),
     Method("liger none", liger("none"), ("liger_kernel",), gpu_only=True),
     Method("cce", cce, ("cut_cross_entropy",)),
     Method("wit", wit("auto")),
@@ -232,8 +233,22 @@ def step(method: Method, p: Problem) -> torch.Tensor:
     return loss.detach()
 
 
-def measure(p: Problem, methods: Iterable[Method], rounds: int, device: str) -> list[Result]:
-    """All methods on one problem."""
+def largest_error(got: Iterable[torch.Tensor | None], references: Iterable[torch.Tensor]) -> float:
+    """The largest difference relative to the largest number, over all tensors."""
+    found = []
+    for mine, want in zip(got, references, strict=True):
+        assert mine is not None
+        difference = (
+            max((a.double() - b).abs().max().item() for a, b in zip(mine.split(4096), want.split(4096), strict=True))
+            if mine.dim()
+            else (mine.double() - want).abs().item()
+        )
+        found.append(difference / want.abs().max().item())
+    return max(found)
+
+
+def measure(p: Problem, methods: Iterable[Method], rounds: int, device: str, errors: bool = True) -> list[Result]:
+    """All methods on one problem, with their errors against float64 or without."""
     results = {method.name: Result(method.name, method.missing(device) or "") for method in methods}
     running = [method for method in methods if not results[method.name].note]
     references = {}
@@ -243,10 +258,10 @@ def measure(p: Problem, methods: Iterable[Method], rounds: int, device: str) -> 
         p.forget()
         try:
             loss = step(method, p)  # also compiles and warms up
-            if method.weighted not in references:
-                references[method.weighted] = exact(p, p.weights if method.weighted else torch.ones_like(p.weights))
-            pairs = zip((loss, p.hidden.grad, p.weight.grad), references[method.weighted], strict=True)
-            result.error = max(((mine.double() - want).abs().max() / want.abs().max()).item() for mine, want in pairs)
+            if errors:
+                if method.weighted not in references:
+                    references[method.weighted] = exact(p, p.weights if method.weighted else torch.ones_like(p.weights))
+                result.error = largest_error((loss, p.hidden.grad, p.weight.grad), references[method.weighted])
             p.forget()
             result.peak = peak_bytes(lambda method=method: step(method, p), device) - gradients
         except (torch.OutOfMemoryError, RuntimeError, ImportError, NotImplementedError) as error:
@@ -254,6 +269,8 @@ def measure(p: Problem, methods: Iterable[Method], rounds: int, device: str) -> 
             running.remove(method)
         p.forget()
         gc.collect()
+        if device != "cpu":
+            torch.cuda.empty_cache()
     del references
     for _ in range(rounds):
         for method in running:
@@ -265,6 +282,11 @@ def measure(p: Problem, methods: Iterable[Method], rounds: int, device: str) -> 
             results[method.name].times.append(time.perf_counter() - start)
     p.forget()
     return list(results.values())
+
+
+def free(device: str) -> float:
+    """Bytes of a GPU's memory that are free."""
+    return math.inf if device == "cpu" else torch.cuda.mem_get_info(device)[0]
 
 
 def synchronize(device: str) -> None:
@@ -294,6 +316,18 @@ def hardware(device: str) -> dict[str, Any]:
         facts["gpu"] = torch.cuda.get_device_name(device)
         facts["gpu_memory"] = torch.cuda.get_device_properties(device).total_memory
     return facts
+
+
+def facts_of_run(device: str, dtype: str, rounds: int) -> dict[str, Any]:
+    """What stands at the top of a file of results."""
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "dtype": dtype,
+        "rounds": rounds,
+        "versions": {"python": platform.python_version(), **{p: v for p in PACKAGES if (v := version(p))}},
+        "hardware": hardware(device),
+    }
 
 
 def _cpuinfo() -> list[str]:
@@ -340,8 +374,14 @@ def plot(path: Path, measured: dict[str, list[Result]], title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, len(measured), figsize=(4.2 * len(measured), 6), squeeze=False)
-    for column, (shape, results) in zip(axes.T, measured.items(), strict=True):
+    wide = min(4, len(measured))
+    figure, axes = plt.subplots(2 * -(-len(measured) // wide), wide, squeeze=False)
+    figure.set_size_inches(4.2 * wide, 3 * len(axes))
+    pairs = [pair for rows in axes.reshape(-1, 2, wide) for pair in rows.T]  # time above memory
+    for unused in pairs[len(measured) :]:
+        for axis in unused:
+            axis.set_axis_off()
+    for column, (shape, results) in zip(pairs, measured.items(), strict=False):
         shown = [r for r in results if r.times]
         colors = ["#d95f02" if r.method.startswith("wit") else "#7f8c9b" for r in shown]
         for axis, values, label in (
@@ -373,6 +413,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--baseline", default="full")
     parser.add_argument("--sweep", action="store_true", help="one size at a time grows")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, two rounds: does it run at all")
+    parser.add_argument("--errors-up-to", type=float, default=2e13, help="tokens · hidden · vocabulary; nan above")
     parser.add_argument("--out", type=Path, help="path of the results without suffix")
     options = parser.parse_args(arguments)
 
@@ -389,19 +430,15 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"unknown methods: {', '.join(sorted(unknown))}")
     methods = [known[name] for name in names]
 
-    facts = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "dtype": str(dtype).removeprefix("torch."),
-        "rounds": 2 if quick else options.rounds,
-        "versions": {"python": platform.python_version(), **{p: v for p in PACKAGES if (v := version(p))}},
-        "hardware": hardware(device),
-    }
+    facts = facts_of_run(device, str(dtype).removeprefix("torch."), 2 if quick else options.rounds)
     print(json.dumps(facts, indent=2), "\n")
     measured = {}
     for shape, softcap in shapes.items():
         problem = Problem.make(shape, softcap, dtype, device)
-        measured[shape] = measure(problem, methods, facts["rounds"], device)
+        tokens, hidden, vocabulary = (int(size) for size in shape.split()[0].split("x"))
+        # The reference takes three float64 products, and three heads in float64.
+        errors = tokens * hidden * vocabulary <= options.errors_up_to and 24 * hidden * vocabulary <= free(device)
+        measured[shape] = measure(problem, methods, facts["rounds"], device, errors)
         print(table(shape, measured[shape], options.baseline), flush=True)
         del problem
         gc.collect()

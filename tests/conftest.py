@@ -3,7 +3,8 @@ import os
 # Before torch is imported: nothing here may reach a hub, and tests run side by side on few cores.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+if os.environ.get("WIT_GPU_DEVICE") != "cuda":  # the tests in tests/gpu are the ones that want one
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 import torch

@@ -1,0 +1,17 @@
+import os
+import sys
+
+os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"  # before Axolotl is imported: it reports to its makers otherwise
+
+import pytest
+from gpukit import DEVICE, KITS, missing_device
+
+sys.path += map(str, KITS)
+
+
+@pytest.fixture(autouse=True)
+def device():
+    """Where the tests run: `cuda`, or `cpu` with `WIT_GPU_DEVICE=cpu`, which shows that they would."""
+    if reason := missing_device():
+        pytest.skip(reason)
+    return DEVICE

@@ -1,0 +1,151 @@
+"""What the GPU tests share: where they run, why they do not, and one step held against the formula in float64.
+
+`WIT_GPU_DEVICE=cpu` runs what a CPU can do of them, in float32 and with torch's own attention, so that what is
+written for a GPU is known to work as far as that goes.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import Document, all_relative_error, document_logits, llama, reference_step, subprocess_env
+from transformers import TrainerCallback
+
+from wit_plugins.loss.reference import reference_loss
+
+DEVICE = os.environ.get("WIT_GPU_DEVICE", "cuda")
+ON_GPU = DEVICE == "cuda"
+WEIGHTS = (0.2, 0.8)
+HERE = Path(__file__).parent
+KITS = [HERE.parent / name for name in ("trl", "axolotl", "llamafactory", "core/linear_cross_entropy")]
+# Relative, against float64 from the same parameters: loss, and gradients as one vector.
+FLOAT32 = (1e-5, 1e-4)
+# What bfloat16 makes of a model depends on the model, so it is measured: the same documents, one at a time, through
+# plain transformers in bfloat16. Half as much again is allowed for another order of operations. A document that sees
+# the one before it is off by more (`test_the_tolerance_tells_documents_apart`).
+ALLOWED = 1.5
+
+
+def missing_device() -> str | None:
+    """Why nothing here can run, if so."""
+    if not ON_GPU:
+        return None
+    if "WIT_GPU_DEVICE" not in os.environ:
+        return "needs WIT_GPU_DEVICE=cuda, as `make gpu` sets it: without it the GPUs are hidden from tests"
+    return None if torch.cuda.is_available() else "needs an NVIDIA GPU: torch.cuda.is_available() is False"
+
+
+def missing(package: str) -> str | None:
+    """Why a library cannot be used, if so."""
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{package} is not installed"
+    return None
+
+
+def missing_attention(implementation: str) -> str | None:
+    """Why an implementation of attention cannot be used, if so."""
+    if implementation in ("sdpa", "eager"):
+        return None
+    if not ON_GPU:
+        return f"{implementation} needs a GPU"
+    least = {"flash_attention_2": (8, 0), "flash_attention_3": (9, 0)}[implementation]
+    if torch.cuda.get_device_capability() < least:
+        return f"{implementation} needs compute capability {least[0]}.{least[1]}"
+    return missing({"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}[implementation])
+
+
+def skip_if(*reasons: str | None) -> None:
+    """Skip with all that is missing."""
+    if found := [reason for reason in reasons if reason]:
+        pytest.skip("; ".join(found))
+
+
+class Gradients(TrainerCallback):
+    """Keeps the parameters and the gradients of the first optimizer step, and the device's memory from step to step."""
+
+    def __init__(self) -> None:
+        self.before: dict[str, torch.Tensor] = {}
+        self.taken: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not self.taken:
+            trained = {n: p for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+            self.before = {n: p.detach().cpu().clone() for n, p in model.named_parameters()}
+            self.taken = {n: p.grad.detach().float().cpu() for n, p in trained.items()}
+
+
+def plain_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without what wrappers put in front of names."""
+    return {name.replace("module.", "").replace("_orig_mod.", ""): value for name, value in tensors.items()}
+
+
+def assert_step(
+    recorded: Gradients, loss: float, docs: Sequence[Document], dtype: torch.dtype, model: Any = None
+) -> None:
+    """The loss and the gradients of the one step are the formula's, in float64, one document at a time.
+
+    Args:
+        recorded: what the run left.
+        loss: as logged.
+        docs: all documents of the step.
+        dtype: what the model computed in.
+        model: a model like the one trained, not patched; its parameters are replaced. By default `llama()`.
+    """
+    model = llama(vocab_size=64) if model is None else model
+    before = plain_names(recorded.before)
+    model.load_state_dict({n: p.to(torch.float64) for n, p in before.items()}, strict=False, assign=True)
+    expected_loss, expected = reference_step(model, docs, *WEIGHTS)
+    rel_loss, rel_grads = tolerance(model, docs, expected, dtype)
+    taken = plain_names(recorded.taken)
+    assert taken
+    assert abs(loss - expected_loss) <= rel_loss * abs(expected_loss), (loss, expected_loss)
+    error = all_relative_error(taken, {n: expected[n] for n in taken})
+    assert error <= rel_grads, (error, rel_grads)
+
+
+def tolerance(
+    model: Any, docs: Sequence[Document], expected: dict[str, torch.Tensor], dtype: torch.dtype
+) -> tuple[float, float]:
+    """How far loss and gradients may be from the formula in float64.
+
+    Args:
+        model: as trained, not patched.
+        docs: all documents of the step.
+        expected: the gradients in float64.
+        dtype: what the model was trained in.
+    """
+    if dtype == torch.float32:
+        return FLOAT32
+    return 2e-2, ALLOWED * all_relative_error(plain_gradients(model, docs, dtype), expected)
+
+
+def plain_gradients(model: Any, docs: Sequence[Document], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Of the formula, one document at a time, the model in `dtype`: nothing packed, padded or fused."""
+    model = copy.deepcopy(model).to(dtype).train()
+    reference_loss(list(document_logits(model, docs)), *WEIGHTS).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def in_a_process(module: str, call: str, folder: Path, **kwargs: Any) -> str:
+    """`module.call(folder, **kwargs)` in a process of its own, for options that patch classes; what it printed."""
+    code = (
+        f"import sys; sys.path[:0] = {[str(HERE), *map(str, KITS)]!r}\n"
+        f"import json, pathlib, {module}\n"
+        f"{module}.{call}(pathlib.Path({str(folder)!r}), **json.loads({json.dumps(kwargs)!r}))\n"
+    )
+    env = subprocess_env(WIT_GPU_DEVICE=DEVICE)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
+    return done.stdout

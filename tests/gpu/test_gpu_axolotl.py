@@ -1,0 +1,80 @@
+"""Axolotl on a GPU: packed with FlashAttention, bfloat16, LoRA with its kernels; against the formula in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("axolotl.integrations.base", reason="Axolotl is not installed")
+from axokit import Recorder, Workplace
+from axolotl.integrations.base import BasePlugin
+from gpukit import ON_GPU, Gradients, assert_step, in_a_process, missing, missing_attention, skip_if
+from support import llama, plain_copy
+
+WHERE = [] if ON_GPU else ["axokit.UseCPU"]
+PACKED = {"sample_packing": True, "micro_batch_size": 1, "sequence_len": 512, "pad_to_sequence_len": True}
+LORA = {
+    "adapter": "lora",
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "lora_target_modules": ["q_proj", "v_proj", "down_proj"],
+}
+NO_KERNELS = {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")}
+
+
+class GradientsPlugin(BasePlugin):
+    """Adds the callback that keeps the gradients."""
+
+    last: Gradients
+
+    def add_callbacks_post_trainer(self, cfg, trainer):
+        GradientsPlugin.last = Gradients()
+        GradientsPlugin.model = plain_copy(trainer.model).cpu() if cfg.adapter else None
+        return [GradientsPlugin.last]
+
+
+def check(folder, dtype="bfloat16", **settings):
+    """One step of `axolotl train` is the formula's."""
+    plugins = ["axokit.Recorder", f"{__name__}.GradientsPlugin", *WHERE, "wit_axolotl.WITPlugin"]
+    run = Workplace(folder).train(plugins=plugins, bf16=dtype == "bfloat16", **settings)
+    assert run is Recorder.last
+    recorded, model = GradientsPlugin.last, GradientsPlugin.model
+    if model is None:
+        model = llama(vocab_size=64)
+    model.set_attn_implementation("eager")
+    assert_step(recorded, run.losses[0], run.docs, getattr(torch, dtype), model)
+
+
+@pytest.mark.parametrize("layout", [{}, PACKED], ids=["padded", "packed"])
+@pytest.mark.parametrize("adapter", [{}, {**LORA, **NO_KERNELS}], ids=["full", "LoRA"])
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2", "flash_attention_3"])
+def test_attention(device, tmp_path, attention, adapter, layout):
+    skip_if(missing_attention(attention))
+    check(tmp_path, attn_implementation=attention, **layout, **adapter)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradient_checkpointing(device, tmp_path, dtype):
+    check(tmp_path, dtype, gradient_checkpointing=True)
+
+
+def test_its_lora_kernels(device, tmp_path):
+    skip_if(None if ON_GPU else "the same on a CPU is in tests/axolotl")
+    in_a_process("test_gpu_axolotl", "check", tmp_path, **LORA)
+
+
+def test_torch_compile(device, tmp_path):
+    skip_if(None if ON_GPU else "compiling a training step takes a CPU minutes")
+    in_a_process("test_gpu_axolotl", "check", tmp_path, torch_compile=True)
+
+
+def test_its_liger_plugin(device, tmp_path):
+    skip_if(missing("liger-kernel"), None if ON_GPU else "Liger's kernels need a GPU")
+    in_a_process("test_gpu_axolotl", "check_liger", tmp_path)
+
+
+def check_liger(folder):
+    """Liger's layers by Axolotl's own plugin."""
+    WHERE.append("axolotl.integrations.liger.LigerPlugin")
+    check(folder, liger_rope=True, liger_rms_norm=True, liger_glu_activation=True)
