@@ -35,6 +35,7 @@ class Attachment:
     aux_loss_sums: AuxLossSums
     stream_check: StreamCheck | None = None  # while a stream's first examples come by
     first_tokens: tuple[int, int] | None = None  # prompt and response tokens in the first examples
+    weighted_examples: tuple[int, int] = (0, 0)  # in how many of the first ones weights stand in the data; of how many
     training: RoleMetrics = field(default_factory=RoleMetrics)
     evaluation: RoleMetrics = field(default_factory=RoleMetrics)
     verified: bool = False
