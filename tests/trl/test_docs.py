@@ -156,7 +156,7 @@ def test_the_script_in_the_trl_guide(tmp_path, monkeypatch, capsys):
     assert np.isfinite(history[-1]["train_loss"])
 
 
-def test_the_script_about_weights_in_the_data(tmp_path, monkeypatch):
+def test_the_script_about_weights_in_the_data(tmp_path, monkeypatch, capsys):
     """Pasted, with a local model for the hub's name; the turn of weight 0 is not among the reported tokens."""
     llama(vocab_size=64).save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
@@ -166,12 +166,14 @@ def test_the_script_about_weights_in_the_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(script, names)
+    assert "weights stand in the data of 1 of the first 1 examples" in capsys.readouterr().out
     first, *_ = names["trainer"].state.log_history
-    words = "<u> What is two plus two? <end> <a> Five. <end> <u> Are you sure? <end> <a> No. It is four. <end>".split()
+    said = "<u> What is two plus two? <end> <a> Five. <end> <u> Are you sure? <end> <a> No. It is four. <end>"
+    words = said.split()
     # What does not end a turn for sure (this tokenizer's <end>) belongs to what follows it: six words and <end> stay.
     weighing = words[:6] + words[9:]
     assert first["prompt_tokens"] + first["response_tokens"] == len(weighing) - 1
-    assert first["response_tokens"] == len("<end> No. It is four. <end>".split())
+    assert first["response_tokens"] == len(["<end>", "No.", "It", "is", "four.", "<end>"])
 
 
 def test_the_example_configuration_is_one(tmp_path, monkeypatch):

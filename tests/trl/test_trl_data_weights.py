@@ -62,7 +62,7 @@ def test_loss_and_step_are_those_of_the_text_and_its_weights(tmp_path, kind, arg
     is_exact(tmp_path, made, documents)
 
 
-def test_tokens_of_weight_zero_are_not_counted_or_reported(tmp_path):
+def test_tokens_of_weight_zero_are_not_counted_or_reported(tmp_path, capsys):
     made = trainer(tmp_path, prepare_dataset(dataset(rows()), tokenizer(), config(assistant_only_loss=True)))
     made.add_callback(WITCallback(made, **SETTINGS, normalization="weight_sum"))
     documents = reference(rows())
@@ -71,6 +71,9 @@ def test_tokens_of_weight_zero_are_not_counted_or_reported(tmp_path):
     assert len(kept) < sum(len(d.response) - 1 for d in documents)
     logged = made.state.log_history[0]
     assert (logged["prompt_tokens"], logged["response_tokens"]) == (kept.count(False), kept.count(True))
+    weighted = sum(any(weight != 1 for weight in document.data) for document in documents)
+    assert 0 < weighted < 8
+    assert f"weights stand in the data of {weighted} of the first 8 examples" in capsys.readouterr().out
 
 
 def test_zero_and_one_are_the_masks_that_trl_knows(tmp_path):
@@ -154,7 +157,7 @@ def test_ids_and_masks_are_those_of_trl(tmp_path, monkeypatch, form, stream):
     """As without the weights, and byte for byte where all of them are 1; the trainer changes nothing any more."""
     change, args = FORMS[form]
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "template.jinja").write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
+    (tmp_path / "template.jinja").write_text("{% for m in messages %}[{{ m['content'] }}{{ m | length }}]{% endfor %}")
     plain = [change(conversation(index)) for index in range(4)]
     formatting = {"formatting_func": lambda row: f"said: {row['said']}"} if form == "formatted" else {}
     kwargs = {"processing_class": fresh(), **formatting}

@@ -61,6 +61,17 @@ def check_dataset(dataset: Any, masking_hint: str, reader: ExampleReader) -> tup
     return prompt, response
 
 
+def weighted_examples(dataset: Any, reader: ExampleReader) -> tuple[int, int]:
+    """In how many of the first 100 examples (rows, where they are packed) weights stand in the data, and of how many.
+
+    Args:
+        dataset: that has been through [`check_dataset`].
+        reader ([`ExampleReader`]): how the trainer reads its examples.
+    """
+    count = min(_FIRST, len(dataset))
+    return sum(reader(dataset[index]).data_weights is not None for index in range(count)), count
+
+
 class StreamCheck:
     """The same look at a stream: at its first 100 examples as they come by in training, since none may be lost.
 

@@ -16,7 +16,13 @@ from wit_plugins.loss.head import WeightedHead
 from wit_plugins.plugins import plugin_manager
 from wit_plugins.tokens.collator import WeightedCollator
 from wit_plugins.tokens.data_weights import fingerprint
-from wit_plugins.tokens.dataset_check import StreamCheck, can_be_read_again, check_dataset, warn_of_unmatched_spans
+from wit_plugins.tokens.dataset_check import (
+    StreamCheck,
+    can_be_read_again,
+    check_dataset,
+    warn_of_unmatched_spans,
+    weighted_examples,
+)
 from wit_plugins.tokens.reader import ExampleReader
 from wit_plugins.tokens.transport import MAX_VOCAB_SIZE
 from wit_plugins.training.adapter import TrainerAdapter
@@ -81,6 +87,7 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
         dataset = getattr(trainer, "train_dataset", None)
         if dataset is not None and can_be_read_again(dataset):
             attachment.first_tokens = check_dataset(dataset, adapter.masking_hint, reader)
+            attachment.weighted_examples = weighted_examples(dataset, reader)
             if trainer.is_world_process_zero():
                 collator = WeightedCollator(trainer.data_collator, strategies, reader, tokenizer)
                 warn_of_unmatched_spans(dataset, collator)

@@ -37,6 +37,7 @@ class Attachment:
     evaluation: RoleMetrics
     stream_check: StreamCheck | None = None  # while a stream's first examples come by
     first_tokens: tuple[int, int] | None = None  # prompt and response tokens in the first examples
+    weighted_examples: tuple[int, int] = (0, 0)  # in how many of the first ones weights stand in the data; of how many
     verified: bool = False
     prediction_loss_only: bool = True
     reads_log: bool = False  # whether the training loop, on all ranks, is about to log

@@ -247,6 +247,9 @@ class WeightedTrainerMixin(_Base):
         if self._wit.first_tokens is not None:
             prompt, response = self._wit.first_tokens
             lines.append(f"{prompt / (prompt + response):.0%} of the tokens in the first examples are prompt")
+        weighted, looked_at = self._wit.weighted_examples
+        if weighted:
+            lines.append(f"weights stand in the data of {weighted} of the first {looked_at} examples")
         self._print_ruled(lines)
         self._verify_same_settings()
         callback = recorder()
