@@ -66,7 +66,8 @@ class Conversation:
         def render_contents(contents: Sequence[str]) -> str:
             return render("content", {i: text for i, text in enumerate(contents) if isinstance(self._text(i), str)})
 
-        found = weights.weigh_messages(self.messages, render_contents, input_ids)
+        ends = strategy._eot_token_ids  # those of the option eot_tokens
+        found = weights.weigh_messages(self.messages, render_contents, input_ids, ends=ends)
         # A template may leave the reasoning of earlier turns out.
         written = [i for i in self.thoughts if render(self.thinking, {i: "…"}) != render(self.thinking, {})]
         if written:
@@ -95,6 +96,8 @@ def read_conversation(
 ) -> Conversation | None:
     """What the messages of a row say; `None` if all of them weigh 1.
 
+    Keys that are not read are looked at where the dataset's columns do not show them: in messages that are one text.
+
     Raises:
         BadExampleError: naming the message, the key and the value.
     """
@@ -103,6 +106,9 @@ def read_conversation(
     if not weights.message_keys or prompt.get(prompter.field_messages) is None:
         return None
     said = strategy._get_messages(prompt)
+    if isinstance(prompt[prompter.field_messages], str):
+        for message in said:
+            weights.message_weight({k: v for k, v in message.items() if k not in weights.message_keys}, "messages")
     if not any(_speaks(message, weights) for message in said):
         return None
     turns = strategy.get_conversation_thread(prompt)
@@ -127,15 +133,12 @@ def read_conversation(
 
 
 def _speaks(message: Mapping[str, Any], weights: DataWeights) -> bool:
-    """Whether a message or one of its parts has a key that is read; warns of those that are not and look like it."""
-    said = False
-    for key, value in ((None, [message]), *message.items()):
-        for part in value if isinstance(value, list) else ():
-            if isinstance(part, Mapping):
-                said |= any(name in weights.message_keys for name in part)
-                if not str(key).endswith("_detail"):
-                    weights.message_weight({k: v for k, v in part.items() if k not in weights.message_keys}, "messages")
-    return said
+    """Whether a message or one of its parts has a key that is read."""
+    parts = [part for value in message.values() if isinstance(value, list) for part in value]
+    keys = set(weights.message_keys)
+    return not keys.isdisjoint(message) or any(
+        isinstance(part, Mapping) and not keys.isdisjoint(part) for part in parts
+    )
 
 
 class _MessageReader:
@@ -150,7 +153,10 @@ class _MessageReader:
         self._where = where
 
     def weight(self) -> float:
-        return self._weights.message_weight(self._message, self._where)
+        return self._weight(self._message, self._where)
+
+    def _weight(self, said: Mapping[str, Any], where: str) -> float:
+        return self._weights.message_weight({k: said[k] for k in self._weights.message_keys if k in said}, where)
 
     def pieces(self, key: str, text: str) -> _Pieces:
         """Of its content: parts, or a `train_detail`."""
@@ -173,7 +179,7 @@ class _MessageReader:
             if not isinstance(part, Mapping):
                 continue  # as Axolotl does
             at = f"{self._where}.{key}[{number}]"
-            weight = self._weights.message_weight(part, at)
+            weight = self._weight(part, at)
             words = part.get("text") or part.get("content") or part.get("value") or ""
             if weight != 1 and not (isinstance(words, str) and words):
                 raise BadExampleError(f"{at} = {dict(part)!r}: only parts of text can be weighted")

@@ -1,6 +1,6 @@
 """Where Axolotl is changed, all of it: how it makes a dataset out of rows that have weights in them.
 
-Plugins are not asked while Axolotl tokenises. `install` exchanges three functions in `axolotl.utils.data.sft`, by the
+Plugins are not asked while Axolotl tokenises. `install` exchanges four functions in `axolotl.utils.data.sft`, by the
 names under which that module calls them. Each looks at the configuration that it is given, so that they do nothing but
 Axolotl's own in a run that does not name the plugin.
 """
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,11 @@ from wit_plugins.active import ActiveStrategies
 from wit_plugins.errors import BadExampleError
 from wit_plugins.tokens.data_weights import DataWeights, fingerprint
 from wit_plugins.tokens.prepared import is_prepared, read_prepared
+
+
+class StaleDataWarning(UserWarning):
+    """Data has changed since it was prepared."""
+
 
 _KEPT = "wit_labels"  # the column in which prepared labels are while Axolotl looks at its own
 _PACKED_STREAM = (
@@ -69,6 +76,7 @@ def install() -> None:
     for own, theirs in (
         (get_dataset_wrapper, wrappers.get_dataset_wrapper),
         (generate_dataset_hash_from_config, shared.generate_dataset_hash_from_config),
+        (load_preprocessed_dataset, shared.load_preprocessed_dataset),
         (process_datasets_for_packing, trainer.process_datasets_for_packing),
     ):
         there = getattr(sft, own.__name__)
@@ -121,6 +129,25 @@ def generate_dataset_hash_from_config(cfg: Any, cfg_datasets: Any, tokenizer_nam
     strategies = ActiveStrategies(config.active_strategies())
     own = fingerprint(config.message_weight_keys, config.sample_weight_key, strategies)
     return hashlib.sha256(f"{name}|wit {own}".encode()).hexdigest()[: len(name)]
+
+
+def load_preprocessed_dataset(cfg: Any, dataset_hash: str) -> Any:
+    """Axolotl's, which knows what was prepared by its name alone; warns if the data has changed since."""
+    made = shared.load_preprocessed_dataset(cfg, dataset_hash)
+    if made is None or _config(cfg) is None:
+        return made
+    folder = shared.get_prepared_dataset_path(cfg, dataset_hash)
+    prepared = max(file.stat().st_mtime for file in folder.iterdir())
+    for entry in [*(cfg.get("datasets") or []), *(cfg.get("test_datasets") or [])]:
+        path = Path(str(entry.get("path")))
+        if path.is_file() and path.stat().st_mtime > prepared:
+            warnings.warn(
+                f"{path} is newer than what was prepared from it ({folder}), which is trained on: texts or weights "
+                "that were changed since do not count; delete that folder, or name another dataset_prepared_path",
+                StaleDataWarning,
+                stacklevel=2,
+            )
+    return made
 
 
 def process_datasets_for_packing(cfg: Any, train_dataset: Any, eval_dataset: Any) -> Any:

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -143,9 +143,10 @@ class DataWeights:
         render: Render,
         input_ids: Sequence[int],
         offsets: np.ndarray | None = None,
+        ends: Collection[int] = (),
     ) -> np.ndarray:
         """The weights `[T]` of the tokens of rendered messages, float32; see [`weigh_tokens`]."""
-        return weigh_tokens(messages, render, input_ids, self._token_text, offsets)
+        return weigh_tokens(messages, render, input_ids, self._token_text, offsets, ends)
 
     def offsets(self, text: str, input_ids: Sequence[int]) -> np.ndarray:
         """Which characters of a text each of its `T` tokens writes, int64 `[T, 2]`.

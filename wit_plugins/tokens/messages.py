@@ -11,7 +11,7 @@ message's content; where the marks come out is where the messages are. What belo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -51,6 +51,7 @@ def weigh_tokens(
     input_ids: Sequence[int],
     token_text: TokenText,
     offsets: np.ndarray | None = None,
+    ends: Collection[int] = (),
 ) -> np.ndarray:
     """The weights of the tokens of a rendered conversation, float32 `[T]`; 1 for what belongs to no message.
 
@@ -61,6 +62,7 @@ def weigh_tokens(
         token_text ([`TokenText`]): of the tokenizer.
         offsets (`np.ndarray`, *optional*): int64 `[T, 2]`, which characters of the rendered text each token writes;
             found by itself where a framework tokenises the whole text at once.
+        ends: ids that end a turn beside those that are known to, where the framework is told so.
 
     Raises:
         BadExampleError: if messages of different weights cannot be told apart.
@@ -76,7 +78,7 @@ def weigh_tokens(
     if offsets is None:
         offsets = token_offsets(text, input_ids, token_text)
     for message, (start, end) in zip(
-        messages, _token_ranges(messages, contents, input_ids, offsets, token_text), strict=True
+        messages, _token_ranges(messages, contents, offsets, _ends(input_ids, token_text, ends)), strict=True
     ):
         weights[start:end] *= np.float32(message.weight)
     for index, (message, content) in enumerate(zip(messages, contents, strict=True)):
@@ -196,17 +198,15 @@ def token_offsets(text: str, input_ids: Sequence[int], token_text: TokenText) ->
 def _token_ranges(
     messages: Sequence[WeightedMessage],
     contents: Sequence[_Content | None],
-    input_ids: Sequence[int],
     offsets: np.ndarray,
-    token_text: TokenText,
+    ends: Sequence[tuple[int, int]],
 ) -> list[tuple[int, int]]:
-    """Begin and end of each message's tokens.
+    """Begin and end of each message's tokens; `ends` are the tokens that end a turn, see [`_ends`].
 
     Raises:
         BadExampleError: if messages of different weights cannot be told apart.
     """
-    size = len(input_ids)
-    ends = _ends(input_ids, token_text)
+    size = len(offsets)
     ranges = [[0, size] for _ in messages]
     located = [index for index, content in enumerate(contents) if content is not None]
     for left, right in zip([None, *located], [*located, None], strict=True):
@@ -269,10 +269,11 @@ def _tokens_of(content: _Content | None, offsets: np.ndarray) -> tuple[int, int]
     return (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0)
 
 
-def _ends(input_ids: Sequence[int], token_text: TokenText) -> list[tuple[int, int]]:
+def _ends(input_ids: Sequence[int], token_text: TokenText, more: Collection[int]) -> list[tuple[int, int]]:
     """Each token that ends a turn, and the one behind it and the white space that follows."""
     made = []
-    for index in np.flatnonzero(ends_a_turn(input_ids, token_text)).tolist():
+    ending = ends_a_turn(input_ids, token_text) | np.isin(input_ids, list(more))
+    for index in np.flatnonzero(ending).tolist():
         after = index + 1
         while (
             after < len(input_ids)
