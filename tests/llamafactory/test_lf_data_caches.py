@@ -1,20 +1,31 @@
 """Tokenised data and its caches: what LLaMA-Factory's own would be, and never that of other weights."""
 
+import datetime
 import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from lfkit import LOSS, NEAT, alone, layout_args, place, run, run_command
+from llamafactory.data import converter, loader
+from llamafactory.data.parser import DatasetAttr
+from llamafactory.data.processor.supervised import SupervisedDatasetProcessor
+from llamafactory.train.sft import workflow
 from weighted_data import LAMBDA, OPENAI, SHAREGPT, assert_step, data, expected
+from wit_llamafactory.data import reading_weights
 from wit_llamafactory.driver import LlamaFactoryDriver
+from wit_llamafactory.examples import WeightedConverter
 
-from wit_plugins import WITConfigError
+from wit_plugins import WITConfig, WITConfigError, hookimpl
 from wit_plugins.cli import main
 from wit_plugins.cli.driver import Job
 from wit_plugins.cli.preview.documents import view
 from wit_plugins.cli.preview.summary import summarise
+from wit_plugins.errors import BadExampleError
+from wit_plugins.testing import registered
+from wit_plugins.tokens.data_weights import DataWeights
 from wit_plugins.tokens.text import TokenText
 
 OTHER_KEYS = {**LAMBDA, "message_weight_keys": ["loss"]}
@@ -226,3 +237,55 @@ def test_check_refuses_what_training_refuses(workplace, tmp_path, capsys):
     code, out, _ = wit(capsys, "check", workplace.write(wit=LAMBDA, **cached))
     assert code == 1
     assert "was written by a run without these weights" in out
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (SupervisedDatasetProcessor, "_encode_data_example"),
+        (converter, "align_dataset"),
+        (loader, "_get_preprocessed_dataset"),
+        (loader, "get_dataset"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_code_that_changed_is_noticed_and_code_is_given_back(monkeypatch, owner, name):
+    before = loader.align_dataset, loader._get_dataset_processor, workflow.get_dataset
+    with reading_weights(WITConfig(prompt_weight=0.2)):
+        assert loader.align_dataset is not before[0]
+    assert (loader.align_dataset, loader._get_dataset_processor, workflow.get_dataset) == before
+    monkeypatch.setattr(owner, name, without_weights)
+    expected = pytest.raises(WITConfigError, match="does not work as wit_llamafactory expects")
+    with expected, reading_weights(WITConfig(prompt_weight=0.2)):
+        pass
+
+
+class Own(converter.DatasetConverter):
+    """A format that somebody registered."""
+
+    def __call__(self, example):
+        return converter.AlpacaDatasetConverter(self.dataset_attr, self.data_args)(example)
+
+
+class ByRow:
+    """Reads the row, and has no opinion."""
+
+    @staticmethod
+    @hookimpl
+    def static_weights(roles, raw_example):
+        return np.ones(len(roles), dtype=np.float32)
+
+
+def test_what_a_row_has_no_place_for_is_refused():
+    attributes = DatasetAttr("file", "own", formatting="own")
+    row = {"instruction": "two", "input": "", "output": "four"}
+    convert = WeightedConverter(Own(attributes, None), DataWeights(WITConfig(prompt_weight=0.2), None))
+    assert convert({**row, "weight": 0.5})["_prompt"][0]["wit"]
+    assert not convert({**row, "turns": [{"text": "a"}]})["_prompt"][0]["wit"]
+    with pytest.raises(BadExampleError, match="turns: its messages have weights, .* formatting: sharegpt"):
+        convert({**row, "turns": [{"text": "a", "weight": 0.5}]})
+    with registered(ByRow, "by_row"):
+        config = WITConfig(prompt_weight=0.2, strategies=["by_row"])
+        convert = WeightedConverter(Own(attributes, None), DataWeights(config, None))
+        with pytest.raises(BadExampleError, match=r"by_row reads the examples .*JSON cannot write .*datetime"):
+            convert({**row, "when": datetime.datetime(2026, 11, 21)})
