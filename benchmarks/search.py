@@ -160,6 +160,7 @@ def main() -> None:
     searches = []
     for index in range(options.searches):
         found = searched(options.output / f"search-{index}", options.pruner)
+        found["pruner"] = options.pruner
         found["passes"] = found["best"]["value"] <= limit and found["steps"] <= full["steps"] / 5
         searches.append(found)
     result = {
