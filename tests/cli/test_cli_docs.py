@@ -65,7 +65,7 @@ def test_the_listed_options_exist():
         known |= {option for action in command._actions for option in action.option_strings}
     for page in PAGES:
         listed = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text(page)))
-        foreign = {"--model", "--tasks", "--config"}  # of lm-evaluation-harness, and of TRL
+        foreign = {"--model", "--tasks", "--config", "--array", "--gpus", "--wrap"}  # lm-eval's, TRL's, Slurm's
         assert listed - foreign <= known, page
 
 

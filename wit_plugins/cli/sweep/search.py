@@ -188,7 +188,7 @@ class SearchRunner(Runner):
         if unpromising and not {"reference", "repeats"} & set(trial.user_attrs) and name not in self._stopping:
             self._stopping.add(name)
             (run.cell.folder(self.options.output) / STOP_NAME).touch()
-            self.say(f"{run.cell.label}: cannot win by step {run.step}, stopped")
+            self.say(f"{run.cell.label}: judged at step {int(entries[-1].get('step', run.step))}, cannot win, stopped")
 
     def _report(self, cell: Cell, entries: list[dict[str, float]]) -> bool:
         """Hand the evaluations to Optuna; whether there was one."""
