@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -177,3 +178,25 @@ def rho1_step(
     loss = total / (SHARE * count)
     loss.backward()
     return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+def tl_training_weights(
+    written: Any, tools: Sequence[str], prompt_weight: float, response_weight: float, most: float
+) -> list[float]:
+    """Character by character: where a name stops agreeing with another tool's, the token that writes it is a key."""
+    keys, text = set(), written.text
+    for found in re.finditer(f"CALL ({'|'.join(sorted(tools, reverse=True))})", text):
+        places = {found.start()}
+        for tool in set(tools) - {found[1]}:
+            at = 0
+            while at < len(found[1]) and at < len(tool) and found[1][at] == tool[at]:
+                at += 1
+            places.add(found.start() + len("CALL ") + at)
+        keys |= {min(written.characters[place][1]) for place in places}
+    keys = {index for index in keys if written.response[index]}
+    others = sum(written.response[1:]) + written.response[0] - len(keys)
+    factor = min(others / len(keys), most) if 0 < len(keys) < others else 1
+    return [
+        (response_weight if response else prompt_weight) * (factor if index in keys else 1)
+        for index, response in enumerate(written.response)
+    ]

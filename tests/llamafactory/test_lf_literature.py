@@ -2,7 +2,8 @@
 
 import literature
 import pytest
-from lfkit import LLAMAFACTORY, LOSS, Version, chatml, place, run
+from lfkit import LLAMAFACTORY, LOSS, Version, alone, chatml, place, run, tokenizer
+from span_reference import from_ids, weighted_loss
 from support import Document, all_relative_error
 
 EAFT = pytest.mark.skipif(Version("0.9.5") > LLAMAFACTORY, reason="0.9.4 has no EAFT of its own to compare with")
@@ -50,3 +51,25 @@ def test_rho1_compares_with_the_model_below_its_adapter(workplace, tmp_path):
     loss, grads = literature.rho1_step(recorder.initial.train(), [docs], (0.4, 0.6))
     assert recorder.logged() == [pytest.approx(loss, **LOSS)]
     assert all_relative_error(recorder.taken, grads) < 1e-4
+
+
+def test_tl_training_reads_the_text(workplace, tmp_path):
+    tools = ["get_weather", "get_web", "search"]
+    said = [f"CALL {tools[index % 3]}({'blue ' * index}) and that was all" for index in range(7)]
+    rows = [{"instruction": "CALL get_web", "input": "", "output": text} for text in [*said, "none"]]
+    workplace.dataset("calls", rows)
+    wit = {"prompt_weight": 0.4, "response_weight": 0.6}
+    strategies = {"tl_training": {"tools": tools, "call": r"CALL (?P<name>\w+)", "max_weight": 6}}
+    recorder = run(workplace.config(dataset="calls", output_dir=str(tmp_path)), {**wit, "strategies": strategies})
+    docs = recorder.docs()
+    weights = [
+        literature.tl_training_weights(from_ids(tokenizer(), d.input_ids, d.is_response), tools, 0.4, 0.6, 6)
+        for d in docs
+    ]
+    assert len({round(weight, 6) for own in weights for weight in own}) >= 3
+    loss = weighted_loss(alone(docs)(recorder.initial.train()), weights)
+    recorder.initial.zero_grad()
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in recorder.initial.named_parameters()}
+    assert recorder.logged() == [pytest.approx(loss.item(), **LOSS)]
+    assert all_relative_error(recorder.taken, gradients) < 1e-4

@@ -1,10 +1,9 @@
 """TL-Training through the real `SFTTrainer`: loss and step from the text, character by character, in float64."""
 
-import re
-
 import pytest
 import torch
 from datasets import Dataset
+from literature import tl_training_weights
 from span_reference import from_ids
 from support import all_relative_error, document_logits, from_dataset, llama, plain_copy
 from test_trl_spans import TEMPLATE
@@ -35,26 +34,6 @@ def conversations():
     return Dataset.from_list(rows)
 
 
-def expected(written, prompt_weight, response_weight, most):
-    """Character by character: where a name stops agreeing with another tool's, the token that writes it is a key."""
-    keys, text = set(), written.text
-    for found in re.finditer("CALL (get_weather|get_web|get|search)", text):
-        places = {found.start()}
-        for tool in set(TOOLS) - {found[1]}:
-            at = 0
-            while at < len(found[1]) and at < len(tool) and found[1][at] == tool[at]:
-                at += 1
-            places.add(found.start() + len("CALL ") + at)
-        keys |= {min(written.characters[place][1]) for place in places}
-    keys = {index for index in keys if written.response[index]}
-    others = sum(written.response[1:]) + written.response[0] - len(keys)
-    factor = min(others / len(keys), most) if 0 < len(keys) < others else 1
-    return [
-        (response_weight if response else prompt_weight) * (factor if index in keys else 1)
-        for index, response in enumerate(written.response)
-    ]
-
-
 @pytest.mark.parametrize(
     "args", [{}, {"packing": True}, {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}]
 )
@@ -66,7 +45,10 @@ def test_loss_and_step_are_those_of_the_text(tmp_path, args, normalization):
     settings = {"assistant_only_loss": True, "max_length": 400, **args}
     trainer = sft_trainer(tmp_path, conversations(), model, {"processing_class": tokenizer}, **settings)
     documents = from_dataset(trainer.train_dataset)
-    weights = [expected(from_ids(tokenizer, doc.input_ids, doc.is_response), 0.2, 0.8, most=7.5) for doc in documents]
+    weights = [
+        tl_training_weights(from_ids(tokenizer, doc.input_ids, doc.is_response), TOOLS, 0.2, 0.8, 7.5)
+        for doc in documents
+    ]
     assert max(max(own) for own in weights) == 0.8 * 7.5
     assert len({round(weight, 6) for own in weights for weight in own}) >= 5
     copy = plain_copy(trainer.model).train()
