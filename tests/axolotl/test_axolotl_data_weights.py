@@ -21,10 +21,12 @@ from datasets import load_from_disk
 from safetensors.torch import load_file
 from support import Document, all_relative_error, document_logits, llama, plain_copy, subprocess_env
 from test_axolotl_runs import history, shell
+from test_axolotl_wit import prepare
 from words import tokenizer
 
 from wit_plugins.testing import registered
 from wit_plugins.tokens.prepared import read_prepared
+from wit_plugins.tokens.transport import decode
 
 KEYS = ("weight", "loss_weight", "loss_scale", "train", "loss")
 PLUGINS = ["axokit.Recorder", "wit_axolotl.WITPlugin"]
@@ -205,6 +207,21 @@ def test_caches_are_never_shared(workplace: Workplace) -> None:
     with theirs.at_start() as model:
         loss, _ = reference(model, without_weights(rows()), roles=(0.0, 1.0))
     assert theirs.losses[0] == pytest.approx(loss, rel=1e-5)
+
+
+def test_preview_and_check_see_what_is_trained_on(workplace: Workplace) -> None:
+    data = rows()[:7]  # the last one's sample weighs 0: nothing of it has a role
+    prepared = prepare(workplace.config(plugins=PLUGINS[1:], **file(workplace.folder, data)))
+    assert prepared.problems == []
+    vocabulary = tokenizer().get_vocab()
+    expected = {tuple(vocabulary[word] for word, *_ in words_of(row)): words_of(row) for row in data}
+    seen = list(prepared.splits["train"].rows)
+    assert len(seen) == len(expected) == 7
+    for example in seen:
+        _, roles, weights = decode(torch.from_numpy(prepared.collator.codes(example)))
+        written = expected[tuple(example["input_ids"])][1:]
+        assert weights[1:].tolist() == pytest.approx([(0.2, 0.8)[response] * own for _, response, own in written])
+        assert roles[1:].tolist() == [(1 + response) * (own != 0) for _, response, own in written]
 
 
 def test_a_mistake_is_a_line_with_the_row(workplace: Workplace) -> None:
