@@ -15,6 +15,7 @@ from lfkit import (
     place,
     plain_copy,
     run,
+    run_command,
     saved,
     start_command,
     tokenizer,
@@ -38,10 +39,11 @@ def workplace(tmp_path_factory):
 
 @pytest.mark.parametrize("normalization", ["nonzero_tokens", "weight_sum"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_loss_and_step_are_those_of_the_text_and_its_weights(workplace, tmp_path, layout, normalization):
+def test_loss_and_step_are_those_of_the_text_and_its_weights(workplace, tmp_path, capsys, layout, normalization):
     changes = {"dataset": "weighted", "output_dir": str(tmp_path), "cutoff_len": 512, **layout_args(layout)}
     recorder = run(workplace.config(**changes), {**LAMBDA, "normalization": normalization})
-    docs = data()[1]
+    docs, rows = data()[1], len(recorder.dataset)
+    assert f"weights stand in the data of {rows} of the first {rows} examples" in capsys.readouterr().out
     assert_step(recorder, docs, layout, normalization)
     (entry,) = [entry for entry in recorder.state.log_history if "loss" in entry]
     for role in ("prompt", "response"):  # what weighs 0 is not counted
@@ -281,3 +283,15 @@ def test_a_message_that_every_row_leaves_out(workplace, tmp_path):
     changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 6, "output_dir": str(tmp_path)}
     recorder = run(workplace.config(dataset="nothing", **changes), LAMBDA)
     assert_step(recorder, docs[4:])
+
+
+def test_what_cannot_be_told_apart_is_refused(workplace, tmp_path, monkeypatch, capsys):
+    """Neither has a content, and falcon ends no turns."""
+    messages = [{"role": "system", "content": "", "weight": 2}, {"role": "user", "content": "", "weight": 3}]
+    messages.append({"role": "assistant", "content": "four", "weight": 1})
+    workplace.dataset("empty", [{"messages": messages, "system": ""}] * 4, **SHAREGPT)
+    config = workplace.write(wit=LAMBDA, dataset="empty", template="falcon", output_dir=str(tmp_path))
+    assert run_command(monkeypatch, "train", str(config)) == 1
+    err = capsys.readouterr().err
+    assert "the example that begins with '': the tokens of messages 0, 1, 2 cannot be told from each other" in err
+    assert "Traceback" not in err
