@@ -12,8 +12,8 @@ A label of 2^53 or more is no token id and no -100; it is a prepared one, and sa
 
 A label whose weight is 1 stays as it is. The first token of a document is predicted by nothing and has no weight, so
 that it can say what the document was prepared with: a dataset or cache that was prepared with other settings is
-recognised wherever it comes from. A run without weights cannot train on prepared labels by mistake: they are outside
-of every vocabulary.
+recognised wherever it comes from. Prepared labels are outside of every vocabulary, so that a run without weights stops
+at them, unless its loss does not look: for such frameworks adapters see to it that it stops.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from wit_plugins.cli.preview.scale import Scale
 from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
 from wit_plugins.tokens.text import TokenText
 
+LEFT_OUT = "left out"  # without a role, and not a document's first
 _SCATTERED = 3.0  # tokens a run, below which weights change too often to be named one by one
 
 
@@ -52,7 +53,7 @@ class Run:
     def label(self) -> tuple[str, str]:
         """Role and weight in words."""
         if self.role == NEITHER:
-            return "first", "–"
+            return ("first" if all(token.position == 0 for token in self.tokens) else LEFT_OUT), "–"
         weights = sorted({token.weight for token in self.tokens})
         weight = f"{weights[0]:.4g}" + (f"–{weights[-1]:.4g}" if len(weights) > 1 else "")
         return ("prompt" if self.role == PROMPT else "response"), weight

@@ -27,7 +27,7 @@ from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
 
 _TRIAL = 1_000_000  # bytes that must find room before the work begins
 MAX_TOKENS = 4000  # of one document; a browser gets slow with more
-_NAMES = {PROMPT: "prompt", RESPONSE: "response", NEITHER: "first token, not predicted"}
+_NAMES = {PROMPT: "prompt", RESPONSE: "response"}
 
 
 def check_writable(path: Path) -> None:
@@ -154,8 +154,14 @@ def _token(token: Token, scale: Scale) -> dict[str, Any]:
         "neither": token.role == NEITHER,
         "background": background,
         "foreground": foreground,
-        "hover": f"id {token.token_id} · position {token.position} · {_NAMES[token.role]}{weight}{within}{kind}",
+        "hover": f"id {token.token_id} · position {token.position} · {_name(token)}{weight}{within}{kind}",
     }
+
+
+def _name(token: Token) -> str:
+    return _NAMES.get(
+        token.role, "left out: 0 in the data, or masked" if token.position else "first token, not predicted"
+    )
 
 
 def _colours(role: int, weight: float, scale: Scale) -> tuple[str, str]:

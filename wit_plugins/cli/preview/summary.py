@@ -32,6 +32,7 @@ class Summary:
         documents (`int`): examples as the model sees them.
         tokens (`int`): all tokens, first ones included, padding not.
         prompt, response, first (`int`): tokens by role; a first token is predicted by nothing, so it has none.
+        left_out (`int`): tokens behind a first one without a role: they weigh 0 in the data, or are masked.
         prompt_mass, response_mass (`float`): Σ weights of each role, by which it enters the loss's numerator.
         weighted (`int`): tokens whose weight is not 0, which is what the loss is divided by.
         no_prompt, no_response (`int`): documents without a predicted token of that role.
@@ -59,6 +60,7 @@ class Summary:
     prompt: int = 0
     response: int = 0
     first: int = 0
+    left_out: int = 0
     prompt_mass: float = 0.0
     response_mass: float = 0.0
     weighted: int = 0
@@ -114,7 +116,9 @@ class Summary:
         self.padding += int(tokens.padding.sum())
         self.prompt += int(prompt.sum())
         self.response += int(response.sum())
-        self.first += count - int(prompt.sum()) - int(response.sum())
+        first = int(np.count_nonzero(~tokens.padding[tokens.document_starts]))
+        self.first += first
+        self.left_out += count - int(prompt.sum()) - int(response.sum()) - first
         self.prompt_mass += float(weights[prompt].sum())
         self.response_mass += float(weights[response].sum())
         self.weighted += int(np.count_nonzero(weights))

@@ -137,7 +137,14 @@ def print_legend(out: Console, prepared: Prepared, scale: Scale) -> None:
         out.print(legend.append(f" {name}_weight is {own:g}", "dim"))
     if scale.note:
         out.print(Text(scale.note, "dim"))
-    out.print(Text.assemble(("first", "dim italic"), ": a first token, predicted by nothing"))
+    out.print(
+        Text.assemble(
+            ("first", "dim italic"),
+            ": a first token, predicted by nothing; ",
+            ("left out", "dim italic"),
+            ": 0 in the data, or masked",
+        )
+    )
     out.print(Text("⟦…⟧ special   ⏎ line break   · rest of a character   <U+202E> not printable", style="dim"))
     if config.strategies:
         names = ", ".join(config.strategies)
@@ -162,6 +169,8 @@ def print_summary(out: Console, name: str, summary: Summary, prepared: Prepared)
         shown = f"{weight:g}" if not config.strategies else f"{weight:g} × …"
         table.add_row(role, f"{count:,}", f"{count / max(1, summary.predicted):.1%}", shown, f"{part:.1%}")
     table.add_row("first tokens", f"{summary.first:,}", "–", "–", "–")
+    if summary.left_out:
+        table.add_row("left out", f"{summary.left_out:,}", "–", "0", "–")
     out.print(table)
     _print_parts(out, summary)
     out.print()
