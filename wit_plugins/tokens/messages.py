@@ -77,8 +77,11 @@ def weigh_tokens(
     ]
     if offsets is None:
         offsets = token_offsets(text, input_ids, token_text)
+    learned = _behind_all(contents, offsets, input_ids, token_text)
     for message, (start, end) in zip(
-        messages, _token_ranges(messages, contents, offsets, _ends(input_ids, token_text, ends)), strict=True
+        messages,
+        _token_ranges(messages, contents, offsets, _ends(input_ids, token_text, [*ends, *learned])),
+        strict=True,
     ):
         weights[start:end] *= np.float32(message.weight)
     for index, (message, content) in enumerate(zip(messages, contents, strict=True)):
@@ -267,6 +270,16 @@ def _tokens_of(content: _Content | None, offsets: np.ndarray) -> tuple[int, int]
     assert content is not None
     inside = np.flatnonzero((offsets[:, 1] > content.begin) & (offsets[:, 0] < content.end))
     return (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0)
+
+
+def _behind_all(
+    contents: Sequence[_Content | None], offsets: np.ndarray, input_ids: Sequence[int], token_text: TokenText
+) -> set[int]:
+    """The special token that stands right behind each content, the last one's too: it ends turns, whatever it is."""
+    known = [content for content in contents if _is_known(content)]
+    behind = {_tokens_of(content, offsets)[1] for content in known}
+    ids = {input_ids[index] if index < len(input_ids) else -1 for index in behind}
+    return ids & token_text.special if len(known) > 1 and len(ids) == 1 else set()
 
 
 def _ends(input_ids: Sequence[int], token_text: TokenText, more: Collection[int]) -> list[tuple[int, int]]:

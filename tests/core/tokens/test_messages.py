@@ -16,11 +16,12 @@ from wit_plugins.tokens.text import TokenText
 
 ROLES = ("system", "user", "assistant")
 TOKENIZER = byte_tokenizer(["two plus two is four, and the sky is blue 你好 ✓ [INST]"] * 3)
-TOKENIZER.add_special_tokens({"additional_special_tokens": ["<|eot_id|>", "<|header|>", "</s>"]})
+TOKENIZER.add_special_tokens({"additional_special_tokens": ["<|eot_id|>", "<|header|>", "</s>", "<|over|>"]})
 TOKEN_TEXT = TokenText(TOKENIZER)
 # What a template writes for a message, as (header, behind it): the reference knows it, the code under test does not.
 TEMPLATES = {
     "chatml": lambda role: (f"<|im_start|>{role}\n", "<|im_end|>\n"),
+    "own": lambda role: (f"<|header|>{role}\n", "<|over|>\n"),  # its end of turn is nobody else's
     "llama": lambda role: (f"<|header|>{role}<|header|>\n\n", "<|eot_id|>"),
     "mistral": lambda role: ("", "</s>") if role == "assistant" else ("[INST]", "[/INST]"),
 }
