@@ -70,6 +70,7 @@ def test_overrides(workplace, tmp_path, monkeypatch, wit):
 
 def test_all_settings_go_through(workplace, tmp_path, monkeypatch, capsys):
     wit = {**WIT, "normalization": "weight_sum", "loss_impl": "logits", "strategies": ["dft"]}
+    wit |= {"message_weight_keys": ["loss"], "sample_weight_key": "quality"}
     config = workplace.write(f"{tmp_path.name}.yaml", wit=wit, output_dir=str(tmp_path))
     assert run_command(monkeypatch, "train", str(config)) == 0
     assert json.loads((tmp_path / "wit_config.json").read_text()) == {**wit, "strategies": {"dft": {}}}
