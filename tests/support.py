@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from wit_plugins.loss.reference import reference_loss
 
 sys.path.insert(0, str(next(p for p in Path(__file__).parents if (p / "configs").is_dir()) / "configs"))
-from tiny_model import small_llama, word_tokenizer  # noqa: F401 (word_tokenizer is for the tests)
+from tiny_model import byte_tokenizer, small_llama, word_tokenizer  # noqa: F401 (tokenizers are for the tests)
 
 VOCAB_SIZE = 61
 GRID = [round(0.2 * i, 1) for i in range(6)]

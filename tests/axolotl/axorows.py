@@ -8,9 +8,8 @@ from typing import Any
 from axolotl.utils.data import sft
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset
+from support import byte_tokenizer
 from wit_axolotl import patch
-
-from configs.tiny_model import byte_tokenizer
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"

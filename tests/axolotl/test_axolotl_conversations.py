@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from axorows import CHAT, TEMPLATE, TOKENIZER, assistant, chat, plain, tokenised, user
+from support import byte_tokenizer
 
-from configs.tiny_model import byte_tokenizer
 from wit_plugins.tokens.prepared import read_prepared
 
 

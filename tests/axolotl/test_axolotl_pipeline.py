@@ -19,9 +19,9 @@ from axolotl.utils.data import sft, wrappers
 from axolotl.utils.dict import DictDefault
 from axorows import CHAT, WIT, assistant, chat, plain, tokenised, user
 from datasets import Dataset
+from support import word_tokenizer
 from wit_axolotl import patch
 
-from configs.tiny_model import word_tokenizer
 from wit_plugins import WITConfig, WITConfigError
 from wit_plugins.active import ActiveStrategies
 from wit_plugins.errors import BadExampleError

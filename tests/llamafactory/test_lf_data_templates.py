@@ -4,10 +4,10 @@ import re
 
 import pytest
 from llamafactory.data.template import TEMPLATES, Llama2Template, ReasoningTemplate
+from support import byte_tokenizer
 from wit_llamafactory.examples import Part, Said
 from wit_llamafactory.tokenising import WeightedTemplate
 
-from configs.tiny_model import byte_tokenizer
 from wit_plugins import WITConfig
 from wit_plugins.tokens.data_weights import DataWeights
 from wit_plugins.tokens.text import ENDS_OF_TURNS

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import byte_tokenizer
 
-from configs.tiny_model import byte_tokenizer
 from wit_plugins import WITConfig, hookimpl
 from wit_plugins.active import ActiveStrategies
 from wit_plugins.errors import BadExampleError, WITConfigError

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import byte_tokenizer
 
-from configs.tiny_model import byte_tokenizer
 from wit_plugins.errors import BadExampleError
 from wit_plugins.tokens.messages import WeightedMessage, weigh_tokens
 from wit_plugins.tokens.text import TokenText
