@@ -27,6 +27,7 @@ from wit_plugins.errors import BadExampleError
 from wit_plugins.tokens.data_weights import DataWeights
 
 RECORD = "wit_data_weights.json"  # in the folder of `tokenized_path`
+_running: list[WITConfig] = []
 _LOOKED_AT = 100  # examples whose keys are looked at before the dataset is aligned, perhaps from a cache
 
 
@@ -46,7 +47,16 @@ def reading_weights(config: WITConfig) -> Iterator[None]:
         exchanged(loader, "_get_dataset_processor", _get_dataset_processor(loader._get_dataset_processor, config)),
         exchanged(workflow, "get_dataset", _get_dataset(workflow.get_dataset, config)),
     ):
-        yield
+        _running.append(config)
+        try:
+            yield
+        finally:
+            _running.remove(config)
+
+
+def is_reading() -> bool:
+    """Whether weights that stand in the data are being read by this process."""
+    return bool(_running)
 
 
 def _require_what_it_relies_on() -> None:

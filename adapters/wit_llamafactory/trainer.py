@@ -6,10 +6,13 @@ transformers' trainers read.
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
 from wit_llamafactory.checks import check_arguments
+from wit_plugins import WITConfig
+from wit_plugins.tokens.data_weights import DataWeights, UnreadWeightWarning
 from wit_plugins.training.adapter import TrainerAdapter
 
 
@@ -28,6 +31,19 @@ class LlamaFactoryAdapter(TrainerAdapter):
     def check(self, trainer: Any) -> None:
         """Refuse options that replace the loss."""
         check_arguments(vars(trainer.finetuning_args))
+
+    def check_data(self, trainer: Any, config: WITConfig) -> None:
+        """Say so where the data was tokenised before anybody could read the weights that may stand in it."""
+        from wit_llamafactory.data import is_reading
+
+        if DataWeights(config, None).active and not is_reading():
+            warnings.warn(
+                "LLaMA-Factory has tokenised the data already, so weights that stand in it (of messages, of samples) "
+                "are not read; train with `llamafactory-wit` or WITCallback, or, if none do, set message_weight_keys to "
+                "[] and sample_weight_key to None",
+                UnreadWeightWarning,
+                stacklevel=4,
+            )
 
     def prepare(self, trainer: Any, changes: Any) -> None:
         """Take the model out of the collator, which only asks for its configuration.

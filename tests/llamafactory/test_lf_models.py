@@ -27,6 +27,7 @@ from transformers import Trainer
 
 from wit_plugins import WITConfig, WITConfigError, attach, detach
 from wit_plugins.loss.reference import reference_loss
+from wit_plugins.tokens.data_weights import UnreadWeightWarning
 
 
 class TestModels:
@@ -183,7 +184,8 @@ def test_a_trainer_of_llamafactory_can_be_attached_to(workplace, monkeypatch):
     monkeypatch.setattr(Trainer, "train", lambda self, *args, **kwargs: trainers.append(self) or own(self))
     run(workplace.config(output_dir=str(workplace.folder / "attached"), learning_rate=0.0))
     (trainer,) = trainers
-    attach(trainer, WITConfig(prompt_weight=0.4, response_weight=0.6))
+    with pytest.warns(UnreadWeightWarning, match="tokenised the data already"):
+        attach(trainer, WITConfig(prompt_weight=0.4, response_weight=0.6))
     trainer.args.learning_rate = LEARNING_RATE
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(recorder.logged()[0], **LOSS)
