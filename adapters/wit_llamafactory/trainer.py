@@ -39,8 +39,8 @@ class LlamaFactoryAdapter(TrainerAdapter):
         if DataWeights(config, None).active and not is_reading():
             warnings.warn(
                 "LLaMA-Factory has tokenised the data already, so weights that stand in it (of messages, of samples) "
-                "are not read; train with `llamafactory-wit` or WITCallback, or, if none do, set message_weight_keys to "
-                "[] and sample_weight_key to None",
+                "are not read; train with `llamafactory-wit` or WITCallback, or, if none do, set message_weight_keys "
+                "to [] and sample_weight_key to None",
                 UnreadWeightWarning,
                 stacklevel=4,
             )
