@@ -170,10 +170,9 @@ def test_the_script_about_weights_in_the_data(tmp_path, monkeypatch, capsys):
     first, *_ = names["trainer"].state.log_history
     said = "<u> What is two plus two? <end> <a> Five. <end> <u> Are you sure? <end> <a> No. It is four. <end>"
     words = said.split()
-    # What does not end a turn for sure (this tokenizer's <end>) belongs to what follows it: six words and <end> stay.
-    weighing = words[:6] + words[9:]
+    weighing = words[:7] + words[10:]  # without <a> Five. <end>
     assert first["prompt_tokens"] + first["response_tokens"] == len(weighing) - 1
-    assert first["response_tokens"] == len(["<end>", "No.", "It", "is", "four.", "<end>"])
+    assert first["response_tokens"] == len(["No.", "It", "is", "four.", "<end>"])
 
 
 def test_the_example_configuration_is_one(tmp_path, monkeypatch):
