@@ -13,5 +13,13 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
+def _own_environment():
+    """`datasets` leaves a copy in the place of `os.environ` where it maps in several processes."""
+    own = os.environ
+    yield
+    os.environ = own  # noqa: B003 (the very object, which others hold)
+
+
+@pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
