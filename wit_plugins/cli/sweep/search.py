@@ -140,7 +140,9 @@ class SearchRunner(Runner):
         self.trials[cell.name] = trial
         state = self.state(cell)
         if is_done(state) and not self.to_evaluate(state):  # its worker died before it could say so
-            self._report(cell, read_metrics(cell.folder(self.options.output) / METRICS_NAME))
+            folder = cell.folder(self.options.output)
+            steps = number((read_json(folder / PROGRESS_NAME) or {}).get("max_steps"))
+            self._report(cell, read_metrics(folder / METRICS_NAME), int(steps or 0))
             self.settled(cell)
             return None
         return cell
@@ -180,31 +182,37 @@ class SearchRunner(Runner):
 
     def observed(self, run: Run, entries: list[dict[str, float]]) -> None:
         """Report each evaluation; a run that cannot win is asked to end."""
-        name, trial = run.cell.name, self.trials[run.cell.name]
-        if not self._report(run.cell, entries) or not run.max_steps or self.options.pruner == "none":
-            return
-        self.shared.study.pruner = self._pruner(run.max_steps)
-        unpromising = trial.should_prune()  # asked of the references too: the others compete with them
-        if unpromising and not {"reference", "repeats"} & set(trial.user_attrs) and name not in self._stopping:
+        name = run.cell.name
+        step = self._report(run.cell, entries, run.max_steps)
+        kept = {"reference", "repeats"} & set(self.trials[name].user_attrs)
+        if step is not None and not kept and name not in self._stopping:
             self._stopping.add(name)
             (run.cell.folder(self.options.output) / STOP_NAME).touch()
-            self.say(f"{run.cell.label}: judged at step {int(entries[-1].get('step', run.step))}, cannot win, stopped")
+            self.say(f"{run.cell.label}: judged at step {step}, cannot win, stopped")
 
-    def _report(self, cell: Cell, entries: list[dict[str, float]]) -> bool:
-        """Hand the evaluations to Optuna; whether there was one."""
-        trial, found = self.trials[cell.name], False
+    def _report(self, cell: Cell, entries: list[dict[str, float]], steps: int) -> int | None:
+        """Hand the evaluations of a run of so many steps to Optuna; returns the step at which it cannot win.
+
+        The pruner is asked after each, of the references too: halving keeps what others compete with as it is asked.
+        """
+        trial, judged = self.trials[cell.name], None
+        self.shared.study.pruner = self._pruner(steps)
         for entry in entries:
-            if self.metric.name in entry and math.isfinite(entry.get("step", math.nan)):
-                trial.report(entry[self.metric.name], int(entry["step"]))
-                found = True
-        return found
+            if self.metric.name in entry and math.isfinite(step := entry.get("step", math.nan)):
+                trial.report(entry[self.metric.name], int(step))
+                if trial.should_prune() and judged is None:
+                    judged = int(step)
+        return judged
 
     def _pruner(self, steps: int) -> Any:
         """Optuna's, for runs of so many steps."""
-        pruners = load_optuna().pruners
-        if self.options.pruner == "median":
-            return pruners.MedianPruner(n_startup_trials=len(REFERENCES), n_warmup_steps=steps // 4)
-        return pruners.SuccessiveHalvingPruner(min_resource=max(1, steps // 6), reduction_factor=3)
+        pruners, first = load_optuna().pruners, max(1, steps // 4)
+        if self.options.pruner == "none" or not steps:
+            return pruners.NopPruner()
+        if self.options.pruner == "halving":
+            return pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=3)
+        best = 50.0 if self.options.pruner == "median" else 15.0
+        return pruners.PercentilePruner(best, n_startup_trials=len(REFERENCES), n_warmup_steps=first)
 
     def status_of(self, run: Run) -> str:
         """Pruned, if it was asked to end before it was at its end."""
