@@ -11,6 +11,7 @@ import pytest
 import yaml
 from axokit import from_prepared
 from axolotl.integrations.base import PluginManager
+from searchkit import EVERY, STEPS, finished_references, stopped_run
 from support import subprocess_env
 from wit_axolotl.driver import AxolotlDriver
 
@@ -251,6 +252,19 @@ def test_a_search(place, tmp_path, monkeypatch, capsys):
     resumed = driver.files(cell_job, runs / "p0.5_r1" / "model", tmp_path / "checkpoint-2")
     (text,) = resumed.values()
     assert yaml.safe_load(text)["resume_from_checkpoint"] == str(tmp_path / "checkpoint-2")
+
+
+def test_a_run_that_cannot_win_is_ended(place, tmp_path, monkeypatch, capsys):
+    """By the search, at a step of its own; to Axolotl it is a run that is done, whose model is saved."""
+    path = config(place, val_set_size=0.25, max_steps=STEPS, eval_steps=EVERY, logging_steps=EVERY)
+    for name, value in subprocess_env().items():
+        monkeypatch.setenv(name, value)
+    runs = tmp_path / "runs"
+    finished_references(runs)
+    code, _, err = wit(capsys, "sweep", path, "--trials", "4", "--no-check", "--output", runs)
+    assert code == 0, err
+    _, log = stopped_run(runs)
+    assert "Training completed" in log
 
 
 def test_a_run_that_is_not_evaluated_is_refused(place, tmp_path, capsys):

@@ -96,8 +96,8 @@ for step in range(1, 11):
     {between}
 sys.exit(0)
 """
-# A cell that must lose is not faster than its sweep: it goes on when it was told to stop.
-WAITS = "while prompt == 0.5 and not (folder / 'stop').exists(): time.sleep(0.02)"
+# A cell that must lose is not faster than its sweep: from the first look on, it goes on when it was told to stop.
+WAITS = "while prompt == 0.5 and step > 1 and not (folder / 'stop').exists(): time.sleep(0.02)"
 
 
 def curve(between=WAITS, before=""):

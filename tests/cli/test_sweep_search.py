@@ -55,13 +55,29 @@ def test_a_search_finds_what_was_planted_and_stops_what_cannot_win(tmp_path, cap
     assert len(order(tmp_path)) == len(trials(tmp_path)) == 9
 
 
-def test_a_reference_is_never_stopped(tmp_path):
-    """(1, 1), the worst of the three, waits at each step until its value has been judged."""
+@pytest.mark.parametrize("pruner", ["percentile", "halving", "median"])
+def test_a_reference_is_never_stopped(tmp_path, pruner):
+    """(1, 1), the worst of the three, waits at each step until its value has been judged; the next cell is stopped."""
     reported = """f'"trial_id":2,"step":{step},' in (folder.parent / 'study.journal').read_text()"""
-    assert searched(tmp_path, curve(f"while prompt == 1 and not {reported}: time.sleep(0.02)"), trials=3) == 0
+    waits = f"while prompt == 1 and not {reported}: time.sleep(0.02)"
+    assert searched(tmp_path, curve(waits), trials=3, pruner=pruner) == 0
     reference = trials(tmp_path)["p1_r1"]
     assert (reference.state.name, reference.last_step) == ("COMPLETE", 10)
-    assert reference.system_attrs["completed_rung_0"] == reference.intermediate_values[1]  # the others compete with it
+
+
+@pytest.mark.parametrize("pruner", ["percentile", "halving", "median"])
+def test_evaluations_that_come_late_are_judged_at_their_own_step(tmp_path, pruner):
+    """All at once, and those of references that another worker trained: the cell is judged at the first look.
+
+    With its later values it would be the best of all: these belong to steps that it does not reach in time.
+    """
+    shape = "bottom = 1 + (place - 1.0) ** 2 + (2 if prompt == 0.03 and step < 4 else 0)"
+    body = curve("pass").replace("    log(step", f"    {shape}\n    log(step")
+    assert searched(tmp_path, body, trials=3, pruner=pruner) == 0
+    (tmp_path / "runs" / "study.journal").unlink()  # the references are told to a new study, as from their folders
+    assert searched(tmp_path, body, trials=4, pruner=pruner) == 0
+    assert len(order(tmp_path)) == 4
+    assert (tmp_path / "runs" / "ratio-0.03" / "stop").exists()
 
 
 def test_seeds_and_what_they_say(tmp_path, capsys):

@@ -43,10 +43,13 @@ def test_all_ranks_stop_at_the_same_step(tmp_path):
 
 
 def test_a_real_search_stops_a_run_that_cannot_win(tmp_path):
-    """TRL's own runs. What is searched is the highest loss on prompts, which is that of (0, 1) from the start."""
+    """TRL's own runs. What is searched is the highest loss on prompts, which is that of (0, 1) from the start.
+
+    By halving, which looks at the value of the step: the others look at the best one so far, and this metric falls.
+    """
     steps = {"max_steps": 60, "eval_strategy": "steps", "eval_steps": 5, "logging_steps": 60, "save_strategy": "no"}
     workplace(tmp_path, evaluation=True, **steps)
-    args = ["--trials", "4", "--metric", "eval_prompt_loss:max", "--no-check"]
+    args = ["--trials", "4", "--metric", "eval_prompt_loss:max", "--pruner", "halving", "--no-check"]
     done = run("sweep", "sft.yaml", *args, "--output", "runs", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = {cell["details"]["trial"]: cell for cell in read_json(tmp_path / "runs" / "results.json")["cells"]}

@@ -52,19 +52,30 @@ def test_each_trial_is_taken_by_one_worker(tmp_path, url):
     assert "7 cells" in read_json(tmp_path / "runs" / "results.json")["cost"]
 
 
-def test_a_killed_worker_s_trial_is_finished_by_another_one(tmp_path):
+# A database's worker is dead after two minutes of silence; here after fifteen seconds.
+IMPATIENT = """
+from wit_plugins.cli.sweep import search, study
+study.BEAT = search.BEAT = 1
+study.GRACE = 15
+"""
+
+
+@pytest.mark.parametrize("url", [None, "sqlite:///{}/study.db"])
+def test_a_killed_worker_s_trial_is_finished_by_another_one(tmp_path, url):
     """SIGKILL in the middle of a run: the other one goes on from its checkpoint, and runs the rest once."""
+    url = url and url.format(tmp_path)
+    options = {"trials": 7, "pruner": "none", "storage": url, "before": IMPATIENT}
     stopped = tmp_path / "runs" / "p0.2_r0.8"
-    first = worker(tmp_path, BODY, trials=7, pruner="none")
+    first = worker(tmp_path, BODY, **options)
     wait_for((stopped / "progress.json").exists, first)
-    second = worker(tmp_path, BODY, trials=7, pruner="none")
+    second = worker(tmp_path, BODY, **options)
     wait_for(lambda: any(name == "p1_r1" for name, *_ in order(tmp_path)), second)
     first.kill()
     first.communicate()
     said = ended(second)
     assert "p0.2_r0.8 (0.2, 0.8): goes on from checkpoint-5" in said
     runs = [name for name, *_ in order(tmp_path)]
-    found = trials(tmp_path)
+    found = trials(tmp_path, url)
     assert Counter(runs) == {**dict.fromkeys(found, 1), "p0.2_r0.8": 2}
     assert [resume for name, resume, *_ in order(tmp_path) if name == "p0.2_r0.8"][1].endswith("checkpoint-5")
     assert len(found) == 7

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from lfkit import LLAMAFACTORY, NEAT, chatml, environment, pairs, place, run
 from packaging.version import Version
+from searchkit import EVERY, STEPS, finished_references, stopped_run
 from wit_llamafactory.driver import LlamaFactoryDriver
 
 from wit_plugins.cli import main
@@ -264,6 +265,22 @@ def test_a_search(workplace, tmp_path, monkeypatch, capsys):
     prepared = LlamaFactoryDriver().prepare(job(written))
     assert prepared.config.prompt_weight == best["prompt_weight"]
     assert list(prepared.config.strategies) == ["dft"]
+
+
+def test_a_run_that_cannot_win_is_ended(workplace, tmp_path, monkeypatch, capsys):
+    """By the search, at a step of its own; LLaMA-Factory saves its model and state as at the end of any run."""
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    every = {"eval_steps": EVERY, "logging_steps": EVERY, "eval_strategy": "steps", "save_strategy": "no"}
+    config = workplace.write(wit=WIT, val_size=0.25, max_steps=STEPS, **every)
+    runs = tmp_path / "runs"
+    finished_references(runs)
+    code, _, err = wit(capsys, "sweep", config, "--trials", "4", "--no-check", "--output", runs)
+    assert code == 0, err
+    steps, _ = stopped_run(runs)
+    model = runs / "ratio-0.03" / "model"
+    assert json.loads((model / "trainer_state.json").read_text())["global_step"] == steps
+    assert "train_loss" in json.loads((model / "all_results.json").read_text())
 
 
 def test_a_sweep_goes_on_from_a_checkpoint(workplace, tmp_path):

@@ -1,1 +1,1 @@
-"""`wit sweep` and `wit report`: a grid of weights, trained and drawn."""
+"""`wit sweep`, `wit report` and `wit best`: a grid of weights (`command.py`), or a search (`search.py`)."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from wit_plugins.cli.driver import FrameworkDriver, Job
     from wit_plugins.cli.sweep.space import Space
 
-_PRUNERS = ("halving", "median", "none")
+_PRUNERS = ("percentile", "halving", "median", "none")
 
 
 def sweep_arguments(command: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def sweep_arguments(command: argparse.ArgumentParser) -> None:
         help="search this key of the configuration too; or NAME=a,b; strategies.dft=on,off. May be repeated",
     )
     search.add_argument(
-        "--pruner", choices=_PRUNERS, help="how cells that cannot win are stopped early (default: halving)"
+        "--pruner", choices=_PRUNERS, help="how cells that cannot win are stopped early (default: percentile)"
     )
     search.add_argument(
         "--seeds", type=positive, metavar="N", help="run the best cells and the references with N seeds in all"
@@ -97,7 +97,7 @@ def make_options(options: argparse.Namespace) -> SweepOptions:
         raise WITConfigError(f"--jobs = {jobs} is more than the {len(devices)} in --devices; each job needs its own")
     made = SweepOptions(
         options.output, jobs, devices, options.dry_run, options.eval_command, options.metric, options.unique_ratios,
-        not options.no_check, options.trials, options.hours, options.seeds or 1, options.pruner or "halving",
+        not options.no_check, options.trials, options.hours, options.seeds or 1, options.pruner or "percentile",
         options.storage,
     )  # fmt: skip
     if not made.searches:

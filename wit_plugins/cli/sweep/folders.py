@@ -5,19 +5,8 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from wit_plugins.runfiles import (
-    METRICS_NAME,
-    PROGRESS_NAME,
-    read_json,
-    read_metrics,
-    write_text,
-)
-
-if TYPE_CHECKING:
-    pass
-
+from wit_plugins.runfiles import METRICS_NAME, PROGRESS_NAME, read_json, read_metrics, write_text
 
 MODEL_FOLDER = "model"
 

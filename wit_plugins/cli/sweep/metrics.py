@@ -95,3 +95,9 @@ def by_name(name: str) -> Metric:
         if word in _HIGHER:
             return Metric(name, "max", guessed=place > 0)
     return Metric(name, "max", guessed=True)
+
+
+def asked_for(text: str) -> Metric:
+    """What `--metric` names: `name`, `name:min` or `name:max`."""
+    name, _, way = text.rpartition(":")
+    return Metric(name, "min" if way == "min" else "max") if name and way in ("min", "max") else by_name(text)

@@ -22,7 +22,7 @@ class SweepOptions:
         trials (`int | None`): of a search: how many cells, the references included; `None` for no end.
         hours (`float | None`): of a search: for how long this worker starts new runs; `None` for no end.
         seeds (`int`): of a search: how often the best cells and the references are run, each time with another seed.
-        pruner (`str`): of a search: `halving`, `median` or `none`.
+        pruner (`str`): of a search: `percentile`, `halving`, `median` or `none`.
         storage (`str | None`): of a search: the database with the study; `None` for a journal in the folder.
     """
 
@@ -37,7 +37,7 @@ class SweepOptions:
     trials: int | None = None
     hours: float | None = None
     seeds: int = 1
-    pruner: str = "halving"
+    pruner: str = "percentile"
     storage: str | None = None
 
     @property

@@ -9,16 +9,10 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from wit_plugins.errors import WITConfigError
-from wit_plugins.runfiles import (
-    RUN_FOLDER,
-)
-
-if TYPE_CHECKING:
-    pass
-
+from wit_plugins.runfiles import RUN_FOLDER
 
 GRACE = 15.0  # seconds that a stopped run has to leave by itself
 

@@ -18,6 +18,7 @@ from wit_plugins.cli.sweep.grid import Cell, to_fraction
 from wit_plugins.cli.sweep.metrics import (
     NO_DIRECTION,
     Metric,
+    asked_for,
     by_name,
     is_result,
     is_weighted,
@@ -189,11 +190,11 @@ def choose_metrics(results: Sequence[CellResult], asked: Iterable[str]) -> list[
     known = metric_names(results)
     chosen: list[Metric] = []
     for text in asked:
-        name, _, given = text.rpartition(":") if text.endswith((":min", ":max")) else (text, "", "")
-        if name not in known:
+        metric = asked_for(text)
+        if metric.name not in known:
             have = ", ".join(known) or "none, since no cell is finished"
-            raise WITConfigError(f"--metric = {name!r}: no finished cell has it; they have: {have}")
-        chosen.append(Metric(name, "min" if given == "min" else "max") if given else by_name(name))
+            raise WITConfigError(f"--metric = {metric.name!r}: no finished cell has it; they have: {have}")
+        chosen.append(metric)
     if chosen:
         return chosen
     names = [name for name in known if not name.startswith("lowest_") and NO_DIRECTION not in words(name)]

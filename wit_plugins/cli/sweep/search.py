@@ -1,7 +1,24 @@
 """`wit sweep --trials`: cells that Optuna chooses, those that cannot win stopped early, on any number of machines.
 
-What there is to do stands in the study ([`SharedStudy`]); this is one worker of it. Its runs are those of a grid: the
-framework's launcher, one process and one folder a cell.
+How a search works. There is no head: every `wit sweep` on the same folder is a worker, and all they share is a study in
+Optuna's storage (`study.py`).
+
+1. `search` opens the study, or begins it: the references and a few ratios are queued in it as its first trials
+   (`space.py` says which, and what a trial's parameters mean as weights and overrides).
+2. The loop of `runner.py`, which is that of a grid too, asks for a cell where a device is free. `next_cell` takes a
+   trial: one that waits in the queue, or a new one of Optuna's sampler. The cell is a folder that is named after the
+   trial, and a process of the framework's launcher, which goes on from a checkpoint if the folder has one.
+3. The run writes what it logs into its folder (`training/recorder.py`). `observed` reports every evaluation to the
+   study and asks its pruner; if the cell cannot win, the file `stop` appears in the folder, and the run ends as one
+   that is done, at the next step at which all its ranks look.
+4. When the process has ended, `settled` tells the study: complete with a value, pruned, or failed with a reason.
+5. Meanwhile `tick` says that this worker lives. Whoever looks for a trial puts back what dead workers had; a worker
+   with nothing to do waits while others run. A trial that is put back has the same key, and so the same folder.
+6. When no trial is open, the repetitions with other seeds are queued, if they are asked for; then each worker draws the
+   report (`outcomes.py`, `search_report.py`, `curve.py`).
+
+What is in the study is true for all workers; what is in a cell's folder is there so that its run can go on, and so that
+a run whose worker died before it could tell is told by the next one.
 """
 
 from __future__ import annotations
@@ -18,7 +35,7 @@ from wit_plugins.cli.driver import FrameworkDriver, Job
 from wit_plugins.cli.sweep.command import checked, file_errors, said_at_once, settings_of
 from wit_plugins.cli.sweep.folders import MODEL_FOLDER
 from wit_plugins.cli.sweep.grid import Cell
-from wit_plugins.cli.sweep.metrics import Metric, by_name
+from wit_plugins.cli.sweep.metrics import Metric, asked_for
 from wit_plugins.cli.sweep.options import SweepOptions
 from wit_plugins.cli.sweep.processes import GRACE, stop_group, terminable
 from wit_plugins.cli.sweep.progress import Run, is_done
@@ -54,9 +71,9 @@ def search(driver: FrameworkDriver, job: Job, space: Space, options: SweepOption
     if problems := said_at_once(driver, job, options, cell):
         print_messages(out, "problem", problems)
         return 2
-    metric = objective(options)
+    metric = asked_for(options.metrics[0] if options.metrics else MAIN_METRIC)
     if options.dry_run:
-        return _dry_run(driver, job, options, [(notes, params) for params, notes in first])
+        return _dry_run(driver, job, options, metric, [notes for _, notes in first])
     with file_errors(options.output):
         options.output.mkdir(parents=True, exist_ok=True)
         with terminable():
@@ -79,16 +96,6 @@ def search(driver: FrameworkDriver, job: Job, space: Space, options: SweepOption
             finally:
                 shared.workers.close()
         return report_search(options.output, options.metrics, options.storage)
-
-
-def objective(options: SweepOptions) -> Metric:
-    """What a search looks for: the first metric that was asked for."""
-    if not options.metrics:
-        return by_name(MAIN_METRIC)
-    name, _, way = options.metrics[0].rpartition(":")
-    if name and way in ("min", "max"):
-        return Metric(name, "min" if way == "min" else "max")
-    return by_name(options.metrics[0])
 
 
 class SearchRunner(Runner):
@@ -115,7 +122,6 @@ class SearchRunner(Runner):
         self.trials: dict[str, Trial] = {}
         self.deadline = time.monotonic() + options.hours * 3600 if options.hours is not None else math.inf
         self._next_look = self._next_beat = 0.0
-        self._stopping: set[str] = set()
         self._unfinished = 1
 
     def total(self) -> int | None:
@@ -140,7 +146,9 @@ class SearchRunner(Runner):
         self.trials[cell.name] = trial
         state = self.state(cell)
         if is_done(state) and not self.to_evaluate(state):  # its worker died before it could say so
-            self._report(cell, read_metrics(cell.folder(self.options.output) / METRICS_NAME))
+            folder = cell.folder(self.options.output)
+            steps = number((read_json(folder / PROGRESS_NAME) or {}).get("max_steps"))
+            self._report(cell, read_metrics(folder / METRICS_NAME), int(steps or 0))
             self.settled(cell)
             return None
         return cell
@@ -180,42 +188,47 @@ class SearchRunner(Runner):
 
     def observed(self, run: Run, entries: list[dict[str, float]]) -> None:
         """Report each evaluation; a run that cannot win is asked to end."""
-        name, trial = run.cell.name, self.trials[run.cell.name]
-        if not self._report(run.cell, entries) or not run.max_steps or self.options.pruner == "none":
-            return
-        self.shared.study.pruner = self._pruner(run.max_steps)
-        unpromising = trial.should_prune()  # asked of the references too: the others compete with them
-        if unpromising and not {"reference", "repeats"} & set(trial.user_attrs) and name not in self._stopping:
-            self._stopping.add(name)
-            (run.cell.folder(self.options.output) / STOP_NAME).touch()
-            self.say(f"{run.cell.label}: judged at step {int(entries[-1].get('step', run.step))}, cannot win, stopped")
+        step = self._report(run.cell, entries, run.max_steps)
+        kept = {"reference", "repeats"} & set(self.trials[run.cell.name].user_attrs)
+        stop = run.cell.folder(self.options.output) / STOP_NAME
+        if step is not None and not kept and not stop.exists():
+            stop.touch()
+            self.say(f"{run.cell.label}: judged at step {step}, cannot win, stopped")
 
-    def _report(self, cell: Cell, entries: list[dict[str, float]]) -> bool:
-        """Hand the evaluations to Optuna; whether there was one."""
-        trial, found = self.trials[cell.name], False
+    def _report(self, cell: Cell, entries: list[dict[str, float]], steps: int) -> int | None:
+        """Hand the evaluations of a run of so many steps to Optuna; returns the step at which it cannot win.
+
+        The pruner is asked after each, of the references too: halving keeps what others compete with as it is asked.
+        """
+        trial, judged = self.trials[cell.name], None
+        self.shared.study.pruner = self._pruner(steps)
         for entry in entries:
-            if self.metric.name in entry and math.isfinite(entry.get("step", math.nan)):
-                trial.report(entry[self.metric.name], int(entry["step"]))
-                found = True
-        return found
+            if self.metric.name in entry and math.isfinite(step := entry.get("step", math.nan)):
+                trial.report(entry[self.metric.name], int(step))
+                if trial.should_prune() and judged is None:
+                    judged = int(step)
+        return judged
 
     def _pruner(self, steps: int) -> Any:
         """Optuna's, for runs of so many steps."""
-        pruners = load_optuna().pruners
-        if self.options.pruner == "median":
-            return pruners.MedianPruner(n_startup_trials=len(REFERENCES), n_warmup_steps=steps // 4)
-        return pruners.SuccessiveHalvingPruner(min_resource=max(1, steps // 6), reduction_factor=3)
+        pruners, first = load_optuna().pruners, max(1, steps // 4)
+        if self.options.pruner == "none" or not steps:
+            return pruners.NopPruner()
+        if self.options.pruner == "halving":
+            return pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=3)
+        best = 50.0 if self.options.pruner == "median" else 15.0
+        return pruners.PercentilePruner(best, n_startup_trials=len(REFERENCES), n_warmup_steps=first)
 
     def status_of(self, run: Run) -> str:
         """Pruned, if it was asked to end before it was at its end."""
         early = not run.max_steps or run.step < run.max_steps
-        return "pruned" if run.cell.name in self._stopping and early else "finished"
+        asked = (run.cell.folder(self.options.output) / STOP_NAME).exists()
+        return "pruned" if asked and early else "finished"
 
     def settled(self, cell: Cell) -> None:
         """Tell the study what came of a trial."""
         states = load_optuna().trial.TrialState
         trial, folder = self.trials.pop(cell.name), cell.folder(self.options.output)
-        self._stopping.discard(cell.name)
         result = collect_cell(self.options.output, cell)
         progress = read_json(folder / PROGRESS_NAME) or {}
         steps = {k: int(v) for k in ("step", "max_steps") if (v := number(progress.get(k)))}
@@ -258,7 +271,7 @@ class SearchRunner(Runner):
         return planned
 
 
-def _dry_run(driver: FrameworkDriver, job: Job, options: SweepOptions, first: list[tuple[Any, Any]]) -> int:
+def _dry_run(driver: FrameworkDriver, job: Job, options: SweepOptions, metric: Metric, first: list[Any]) -> int:
     from rich.text import Text
 
     out = console()
@@ -268,17 +281,10 @@ def _dry_run(driver: FrameworkDriver, job: Job, options: SweepOptions, first: li
         model = cell.folder(options.output) / MODEL_FOLDER
         command = driver.command(job.with_weights(*cell.weights), model, None)
         out.print(Text(visible(shlex.join(command))), soft_wrap=True)
-    ratios = ", ".join(notes["key"].removeprefix("ratio-") for notes, _ in first if "reference" not in notes)
+    ratios = ", ".join(notes["key"].removeprefix("ratio-") for notes in first if "reference" not in notes)
     many = "as many as there is time for" if options.trials is None else f"{options.trials - len(REFERENCES)} more"
-    out.print(
-        Text(f"# and {many}: the ratios {ratios} first, then what the search chooses by {format_objective(options)}")
-    )
+    by = f"{metric.name} ({metric.better})"
+    out.print(Text(f"# and {many}: the ratios {ratios} first, then what the search chooses by {by}"))
     if options.seeds > 1:
         out.print(Text(f"# then the references and the best {_REPEATED} again, with {options.seeds - 1} other seeds"))
     return 0
-
-
-def format_objective(options: SweepOptions) -> str:
-    """What is searched for, in words."""
-    metric = objective(options)
-    return f"{metric.name} ({metric.better})"

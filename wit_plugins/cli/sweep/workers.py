@@ -1,4 +1,7 @@
-"""Which workers of a search are alive, for a study in a folder. (For one in a database, Optuna's heartbeats say so.)"""
+"""Which workers of a search are alive, for a study in a folder.
+
+Optuna's heartbeats say so of a study in a database; its journal has none.
+"""
 
 from __future__ import annotations
 
