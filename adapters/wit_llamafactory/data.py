@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,7 @@ from wit_plugins.errors import BadExampleError
 from wit_plugins.tokens.data_weights import DataWeights
 
 RECORD = "wit_data_weights.json"  # in the folder of `tokenized_path`
-_running: list[WITConfig] = []
+_read: weakref.WeakSet[Any] = weakref.WeakSet()
 _LOOKED_AT = 100  # examples whose keys are looked at before the dataset is aligned, perhaps from a cache
 
 
@@ -47,16 +48,12 @@ def reading_weights(config: WITConfig) -> Iterator[None]:
         exchanged(loader, "_get_dataset_processor", _get_dataset_processor(loader._get_dataset_processor, config)),
         exchanged(workflow, "get_dataset", _get_dataset(workflow.get_dataset, config)),
     ):
-        _running.append(config)
-        try:
-            yield
-        finally:
-            _running.remove(config)
+        yield
 
 
-def is_reading() -> bool:
-    """Whether weights that stand in the data are being read by this process."""
-    return bool(_running)
+def was_read(dataset: Any) -> bool:
+    """Whether weights that stand in the data were read when this dataset was tokenised, in this process."""
+    return dataset in _read
 
 
 def _require_what_it_relies_on() -> None:
@@ -120,6 +117,8 @@ def _get_dataset(original: Callable[..., Any], config: WITConfig) -> Callable[..
         made = original(template, model_args, data_args, training_args, **kwargs)
         if path is not None and not is_there and training_args.should_save:
             (Path(path) / RECORD).write_text(json.dumps(_record(config), indent=2) + "\n", encoding="utf-8")
+        for dataset in made.values():
+            _read.update(dataset.values() if isinstance(dataset, dict) else [] if dataset is None else [dataset])
         return made
 
     return get_dataset

@@ -34,9 +34,10 @@ class LlamaFactoryAdapter(TrainerAdapter):
 
     def check_data(self, trainer: Any, config: WITConfig) -> None:
         """Say so where the data was tokenised before anybody could read the weights that may stand in it."""
-        from wit_llamafactory.data import is_reading
+        from wit_llamafactory.data import was_read
 
-        if DataWeights(config, None).active and not is_reading():
+        dataset = trainer.train_dataset
+        if dataset is not None and DataWeights(config, None).active and not was_read(dataset):
             warnings.warn(
                 "LLaMA-Factory has tokenised the data already, so weights that stand in it (of messages, of samples) "
                 "are not read; train with `llamafactory-wit` or WITCallback, or, if none do, set message_weight_keys "

@@ -110,7 +110,8 @@ def test_preview_and_check(workplace, tmp_path, capsys):
     assert "LLaMA-Factory" in out
     assert pairs(8)[0][0] not in err  # LLaMA-Factory's own printout of an example is kept off the terminal
     assert "<title>wit preview" in (tmp_path / "o.html").read_text()
-    assert wit(capsys, "check", config, "--strict")[0] == 0
+    code, out, err = wit(capsys, "check", config, "--strict")
+    assert code == 0, out + err
     assert wit(capsys, "preview", config, "--split", "eval", "--set", "wit.prompt_weight=0.7")[0] == 0
 
 
