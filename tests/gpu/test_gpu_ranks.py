@@ -25,6 +25,8 @@ trainer = sft_trainer(folder, model=llama(tie_word_embeddings=arguments.pop("tie
 trainer.add_callback(WITCallback(trainer, prompt_weight=0.2, response_weight=0.8))
 trainer.train()
 assert dist.get_backend() == ("gloo" if arguments["use_cpu"] else "nccl") or "cuda:nccl" in dist.get_backend()
+sharded = any(hasattr(p, "full_tensor") for p in trainer.model.parameters())
+assert sharded == bool(arguments.get("fsdp"))
 after = {n: getattr(p, "full_tensor", lambda p=p: p)().detach().cpu() for n, p in trainer.model.named_parameters()}
 if trainer.accelerator.is_main_process:
     torch.save({n.removeprefix("module."): p for n, p in after.items()}, folder / "after.pt")
@@ -49,6 +51,7 @@ FSDP2 = {
     ids=["DDP", "DDP accumulated", "DDP tied", "FSDP2", "FSDP2 tied"],
 )
 def test_two_ranks_equal_one(device, tmp_path, arguments):
+    skip_if("accelerate starts FSDP on GPUs only" if "fsdp" in arguments and not ON_GPU else None)
     few = ON_GPU and torch.cuda.device_count() < 2
     skip_if(f"needs two GPUs; here is {torch.cuda.device_count()}" if few else None)
     (tmp_path / "run.py").write_text(SCRIPT)
