@@ -205,6 +205,16 @@ def llamafactory_oldest(session: nox.Session) -> None:
 
 
 @nox.session
+def ranks(session: nox.Session) -> None:
+    """DDP on one, two and four CPU processes, in TRL. Not a default session.
+
+    The cases of a launch are run one after the other, and launches with four processes are enough for a machine.
+    """
+    binaries, env = install(session, "trl-1.16")
+    session.run(str(binaries / "pytest"), *(session.posargs or ["tests/ranks"]), env=env, external=True)
+
+
+@nox.session
 def zero3(session: nox.Session) -> None:
     """The head under DeepSpeed's ZeRO-3. Not a default session: DeepSpeed is built from source."""
     pip = [str(environment(session, "zero3") / "pip"), "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
