@@ -30,6 +30,8 @@ def test_the_summary_counts_what_is_trained(tmp_path, capsys):
     prompt, response = table_row(out, "prompt"), table_row(out, "response")
     assert (count(prompt[1]), count(response[1])) == (8 * 3 + 7, 5 * 3 + 3)  # one row has <a> w03 <end> less
     assert count(table_row(out, "left out")[1]) == 3
+    # Weights (0.2, 0.8): of 21.5 in all, <a> w03 <end> have 0.5 · 1.8 and 2 · 1.8; of 20.6 they would have 2 · 1.8.
+    assert table_row(out, "the data")[1:] == ["6", "12.2%", f"{4.5 / 21.5:.1%}", f"{3.6 / 20.6:.1%}"]
     code, out, _ = wit("check", path, "--strict", capsys=capsys)
     assert code == 0, out
 

@@ -19,7 +19,7 @@ from wit_plugins.tokens.reader import ExampleReader, ReadExample
 from wit_plugins.tokens.roles import IGNORE_INDEX, NEITHER
 from wit_plugins.tokens.span_bits import SPANS_KEY, bits_in_batch, to_bits
 from wit_plugins.tokens.text import TokenText
-from wit_plugins.tokens.transport import encode, framework_labels, restore_codes, weighing
+from wit_plugins.tokens.transport import decode, encode, framework_labels, restore_codes, weighing
 
 CODES_KEY = "weighted_labels"
 DATA = "the data"  # as a source of weights, beside the strategies
@@ -158,12 +158,13 @@ class WeightedCollator:
         return encode(read.targets, roles, weights * read.data_weights, labelled & ~left_out, left_out), bits
 
     def explain(self, example: Mapping[str, Any]) -> Explained:
-        """Where the weights of one example come from, for the preview. With WIT alone that is known from the roles."""
+        """Where the weights of one example come from, for the preview."""
         explained = Explained(self.codes(example))
         read = self.reader(example)
         if read.data_weights is not None:
             explained.sources[DATA] = read.data_weights
-        if len(self.strategies.options_by_name) == 1 and not explained.sources:
+        elif len(self.strategies.options_by_name) == 1:  # WIT alone: its weights are the codes'
+            explained.sources["wit"] = decode(torch.from_numpy(explained.codes))[2].numpy()
             return explained
         names = self.strategies.logged_spans
         explained.spans = {names.get(name, name): mask for name, mask in self.find_spans(example).items()}

@@ -49,6 +49,11 @@ class Parts:
     spans: dict[str, Part] = field(default_factory=dict)
     sources: dict[str, Part] = field(default_factory=dict)
 
+    @property
+    def several(self) -> bool:
+        """Whether weights come from more than the roles."""
+        return not self.sources.keys() <= {"prompt_weight", "response_weight"}
+
     def add(
         self,
         roles: np.ndarray,
@@ -119,4 +124,5 @@ def source_table(parts: Parts, predicted: int, mass: float) -> list[tuple[str, .
             f"{part.mass_without / (part.total_without or 1):.1%}",
         )
         for name, part in parts.sources.items()
+        if parts.several
     ]

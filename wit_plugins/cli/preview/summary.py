@@ -50,7 +50,7 @@ class Summary:
         dropped (`int`): examples that were left out altogether.
         dropped_prompt (`int`): their prompt tokens within the maximum length, where they were left out because no
             response token is: prompt_weight would have counted them.
-        parts ([`Parts`]): the spans, and the sources of the weights; empty if there is WIT alone.
+        parts ([`Parts`]): the spans, and the sources of the weights.
         complete (`bool`): whether every row was read.
     """
 

@@ -196,7 +196,7 @@ def _print_parts(out: Console, summary: Summary) -> None:
         for name, *cells in rows:
             table.add_row(Text(name), *cells)
         out.print(table)
-    if summary.parts.sources:
+    if summary.parts.several:
         said = (
             "weights from: a role's weight has the role's tokens, a strategy those whose weight it changes; a share of "
             "the loss is one of the sum of the weights, as if every token were equally hard; spans may overlap"
