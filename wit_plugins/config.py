@@ -170,6 +170,24 @@ def survives_float32(value: float) -> bool:
     return math.isfinite(as_float32) and (as_float32 != 0 or value == 0)
 
 
+def checked_weight(value: Any, key: str) -> float:
+    """A weight that a user wrote, if it is one.
+
+    Raises:
+        ValueError: naming the key, the value and the way out.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{key} = {value!r}: a weight is a finite number >= 0, such as 0.5")
+    if value < 0:
+        raise ValueError(
+            f"{key} = {value!r}: is below 0, under which the loss has no lower bound (a token's loss can be made as "
+            "large as you like); use 0 to take tokens out"
+        )
+    if not survives_float32(float(value)):
+        raise ValueError(f"{key} = {value!r}: is out of the range of float32; use a value such as 0.5")
+    return float(value)
+
+
 def did_you_mean(name: str, known: Any) -> str:
     """`"; did you mean 'x'?"` when a known name is close to `name`, else the list of known names."""
     known = sorted(known)

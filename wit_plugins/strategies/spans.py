@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wit_plugins.active import SPAN_NAME
-from wit_plugins.config import did_you_mean, survives_float32
+from wit_plugins.config import checked_weight, did_you_mean
 from wit_plugins.errors import WITConfigError
 from wit_plugins.hookspecs import hookimpl
 from wit_plugins.tokens.roles import PROMPT, RESPONSE
@@ -264,7 +263,7 @@ def _parse(entry: Any, at: str) -> _Span:
         raise ValueError(f"{at} = {dict(entry)!r}: needs a weight, such as weight: 0.5")
     (kind,) = where
     value = entry[kind]
-    numbers = {key: _number(entry[key], f"{at}.{key}") for key in ("weight", "others", "decay") if key in entry}
+    numbers = {key: checked_weight(entry[key], f"{at}.{key}") for key in ("weight", "others", "decay") if key in entry}
     role = entry.get("role")
     if role is not None and (not isinstance(role, str) or role not in _ROLES):
         raise ValueError(f"{at}.role = {role!r}: is prompt or response; leave it out for both")
@@ -302,19 +301,6 @@ def _parse(entry: Any, at: str) -> _Span:
         numbers.get("others", 1.0),
         numbers.get("decay"),
     )
-
-
-def _number(value: Any, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{key} = {value!r}: is a finite number >= 0, such as 0.5")
-    if value < 0:
-        raise ValueError(
-            f"{key} = {value!r}: is below 0, under which the loss has no lower bound (a token's loss can be made as "
-            "large as you like); use 0 to take tokens out"
-        )
-    if not survives_float32(float(value)):
-        raise ValueError(f"{key} = {value!r}: is out of the range of float32; use a value such as 0.5")
-    return float(value)
 
 
 _Found = tuple[str, Callable[[_Document], np.ndarray]]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from wit_plugins.active import ActiveStrategies
-from wit_plugins.config import WITConfig, survives_float32
+from wit_plugins.config import WITConfig, checked_weight
 from wit_plugins.errors import BadExampleError
 from wit_plugins.tokens.messages import Render, WeightedMessage, token_offsets, weigh_tokens
 from wit_plugins.tokens.prepared import FINGERPRINT_BITS, prepare
@@ -240,13 +239,7 @@ def _weight(value: Any, key: str) -> float:
     """
     if isinstance(value, np.generic):
         value = value.item()
-    if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
-        raise BadExampleError(f"{key} = {value!r}: a weight is a finite number >= 0, or true or false")
-    if value < 0:
-        raise BadExampleError(
-            f"{key} = {value!r}: is below 0, under which the loss has no lower bound (a token's loss can be made as "
-            "large as you like); use 0 to leave it out"
-        )
-    if not survives_float32(float(value)):
-        raise BadExampleError(f"{key} = {value!r}: is out of the range of float32; use a value such as 0.5")
-    return float(value)
+    try:
+        return checked_weight(float(value) if isinstance(value, bool) else value, key)
+    except ValueError as error:
+        raise BadExampleError(str(error)) from None

@@ -319,7 +319,7 @@ def test_half_surrogates_and_half_characters():
         ([{"weight": 1}], "exactly one of between, match, named"),
         ([{"match": "a", "named": "template", "weight": 1}], "exactly one of between, match, named"),
         ([{"match": "a", "weight": -0.5}], r"\[0\].weight = -0.5: .*no lower bound.*use 0"),
-        ([{"match": "a", "weight": math.inf}], r"\[0\].weight = inf: is a finite number"),
+        ([{"match": "a", "weight": math.inf}], r"\[0\].weight = inf: a weight is a finite number"),
         ([{"match": "a", "weight": math.nan}], r"\[0\].weight = nan"),
         ([{"match": "a", "weight": "0.5"}], r"\[0\].weight = '0.5'"),
         ([{"match": "a", "weight": True}], r"\[0\].weight = True"),

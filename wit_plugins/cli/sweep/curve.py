@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from wit_plugins.cli.sweep.heatmap import save
 from wit_plugins.cli.sweep.metrics import Metric
 from wit_plugins.cli.sweep.outcomes import Outcome, candidates, cost, spread
 from wit_plugins.cli.sweep.space import position
@@ -125,13 +123,4 @@ def draw_curve(path: Path, outcomes: Sequence[Outcome], metric: Metric, title: s
         axis.set_title(f"{visible(title)}: {cost(outcomes)}{varied}", fontsize=11)
         if axis.get_legend_handles_labels()[0]:
             figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=10)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a character of a name that the font does not have is a box
-                figure.savefig(temporary, dpi=120, format="png")
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            plt.close(figure)
+        save(figure, path)

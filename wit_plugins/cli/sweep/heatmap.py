@@ -10,12 +10,15 @@ import warnings
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from wit_plugins.cli.sweep.grid import Cell, weight_text
 from wit_plugins.cli.sweep.metrics import Metric
 from wit_plugins.cli.sweep.results import CellResult, best, format_value
 from wit_plugins.cli.text import visible
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _UNITS = {"eval_response_loss": "nats per token", "eval_prompt_loss": "nats per token"}
 _SHARE = 0.2  # of the colours: clipped if less than this were left for all cells but the outliers
@@ -151,13 +154,20 @@ def draw(path: Path, results: Sequence[CellResult], metrics: Sequence[Metric], t
         ]
         figure.legend(handles=legend, loc="outside lower center", ncols=3 if columns > 1 else 1, frameon=False)
         figure.suptitle(visible(title), fontsize=12)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a character of a name that the font does not have is a box
-                figure.savefig(temporary, dpi=120, format="png")
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            plt.close(figure)
+        save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG, whole or not at all, and close it."""
+    import matplotlib.pyplot as plt
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a character of a name that the font does not have is a box
+            figure.savefig(temporary, dpi=120, format="png")
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        plt.close(figure)
