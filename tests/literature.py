@@ -82,6 +82,41 @@ def otr(batches: MicroBatches, weights, samples, beta, temperature, seed=42) -> 
     return total / count
 
 
+def qtuning(batches: MicroBatches, weights, r_sample, r_token, neighbour_weight) -> torch.Tensor:
+    """Σ_kept λ nll / (r_sample · N): quantile after quantile, until ⌈r_sample · samples⌉ are in Q2 or Q4."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for batch in batches:
+        samples = []  # the trained tokens of each: position, λ, nll, entropy
+        for document in batch:
+            found = enumerate(tokens(document, *weights))
+            own = [(t, w, -lp[y], -(lp.exp() * lp).sum().item()) for t, (lp, y, w) in found if w != 0]
+            samples += [own] if own else []
+            count += len(own)
+        ppl = [math.exp(sum(nll.item() for _, _, nll, _ in own) / len(own)) for own in samples]
+        unsure = [sum(entropy for *_, entropy in own) / len(own) for own in samples]
+        quadrant: dict[int, int] = {}
+        for depth in range(len(samples)):
+            low_ppl, high_ppl = sorted(ppl)[depth], sorted(ppl)[-1 - depth]
+            low_entropy, high_entropy = sorted(unsure)[depth], sorted(unsure)[-1 - depth]
+            for index in range(len(samples)):
+                if index in quadrant or len(quadrant) >= math.ceil(r_sample * len(samples)):
+                    continue
+                if ppl[index] <= low_ppl and unsure[index] >= high_entropy:
+                    quadrant[index] = 4
+                elif ppl[index] >= high_ppl and unsure[index] <= low_entropy:
+                    quadrant[index] = 2
+        for index, number in quadrant.items():
+            likely = {t: math.exp(nll.item()) for t, _, nll, _ in samples[index]}
+            score = {
+                t: (1 - neighbour_weight) * own + neighbour_weight * (likely.get(t - 1, 0) + likely.get(t + 1, 0))
+                for t, own in likely.items()
+            }
+            kept = sorted(score, key=lambda t: score[t])
+            kept = kept if number == 4 else kept[: math.ceil(r_token * len(kept))]
+            total = total + sum(weight * nll for t, weight, nll, _ in samples[index] if t in kept)
+    return total / (r_sample * count)
+
+
 def plain(batches: MicroBatches, weights: tuple[float, float], **_: Any) -> torch.Tensor:
     """Σ λ nll / N."""
     found = [item for batch in batches for document in batch for item in tokens(document, *weights) if item[2] != 0]
@@ -115,6 +150,7 @@ METHODS: dict[str, tuple[Callable[..., torch.Tensor], dict[str, Any]]] = {
     "eaft": (eaft, {"alpha": 0.7, "top_k": 5, "divisor": 2.0}),
     "masked_thought": (plain, {"mask_token_id": 2, "probability": 0.4}),
     "otr": (otr, {"samples": 2, "beta": -0.5, "temperature": 1.3}),
+    "qtuning": (qtuning, {"r_sample": 0.7, "r_token": 0.5, "neighbour_weight": 0.4}),
 }
 
 

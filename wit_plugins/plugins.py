@@ -29,6 +29,7 @@ DEFAULT_STRATEGIES = {
     "eaft": "wit_plugins.strategies.eaft",
     "masked_thought": "wit_plugins.strategies.masked_thought",
     "otr": "wit_plugins.strategies.otr",
+    "qtuning": "wit_plugins.strategies.qtuning",
     "rho1": "wit_plugins.strategies.rho1",
     "spans": "wit_plugins.strategies.spans",
     "tl_training": "wit_plugins.strategies.tl_training",
