@@ -236,3 +236,33 @@ def tl_training_weights(
         (response_weight if response else prompt_weight) * (factor if index in keys else 1)
         for index, response in enumerate(written.response)
     ]
+
+
+FAIT = [  # right answers, in which what differs stands in [[ ]], and wrong ones
+    ("sum = 0\nfor x in it:\n    sum [[+]]= x\nreturn sum", "sum = 0\nfor x in it:\n    sum -= x\nreturn sum"),
+    ("[[check(x)\n]]use(x)\nend", "use(x)\nend"),
+    ("first\nlast", "first\nthen\nlast"),
+    ("return [[max]](a, [[b]])", "return min(a, c)\n"),
+    ("same", "same"),
+    ("the thing", None),
+    ("if a[[ and b]]:\n    go()\n[[if not]] a:\n    stop()", "if a:\n    go()\nelse a:\n    stop()"),
+    ("[[quite another]]", "thing"),
+]
+
+
+def marked(right: str) -> tuple[str, list[bool]]:
+    """The text without its marks, and which of its characters stand in them."""
+    parts = re.split(r"\[\[|\]\]", right)
+    return "".join(parts), [bool(number % 2) for number, part in enumerate(parts) for _ in part]
+
+
+def fait_weights(written: Any, right: str, weight: float, prompt_weight: float, response_weight: float) -> list[float]:
+    """Character by character: a token that writes one that differs weighs more."""
+    text, differs = marked(right)
+    start = written.text.rindex(text)
+    touched = written.characters[start : start + len(text)]
+    sensitive = {token for (_, own), mark in zip(touched, differs, strict=True) if mark for token in own}
+    return [
+        (response_weight if response else prompt_weight) * (weight if index in sensitive else 1)
+        for index, response in enumerate(written.response)
+    ]

@@ -27,6 +27,7 @@ DEFAULT_STRATEGIES = {
     "wit": "wit_plugins.strategies.wit",
     "dft": "wit_plugins.strategies.dft",
     "eaft": "wit_plugins.strategies.eaft",
+    "fait": "wit_plugins.strategies.fait",
     "masked_thought": "wit_plugins.strategies.masked_thought",
     "otr": "wit_plugins.strategies.otr",
     "qtuning": "wit_plugins.strategies.qtuning",

@@ -1,9 +1,14 @@
 """The methods of the literature through `axolotl train`, by the same `strategies:` block as anywhere."""
 
+import json
+
 import literature
 import pytest
-from axokit import Workplace
-from support import all_relative_error, llama, plain_copy
+from axokit import CHAT, Workplace
+from literature import marked
+from span_reference import from_ids, weighted_loss
+from support import all_relative_error, document_logits, llama, plain_copy
+from words import tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +56,41 @@ def test_rho1_compares_with_the_model_below_its_adapter(workplace):
     loss, grads = literature.rho1_step(copy, [run.docs], (0.2, 0.8))
     assert run.losses[0] == pytest.approx(loss, rel=1e-5)
     assert all_relative_error(run.taken, grads) < 1e-4
+
+
+def test_fait_compares_with_the_wrong_answer(workplace):
+    """Words here: of each answer one differs, or several, or none; one has no wrong answer."""
+    answers = [
+        ("w10 [[w11]] w12", "w10 w15 w12"),
+        ("w20 w21 [[w22 w23]]", "w20 w21"),
+        ("[[w30]] w31 w32 [[w33]]", "w31 w32 w34"),
+        ("w40 w41", "w40 w09 w41"),
+        ("w50 w51", None),
+        ("[[w05]]", "w06"),
+    ]
+    rows = []
+    for right, wrong in answers:
+        messages = [("user", "w01 w02"), ("assistant", "w07"), ("user", "w08"), ("assistant", marked(right)[0])]
+        turns = [{"role": role, "content": content} for role, content in messages]
+        rows.append({"messages": turns, "wrong": wrong})
+    path = workplace.folder / "answers.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"datasets": [{"path": str(path), "ds_type": "json", **CHAT}]}
+    packed = {"sample_packing": True, "micro_batch_size": 1, "sequence_len": 256, "gradient_accumulation_steps": 1}
+    strategies = {"fait": {"wrong_key": "wrong", "weight": 2.5}}
+    wit = {"prompt_weight": 0.2, "response_weight": 0.8, "strategies": strategies}
+    run = workplace.train(wit=wit, **data, **packed)
+    plain = workplace.train(**data, **packed)
+    docs, weights = plain.docs, []
+    assert len(docs) == len(answers)
+    for doc in docs:
+        written = from_ids(tokenizer(), doc.input_ids, doc.is_response)
+        (right,) = [right for right, _ in answers if f"<a> {marked(right)[0]} <end>" in written.text]
+        weights.append(literature.fait_weights(written, right, 2.5, 0.2, 0.8))
+    assert sum(2.5 * 0.8 in own for own in weights) == 4
+    with run.at_start() as model:
+        copy = plain_copy(model).train()
+    loss = weighted_loss(document_logits(copy, docs), weights)
+    loss.backward()
+    assert run.losses[0] == pytest.approx(loss.item(), rel=1e-5)
+    assert all_relative_error(run.taken, {name: p.grad for name, p in copy.named_parameters()}) < 1e-4

@@ -73,3 +73,24 @@ def test_tl_training_reads_the_text(workplace, tmp_path):
     gradients = {name: parameter.grad for name, parameter in recorder.initial.named_parameters()}
     assert recorder.logged() == [pytest.approx(loss.item(), **LOSS)]
     assert all_relative_error(recorder.taken, gradients) < 1e-4
+
+
+def test_fait_compares_with_the_wrong_answer(workplace, tmp_path):
+    said = [(literature.marked(right)[0], wrong) for right, wrong in literature.FAIT]
+    rows = [{"instruction": "say it", "input": "", "output": right, "wrong": wrong} for right, wrong in said]
+    workplace.dataset("answers", rows)
+    strategies = {"fait": {"wrong_key": "wrong", "weight": 2.5}}
+    wit = {"prompt_weight": 0.4, "response_weight": 0.6, "strategies": strategies}
+    recorder = run(workplace.config(dataset="answers", output_dir=str(tmp_path / "fait")), wit)
+    plain = run(workplace.config(dataset="answers", output_dir=str(tmp_path / "plain")), (0.4, 0.6))
+    docs, weights = plain.docs(), []
+    for doc, (right, _) in zip(docs, literature.FAIT, strict=True):
+        written = from_ids(tokenizer(), doc.input_ids, doc.is_response)
+        weights.append(literature.fait_weights(written, right, 2.5, 0.4, 0.6))
+    assert sum(any(weight > 0.6 for weight in own) for own in weights) == 5
+    loss = weighted_loss(alone(docs)(recorder.initial.train()), weights)
+    recorder.initial.zero_grad()
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in recorder.initial.named_parameters()}
+    assert recorder.logged() == [pytest.approx(loss.item(), **LOSS)]
+    assert all_relative_error(recorder.taken, gradients) < 1e-4

@@ -6,14 +6,16 @@ import sys
 import types
 import warnings
 from pathlib import Path
+from typing import Any
 
 import literature
 import numpy as np
 import pytest
 import yaml
 from support import document_logits, from_dataset, llama, plain_copy, subprocess_env
-from trlkit import logs, sft_trainer, tokenizer
-from wit_trl import WITCallback
+from trl import SFTConfig
+from trlkit import dataset, logs, sft_trainer, tokenizer
+from wit_trl import WITCallback, prepare_dataset
 
 import wit_plugins
 from wit_plugins.loss.reference import reference_loss
@@ -235,7 +237,11 @@ def test_what_the_table_of_methods_says_to_paste_trains(tmp_path):
     for row in rows:
         strategies = yaml.safe_load(row)["strategies"]
         names += strategies
-        trainer = sft_trainer(tmp_path, model=literature.adapted() if "rho1" in strategies else None)
+        data: Any = "tokenised"
+        if "fait" in strategies:  # which reads a column of the data
+            rows = dataset("plain").add_column("wrong", ["w01 w02"] * 8)
+            data = prepare_dataset(rows, tokenizer(), SFTConfig(str(tmp_path), use_cpu=True), strategies=strategies)
+        trainer = sft_trainer(tmp_path, data, literature.adapted() if "rho1" in strategies else None)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*key tokens: matches nothing")
             trainer.add_callback(WITCallback(trainer, prompt_weight=0.3, strategies=strategies))

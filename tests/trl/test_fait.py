@@ -1,0 +1,61 @@
+"""FAIT through the real `SFTTrainer`: loss and step from two texts whose differences are known, in float64."""
+
+import pytest
+from literature import FAIT, fait_weights, marked
+from span_reference import from_ids, weighted_loss
+from support import all_relative_error, document_logits, from_dataset, plain_copy
+from test_trl_data_weights import config
+from trlkit import LEARNING_RATE, logs, weights_of
+from weightkit import dataset, tokenizer, trainer
+from wit_trl import WITCallback, prepare_dataset
+
+from wit_plugins import WITConfigError
+
+OPTIONS = {"wrong_key": "wrong", "weight": 2.5}
+
+
+def rows():
+    made = []
+    for index, (right, wrong) in enumerate(FAIT):
+        turns = [("user", "say it"), ("assistant", "no"), ("user", "again"), ("assistant", marked(right)[0])]
+        messages = [{"role": role, "content": content} for role, content in turns[2 * (index % 2) :]]
+        made.append({"messages": messages, "wrong": wrong})
+    return made
+
+
+@pytest.mark.parametrize(
+    "args", [{}, {"packing": True}, {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3}]
+)
+def test_loss_and_step_are_those_of_the_differences(tmp_path, args):
+    args = {"assistant_only_loss": True, **args}
+    data = prepare_dataset(dataset(rows()), tokenizer(), config(**args), strategies={"fait": OPTIONS})
+    made = trainer(tmp_path, data, **args)
+    made.add_callback(WITCallback(made, 0.2, 0.8, strategies={"fait": OPTIONS}))
+    copy, before = plain_copy(made.model).train(), weights_of(made)
+    made.train()
+    assert made.state.global_step == 1
+    rights = [marked(right)[0] for right, _ in FAIT]
+    plain = trainer(tmp_path, dataset([{"messages": row["messages"]} for row in rows()]), **args)
+    docs, weights = from_dataset(plain.train_dataset), []
+    for doc in docs:
+        written = from_ids(tokenizer(), doc.input_ids, doc.is_response)
+        (own,) = [i for i, right in enumerate(rights) if written.text.endswith(f"{right}<|im_end|>\n")]
+        weights.append(fait_weights(written, FAIT[own][0], 2.5, 0.2, 0.8))
+    assert sum(0.8 * 2.5 in own for own in weights) == 5
+    loss = weighted_loss(document_logits(copy, docs), weights)
+    loss.backward()
+    taken = {name: (before[name] - after) / LEARNING_RATE for name, after in weights_of(made).items()}
+    assert logs(made)[0] == pytest.approx(loss.item(), rel=1e-5)
+    assert all_relative_error(taken, {name: p.grad for name, p in copy.named_parameters()}) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("key", "message"), [("wrng", "'wrng': the example has no such column, but messages"), ("messages", "")]
+)
+def test_a_column_that_is_not_there_is_named(key, message):
+    made = {"strategies": {"fait": {**OPTIONS, "wrong_key": key}}}
+    if message:
+        with pytest.raises(WITConfigError, match=message):
+            prepare_dataset(dataset(rows()), tokenizer(), config(assistant_only_loss=True), **made)
+    else:  # messages that end with the answer are one; here it is the right one itself
+        prepare_dataset(dataset(rows()), tokenizer(), config(assistant_only_loss=True), **made)
