@@ -3,12 +3,10 @@
 The folder is written from float64 log-probabilities of each document on its own: nothing of what it checks.
 """
 
-import math
-
 import numpy as np
 import pytest
 import torch
-from literature import SHARE, adapted
+from literature import SHARE, adapted, rho1_step
 from support import all_relative_error, from_dataset, llama, plain_copy
 from test_distributed import launch
 from test_literature import LAYOUTS, LEARNING_RATE, in_order
@@ -41,25 +39,6 @@ def write_scores(folder, rows, model=None):
     return str(folder)
 
 
-def rho1_step(model, batches, weights):
-    """Σ_kept λ nll / (share · N); kept: of each micro-batch the ⌈share · n⌉ with the highest nll - nll_reference."""
-    total, count, other = 0, 0, reference()
-    for docs in batches:
-        found = []
-        for doc in docs:
-            own = model(input_ids=torch.tensor([doc.input_ids])).logits[0].log_softmax(-1)
-            theirs = said(other, doc.input_ids)
-            for t in range(1, len(doc.input_ids)):
-                weight, nll = float(np.float32(weights[doc.is_response[t]])), -own[t - 1, doc.input_ids[t]]
-                found += [(nll.item() + theirs[t - 1].item(), weight, nll)] if weight else []
-        found.sort(key=lambda item: -item[0])
-        total = total + sum(weight * nll for _, weight, nll in found[: math.ceil(SHARE * len(found))])
-        count += len(found)
-    loss = total / (SHARE * count)
-    loss.backward()
-    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-
-
 CASES = {
     **{layout: (args, (0.2, 0.8), "fused") for layout, args in LAYOUTS.items()},
     "from logits": ({"packing": True}, (0.0, 1.0), "logits"),
@@ -71,8 +50,8 @@ CASES = {
 def test_loss_and_step_are_the_formula_s(tmp_path, args, weights, loss_impl):
     """Of a fully trained model, which has no adapter to take away."""
     trainer, batches = in_order(tmp_path, **args)
-    folder = write_scores(tmp_path / "scores", trainer.train_dataset)
-    loss, grads = rho1_step(plain_copy(trainer.model), batches[: trainer.args.gradient_accumulation_steps], weights)
+    steps, folder = trainer.args.gradient_accumulation_steps, write_scores(tmp_path / "scores", trainer.train_dataset)
+    loss, grads = rho1_step(plain_copy(trainer.model), batches[:steps], weights, reference())
     before = weights_of(trainer)
     trainer.args.max_steps = 1
     strategies = {"rho1": {"share": SHARE, "reference": folder}}
@@ -90,7 +69,7 @@ def test_in_evaluation_too(tmp_path):
         tmp_path, per_device_eval_batch_size=8, trainer_kwargs={"eval_dataset": held_out}, max_length=32
     )
     folder = write_scores(tmp_path / "scores", [*trainer.train_dataset, *held_out])
-    loss, _ = rho1_step(plain_copy(trainer.model), [from_dataset(held_out)], (0.0, 1.0))
+    loss, _ = rho1_step(plain_copy(trainer.model), [from_dataset(held_out)], (0.0, 1.0), reference())
     trainer.add_callback(WITCallback(trainer, 0.0, strategies={"rho1": {"share": SHARE, "reference": folder}}))
     assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-5)
 
@@ -136,7 +115,7 @@ def test_two_ranks_are_one(tmp_path):
     write_scores(tmp_path / "scores", trainer.train_dataset)
     done = launch(tmp_path, {}, script=TWO_RANKS)
     assert done.returncode == 0, done.stderr[-9000:]
-    loss, grads = rho1_step(plain_copy(trainer.model), batches, (0.2, 0.8))
+    loss, grads = rho1_step(plain_copy(trainer.model), batches, (0.2, 0.8), reference())
     logged, after = torch.load(tmp_path / "rho1.pt")
     assert logged == pytest.approx(loss, rel=1e-5)
     taken = {n: (p - after[n]) / LEARNING_RATE for n, p in weights_of(trainer).items()}
