@@ -10,6 +10,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -193,20 +194,23 @@ def adapted(model: Any = None) -> Any:
 
 
 def rho1_step(
-    model: Any, batches: Sequence[Sequence[Document]], weights: tuple[float, float]
+    model: Any, batches: Sequence[Sequence[Document]], weights: tuple[float, float], reference: Any = None
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Σ_kept λ nll / (share · N); kept: of each micro-batch the ⌈share · n⌉ with the highest nll - nll_reference."""
+    """Σ_kept λ nll / (share · N); kept: of each micro-batch the ⌈share · n⌉ with the highest nll - nll_reference.
+
+    The reference is another model, or the model without its adapter.
+    """
     total, count = torch.zeros((), dtype=torch.float64), 0
     for docs in batches:
         found = []
         for doc in docs:
             ids = torch.tensor([doc.input_ids])
             own = model(input_ids=ids).logits[0].log_softmax(-1)
-            with torch.no_grad(), model.disable_adapter():
-                reference = model(input_ids=ids).logits[0].log_softmax(-1)
+            with torch.no_grad(), nullcontext() if reference else model.disable_adapter():
+                theirs = (reference or model)(input_ids=ids).logits[0].log_softmax(-1)
             for t in range(1, len(doc.input_ids)):
                 weight, target = float(np.float32(weights[doc.is_response[t]])), doc.input_ids[t]
-                excess = (reference[t - 1, target] - own[t - 1, target]).item()
+                excess = (theirs[t - 1, target] - own[t - 1, target]).item()
                 found += [(excess, weight, -own[t - 1, target])] if weight else []
         found.sort(key=lambda item: -item[0])
         total = total + sum(weight * nll for _, weight, nll in found[: math.ceil(SHARE * len(found))])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wit_plugins.config import WITConfig
     from wit_plugins.errors import WeightsNotAppliedError, WITConfigError, WITError
-    from wit_plugins.hookspecs import entropy_of_top, hookimpl, per_token, share_kept
+    from wit_plugins.hookspecs import entropy_of_top, hookimpl, per_token, reference_in, share_kept
     from wit_plugins.plugins import register
     from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
     from wit_plugins.training.attach import attach, attached, detach
@@ -33,6 +33,7 @@ __all__ = [
     "entropy_of_top",
     "hookimpl",
     "per_token",
+    "reference_in",
     "register",
     "share_kept",
 ]
@@ -43,7 +44,7 @@ _MODULES = {
     "config": ("WITConfig",),
     "errors": ("WITConfigError", "WITError", "WeightsNotAppliedError"),
     "training.attach": ("attach", "attached", "detach"),
-    "hookspecs": ("entropy_of_top", "hookimpl", "per_token", "share_kept"),
+    "hookspecs": ("entropy_of_top", "hookimpl", "per_token", "reference_in", "share_kept"),
     "plugins": ("register",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

@@ -57,6 +57,7 @@ class ActiveStrategies(HooksOnDevice):
         for strategy in self._strategies:
             self._validate(strategy)
         self.logged_spans = self._find_logged_spans()
+        _ = self.reference
         for hook, reason in _ONE_AT_A_TIME.items():
             both = [strategy.name for strategy in self._strategies if strategy.has(hook)]
             if len(both) > 1:
@@ -79,7 +80,7 @@ class ActiveStrategies(HooksOnDevice):
             if isinstance(options, list):
                 raise WITConfigError(no_list) from error
             raise
-        _ = strategy.top_k, strategy.share  # which look at the options that they are read from
+        _ = strategy.top_k, strategy.share, strategy.reference  # which look at the options that they are read from
 
     def _bind(self) -> None:
         self.bind([Strategy(name, options) for name, options in self.options_by_name.items()])

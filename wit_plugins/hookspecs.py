@@ -58,6 +58,19 @@ def share_kept(option: str) -> Callable[[_Function], _Function]:
     return mark
 
 
+def reference_in(option: str) -> Callable[[_Function], _Function]:
+    """Say which option of the strategy names the folder of scores that its `reference_log_probs` are from.
+
+    Without that option, or the mark, they are those of the model without its adapter.
+    """
+
+    def mark(function: _Function) -> _Function:
+        function.wit_reference = option  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
 @hookspec(firstresult=True)
 def validate_options(options: Mapping[str, Any] | Sequence[Any]) -> None:
     """Raise `ValueError` if these options of this strategy are wrong; called before training starts."""

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from wit_plugins.errors import WITConfigError
 from wit_plugins.strategy import ON_TOKENS, Strategy
 
 if TYPE_CHECKING:
     import torch
+
+_references: ContextVar[bool] = ContextVar("references", default=True)
+
+
+@contextmanager
+def without_references() -> Iterator[None]:
+    """For the length of a `with`, no strategy compares with a reference: where the scores of one are still made."""
+    token = _references.set(False)
+    try:
+        yield
+    finally:
+        _references.reset(token)
+
 
 _BY_DOCUMENT = ("documents", "positions", "random")  # arguments that tell documents of a batch apart
 
@@ -38,7 +54,24 @@ class HooksOnDevice:
     @property
     def referring(self) -> list[str]:
         """Which strategies compare with a reference's log-probabilities."""
+        if not _references.get():
+            return []
         return [strategy.name for strategy in self._dynamic if strategy.asks_for("reference_log_probs")]
+
+    @property
+    def reference(self) -> str | None:
+        """The folder of scores that they compare with; `None` for the model without its adapter.
+
+        Raises:
+            WITConfigError: if they name different ones.
+        """
+        folders = {s.name: s.reference for s in self._dynamic if s.name in self.referring}
+        if len(set(folders.values())) > 1:
+            said = ", ".join(
+                f"{name} = {folder or 'the model without its adapter'}" for name, folder in folders.items()
+            )
+            raise WITConfigError(f"strategies: a run compares with one reference, not with several ({said}); name one")
+        return next(iter(folders.values()), None)
 
     @property
     def locating(self) -> list[str]:

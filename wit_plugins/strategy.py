@@ -96,3 +96,18 @@ class Strategy:
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise WITConfigError(f"strategies: {self.name}: {option} = {share!r}: is a share above 0 and at most 1")
         return float(share)
+
+    @property
+    def reference(self) -> str | None:
+        """The folder of scores that it compares with; `None` for the model without its adapter.
+
+        Raises:
+            WITConfigError: if the option that says so is no folder's name.
+        """
+        options = [mark for hook in ON_TOKENS if (mark := self.mark(hook, "wit_reference")) is not None]
+        folder = self.options.get(options[0]) if options and isinstance(self.options, Mapping) else None
+        if folder is not None and (not isinstance(folder, str) or not folder):
+            raise WITConfigError(
+                f"strategies: {self.name}: {options[0]} = {folder!r}: is the name of a folder that `wit score` wrote"
+            )
+        return folder

@@ -42,6 +42,7 @@ class AxolotlDriver(FrameworkDriver):
     distribution = "axolotl"
     oldest, below = str(OLDEST), str(TOO_NEW)
     train = "axolotl train"
+    model_keys = ("base_model", "revision_of_model")
 
     def recognises(self, values: Mapping[str, Any]) -> bool:
         """Only Axolotl calls the model `base_model`."""
@@ -280,7 +281,9 @@ def _splits(trainer: Any, captured: list[Any], strategy: str, splits_off: bool) 
         whole = captured[0]
     elif captured and strategy == "truncate" and hasattr(trainer.train_dataset, "select_columns"):
         whole = _beginning_as(trainer.train_dataset, captured[0], int(trainer.axolotl_cfg.sequence_len))
-    splits = {"train": Split(_rows(trainer.get_train_dataloader()), whole)}
+    loader = trainer.get_train_dataloader()
+    splits = {"train": Split(_rows(loader), whole, loader.dataset)}
     if trainer.eval_dataset is not None:
-        splits["eval"] = Split(_rows(trainer.get_eval_dataloader()))
+        loader = trainer.get_eval_dataloader()
+        splits["eval"] = Split(_rows(loader), examples=loader.dataset)
     return splits

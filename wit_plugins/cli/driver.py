@@ -65,12 +65,14 @@ class Split:
             `labels`; a packed row says where its documents are, see
             `wit_plugins.tokens.roles.document_starts`), or a list of examples that a batch sampler packs into one row.
             It must be possible to iterate over it again; with `__len__` there is a progress bar that knows its end.
+        examples (`Iterable | None`): all examples, where rows are lists of them and an epoch may leave some out.
         uncut (`Iterable | None`): the same examples before truncation and packing; `None` if the framework does not
             say.
     """
 
     rows: Iterable[Any]
     uncut: Iterable[Any] | None = None
+    examples: Iterable[Any] | None = None
 
 
 @dataclass
@@ -114,6 +116,7 @@ class FrameworkDriver:
         oldest, below (`str`): the supported versions: `oldest` ≤ version < `below`.
         block (`str`): the block of its files in which the settings of the weights stand; empty for none.
         train (`str`): what a user types in front of a file to train it.
+        model_keys (`tuple[str, str]`): the keys of the model's name and of its revision.
     """
 
     name = ""
@@ -123,6 +126,7 @@ class FrameworkDriver:
     below = "0"
     block = "wit"
     train = ""
+    model_keys = ("model_name_or_path", "model_revision")
 
     def recognises(self, values: Mapping[str, Any]) -> bool:
         """Whether this is a configuration of this framework. The framework need not be installed."""

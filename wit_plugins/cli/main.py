@@ -78,6 +78,15 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--limit", type=positive, metavar="N", help="look at the first N rows of each dataset only")
     verbose_argument(command)
 
+    command = _command(commands, "score", "ask a reference model about every token of the data, once", _run_score)
+    job_arguments(command)
+    command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the scores are written")
+    command.add_argument("--model", help="the reference: a folder or a name on the hub (default: the configuration's)")
+    command.add_argument(
+        "--batch-size", type=positive, default=8, help="documents at a time, at most (default: %(default)s)"
+    )
+    verbose_argument(command)
+
     command = _command(commands, "sweep", "choose the weights: train a grid or a search, one run a cell", _run_sweep)
     sweep_arguments(command)
 
@@ -198,6 +207,15 @@ def _run_check(options: argparse.Namespace) -> int:
             raise
         return refuse(plain.name, [*plain.repeated, str(error)])
     return check(driver, job, options.strict, options.limit, options.verbose)
+
+
+def _run_score(options: argparse.Namespace) -> int:
+    from wit_plugins.cli.quiet import quiet
+
+    with quiet(options.verbose):  # importing a framework prints too
+        driver, job = _job(options)
+        from wit_plugins.cli.score import score
+    return score(driver, job, options.output, options.model, options.batch_size, options.verbose)
 
 
 def _run_sweep(options: argparse.Namespace) -> int:

@@ -33,7 +33,10 @@ def check_base_model(model: nn.Module, asking: Sequence[str]) -> None:
     if not layers and all(parameter.is_meta for parameter in model.parameters()):
         return  # shapes alone, to look at a dataset with; the run itself says whether there are any
     if not layers:
-        raise WITConfigError(f"{reason}this model has none; train with LoRA")
+        raise WITConfigError(
+            f"{reason}this model has none; train with LoRA, or with the scores of a model in a folder (`wit score`, "
+            "docs/strategies.md)"
+        )
     own = {id(parameter) for layer in layers for parameter in layer.parameters()}
     for layer in layers:
         below = [getattr(layer, name) for name in _BELOW if isinstance(getattr(layer, name, None), nn.Module)]

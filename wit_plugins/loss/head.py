@@ -28,6 +28,7 @@ from wit_plugins.loss.weighted import MicroBatch
 from wit_plugins.tokens.chance import Chance
 from wit_plugins.tokens.collator import CODES_KEY
 from wit_plugins.tokens.roles import IGNORE_INDEX
+from wit_plugins.tokens.scores import SCORES_KEY
 from wit_plugins.tokens.span_bits import SPANS_KEY
 from wit_plugins.tokens.transport import MAX_VOCAB_SIZE, decode, framework_labels
 
@@ -118,6 +119,7 @@ class WeightedHead:
             WeightsNotAppliedError: if the weights do not belong to the labels, spans that are logged are missing, or
                 it is no call of `compute_loss`.
         """
+        scores = kwargs.pop(SCORES_KEY, None)
         if codes is None or labels is None or not self.enabled:
             given = {"labels": labels, "num_items_in_batch": num_items}
             kwargs.update({key: value for key, value in given.items() if value is not None})
@@ -132,7 +134,12 @@ class WeightedHead:
                 f"the model was called with {CODES_KEY} and without {SPANS_KEY}, by which spans are logged: something "
                 "between the collator and the model takes it out of the batch; leave it in"
             )
-        step.spans = spans
+        if scores is None and self.strategies.reference is not None:
+            raise WeightsNotAppliedError(
+                f"the model was called with {CODES_KEY} and without {SCORES_KEY}, in which a reference's scores are: "
+                "something between the collator and the model takes it out of the batch; leave it in"
+            )
+        step.spans, step.scores = spans, scores
         kwargs = {key: value for key, value in kwargs.items() if key not in self.adapter.head_kwargs}
         kwargs["return_dict"] = True
         if step.training and self.strategies.changes_inputs:
@@ -156,7 +163,7 @@ class WeightedHead:
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Any, codes: Any, step: Step
     ) -> torch.Tensor | None:
         """The nll `[N]` of the step's tokens by the model without its adapters, if a strategy asks for it."""
-        if not self.strategies.referring:
+        if not self.strategies.referring or self.strategies.reference is not None:
             return None
         batches: list[MicroBatch] = []
 
@@ -267,6 +274,9 @@ class WeightedHead:
         )
         if not alone and self._reference_nll is not None:
             batch.compare(self._reference_nll.to(device))
+        if not alone and step.scores is not None:
+            scores = step.scores.to(device)
+            batch.look_up(torch.nn.functional.pad(scores, (codes.shape[1] - scores.shape[1], 0)))
         return batch
 
     def _align(self, codes: torch.Tensor, labels: torch.Tensor, num_logits: int) -> torch.Tensor:

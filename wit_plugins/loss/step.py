@@ -23,6 +23,8 @@ class Step:
         aux_loss_scale (`float`): what that loss is multiplied by beside it, so that what the trainer makes of the whole
             loss afterwards leaves it as the trainer without weights would have it.
         spans (`torch.Tensor | None`): int64 `[B, L]`, which logged spans each token is in; set by the head.
+        scores (`torch.Tensor | None`): int64 `[B, L]`, the bits of each token's log-probability by the reference in a
+            folder; set by the head.
         number (`int`): how many optimizer steps were taken before.
         number_of_steps (`int`): how many the run has.
         seed (`int`): the run's.
@@ -39,6 +41,7 @@ class Step:
     number_of_steps: int = 1
     seed: int = 0
     spans: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
     result: WeightedLoss | None = None
     aux_loss: torch.Tensor | None = None
 

@@ -139,6 +139,11 @@ class MicroBatch:
         """Take what a reference makes of the same `N` tokens, for the strategies."""
         self._located["reference_log_probs"] = -reference_nll
 
+    def look_up(self, scores: torch.Tensor) -> None:
+        """Take what a reference makes of each token: int64 `[B, L]`, the bits of its log-probability in float32."""
+        bits = scores[self.row, self.column].to(torch.int32)
+        self._located["reference_log_probs"] = bits.view(torch.float32)
+
     def _sum(self, tokens: TokenNLL) -> WeightedLoss:
         self.nll = tokens.nll
         result = WeightedLoss(tokens.loss, self.denominator, self._role_sums(tokens.nll), self.labels_count)

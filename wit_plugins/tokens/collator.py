@@ -17,6 +17,7 @@ from wit_plugins.active import ActiveStrategies
 from wit_plugins.errors import BadExampleError, WeightsNotAppliedError, WITConfigError
 from wit_plugins.tokens.reader import ExampleReader, ReadExample
 from wit_plugins.tokens.roles import IGNORE_INDEX, NEITHER
+from wit_plugins.tokens.scores import SCORES_KEY, Scores, scored_documents
 from wit_plugins.tokens.span_bits import SPANS_KEY, bits_in_batch, to_bits
 from wit_plugins.tokens.text import TokenText
 from wit_plugins.tokens.transport import decode, encode, framework_labels, restore_codes, weighing
@@ -46,7 +47,8 @@ class WeightedCollator:
     The batch keeps what the wrapped collator made of it, with `labels` as the framework would have had them (int64,
     -100 on everything but the response) and one more tensor of the same shape, `weighted_labels`: int64 codes (see
     `wit_plugins.tokens.transport`). If strategies have spans to log, there is a third, `weighted_spans` (int64, see
-    `wit_plugins.tokens.span_bits`).
+    `wit_plugins.tokens.span_bits`). If strategies compare with scores in a folder, there is `weighted_scores` (the bits
+    of float32 as int64, since frameworks round floats; see `wit_plugins.tokens.scores`).
 
     Args:
         collator (`Callable`): the framework's collator. It gets the examples as they are, labels exchanged: a list of
@@ -70,6 +72,7 @@ class WeightedCollator:
         self.strategies = strategies
         self.reader = reader or ExampleReader()
         self._reading, self._locating = strategies.reading, strategies.locating
+        self.scores = None if strategies.reference is None else Scores(strategies.reference)
         self._token_text = TokenText(tokenizer) if hasattr(tokenizer, "convert_ids_to_tokens") else None
         if self._reading and self._token_text is None:
             names = sorted({name for names in self._reading.values() for name in names})
@@ -92,8 +95,9 @@ class WeightedCollator:
             return self.collator(features, *args, **kwargs)  # e.g. prediction; a training step without codes stops
         checksum = _Checksum()
         sent: list[tuple[np.ndarray, np.ndarray]] = []
+        scored: list[tuple[np.ndarray, np.ndarray]] = []
         try:
-            exchanged = [self._exchange(item, checksum, sent) for item in features]
+            exchanged = [self._exchange(item, checksum, sent, scored) for item in features]
         except BadExampleError as error:
             # Every example before it was added to the checksum.
             place = f"example {checksum.examples} of a batch of {len(examples)}"
@@ -123,16 +127,47 @@ class WeightedCollator:
                     "sampler may sort)"
                 )
             batch[SPANS_KEY] = torch.from_numpy(bits)
+        if self.scores is not None:
+            bits = bits_in_batch(codes.numpy(), scored)
+            if bits is None:
+                raise WeightsNotAppliedError(
+                    f"{type(self.collator).__name__} puts the examples or their tokens into another order, so their "
+                    f"scores ({self.scores.folder}) cannot be put beside them; use a collator that keeps the order, "
+                    "such as DataCollatorForSeq2Seq (a sampler may sort)"
+                )
+            batch[SCORES_KEY] = torch.from_numpy(bits)
         return batch
 
-    def _exchange(self, item: Any, checksum: _Checksum, sent: list[tuple[np.ndarray, np.ndarray]]) -> Any:
+    def _exchange(
+        self,
+        item: Any,
+        checksum: _Checksum,
+        sent: list[tuple[np.ndarray, np.ndarray]],
+        scored: list[tuple[np.ndarray, np.ndarray]],
+    ) -> Any:
         if isinstance(item, Mapping):
             codes, bits = self._read(item)
+            if self.scores is not None:
+                scored.append((codes, self.log_probs(item).view(np.int32).astype(np.int64)))
             checksum.add(codes)
             if self.strategies.logged_spans:
                 sent.append((codes, bits))
             return {**item, "labels": _like(item["labels"], codes)}
-        return [self._exchange(example, checksum, sent) for example in item]
+        return [self._exchange(example, checksum, sent, scored) for example in item]
+
+    def log_probs(self, example: Mapping[str, Any]) -> np.ndarray:
+        """What the reference in the folder of scores says of the tokens of one example, float32 `[T]`.
+
+        Raises:
+            WITConfigError: if there are no complete scores in the folder.
+            BadExampleError: if there are none of a document.
+        """
+        assert self.scores is not None
+        read = self.reader(example)
+        found = np.zeros(len(read.roles), dtype=np.float32)
+        for document in scored_documents(read):
+            found[document.place] = self.scores(document)
+        return found
 
     def codes(self, example: Mapping[str, Any]) -> np.ndarray:
         """The codes of one example, int64 `[T]`, from its `input_ids`, `labels` and document boundaries."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from wit_plugins.tokens.collator import WeightedCollator
 
 _FIRST = 100
-_FOR_SPANS = 10_000
+_READ = 10_000  # examples, where all would take too long
 
 
 class UnmatchedSpanWarning(UserWarning):
@@ -157,7 +157,7 @@ def warn_of_unmatched_spans(dataset: Any, collator: WeightedCollator) -> None:
     if not (collator.strategies.looks_for_spans and can_be_read_again(dataset)):
         return
     size, seen, matched = len(dataset), set[str](), set[str]()
-    read = np.unique(np.linspace(0, size - 1, min(size, _FOR_SPANS)).astype(np.int64)).tolist()
+    read = _evenly(size)
     for index in tqdm(read, desc="Looking for what is weighted", delay=5):
         try:
             found = collator.find_spans(dataset[index])
@@ -177,6 +177,39 @@ def warn_of_unmatched_spans(dataset: Any, collator: WeightedCollator) -> None:
             UnmatchedSpanWarning,
             stacklevel=3,
         )
+
+
+def check_scores(datasets: Mapping[str, Any], collator: WeightedCollator) -> None:
+    """Make sure that there are scores of the documents, if strategies compare with those in a folder.
+
+    At most 10,000 examples of each dataset are read, at even distances; a stream is not.
+
+    Args:
+        datasets (`Mapping[str, Any]`): by name, for the message.
+        collator ([`WeightedCollator`]): with the strategies, as it trains.
+
+    Raises:
+        WITConfigError: if there are none.
+    """
+    if collator.scores is None:
+        return
+    try:
+        collator.scores.open()
+    except WITConfigError as error:
+        raise WITConfigError(f"strategies: {', '.join(collator.strategies.referring)}: {error}") from None
+    for name, dataset in datasets.items():
+        if not can_be_read_again(dataset):
+            continue
+        for index in tqdm(_evenly(len(dataset)), desc=f"Looking for the scores of the {name} dataset", delay=5):
+            try:
+                collator.log_probs(dataset[index])
+            except BadExampleError as error:
+                raise BadExampleError(f"example {index} of the {name} dataset: {error}") from None
+
+
+def _evenly(size: int) -> list[int]:
+    """Numbers of examples, from the first to the last."""
+    return np.unique(np.linspace(0, size - 1, min(size, _READ)).astype(np.int64)).tolist() if size else []
 
 
 def _count(example: Mapping[str, Any], masking_hint: str, reader: ExampleReader) -> tuple[int, int]:

@@ -25,6 +25,7 @@ class ReadExample(NamedTuple):
         starts (`np.ndarray`): int64, the first token of each document.
         labels (`np.ndarray`): int64 `[T]`, the framework's own.
         data_weights (`np.ndarray | None`): float32 `[T]`, those that stand in the data; `None` if none do.
+        input_ids (`np.ndarray`): int64 `[T]`, what the model reads.
     """
 
     targets: np.ndarray
@@ -32,6 +33,7 @@ class ReadExample(NamedTuple):
     starts: np.ndarray
     labels: np.ndarray
     data_weights: np.ndarray | None
+    input_ids: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class ExampleReader:
         self._check_ids("labels", labels)
         if self.pad_token_id is not None and example.get("attention_mask") is None:
             self._check_padding((input_ids == self.pad_token_id) & (labels == IGNORE_INDEX), starts)
-        return ReadExample(targets, roles, starts, labels, None if prepared is None else prepared.weights)
+        weights = None if prepared is None else prepared.weights
+        return ReadExample(targets, roles, starts, labels, weights, input_ids)
 
     def _check_fingerprints(self, found: Sequence[int]) -> None:
         if any(fingerprint != self.fingerprint for fingerprint in found):

@@ -20,6 +20,7 @@ from wit_plugins.tokens.dataset_check import (
     StreamCheck,
     can_be_read_again,
     check_dataset,
+    check_scores,
     warn_of_unmatched_spans,
     weighted_examples,
 )
@@ -65,7 +66,7 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
     strategies = ActiveStrategies(config.active_strategies())
     adapter.check_data(trainer, config)
     model = causal_lm(trainer)
-    if strategies.referring:
+    if strategies.referring and strategies.reference is None:
         check_base_model(model, strategies.referring)
     aux_loss_sums = adapter.aux_loss_sums(trainer)  # before it is changed
     make_head = functools.partial(
@@ -97,6 +98,7 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
             if getattr(trainer, name, None) is not None:
                 own = WeightedCollator(getattr(trainer, name), strategies, reader, tokenizer)
                 changes.set(trainer, name, own)
+        check_scores(_datasets(trainer), trainer.data_collator)  # type: ignore[arg-type]
         # Otherwise the trainer would not count the step's denominator, but average its micro-batches one by one.
         changes.set(trainer, "model_accepts_loss_kwargs", True)
         if trainer.args.use_liger_kernel:
@@ -131,6 +133,16 @@ def attached(trainer: Trainer) -> Attachment | None:
 def causal_lm(trainer: Trainer) -> nn.Module:
     """The unwrapped causal language model of a trainer: below DDP, FSDP, DeepSpeed, compilation and PEFT."""
     return unwrapped(trainer, trainer.model)
+
+
+def _datasets(trainer: Trainer) -> dict[str, Any]:
+    """The datasets whose examples the collator will be given, by name."""
+    found = {"training": getattr(trainer, "train_dataset", None)}
+    evaluation = getattr(trainer, "eval_dataset", None)
+    if not getattr(trainer.args, "predict_with_generate", False):
+        by_name = evaluation if isinstance(evaluation, dict) else {"evaluation": evaluation}
+        found |= {str(name): dataset for name, dataset in by_name.items()}
+    return {name: dataset for name, dataset in found.items() if dataset is not None}
 
 
 def _adapter(trainer: Trainer) -> TrainerAdapter:

@@ -442,7 +442,7 @@ def test_reading_stops_when_everything_was_found_and_streams_are_not_read():
 
 
 def test_how_many_were_read_is_said(monkeypatch):
-    monkeypatch.setattr("wit_plugins.tokens.dataset_check._FOR_SPANS", 3)
+    monkeypatch.setattr("wit_plugins.tokens.dataset_check._READ", 3)
     row = packed([from_offsets(byte_level(), [("q", False), ("four", True)])])
     with pytest.warns(UserWarning, match="spans: x: matches nothing in 3 of the 7 training examples, read at even"):
         warn_of_unmatched_spans([row] * 7, collator([{"match": "x", "weight": 1}], byte_level()))

@@ -163,13 +163,15 @@ def summarise_split(
         if hasattr(split.uncut, "__len__") and prepared.max_length is not None:
             total += len(split.uncut)  # type: ignore[arg-type]
     twice = ", before and after truncation" if split.uncut is not None and prepared.max_length is not None else ""
-    with _progress(f"Reading the dataset{twice}", total, screen, say_rate) as advance:
+    with progress(f"Reading the dataset{twice}", total, screen, say_rate) as advance:
         return summarise(prepared, split, limit, advance, name)
 
 
 @contextmanager
-def _progress(label: str, total: int | None, screen: TextIO, say_rate: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar over rows, with the tokens a second; if wanted, one line of result after it."""
+def progress(
+    label: str, total: int | None, screen: TextIO, say_rate: bool = False, done: int = 0
+) -> Iterator[Callable[[int, int], None]]:
+    """A bar over rows, `done` of them before, with the tokens a second; if wanted, one line of result after it."""
     err = Console(file=screen, markup=False, highlight=False)
     start, tokens = time.monotonic(), 0
 
@@ -180,7 +182,7 @@ def _progress(label: str, total: int | None, screen: TextIO, say_rate: bool) -> 
     columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn()]
     columns += [TimeElapsedColumn(), TextColumn("{task.fields[rate]}")]
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task(label, total=total, rate="")
+        task = bar.add_task(label, total=total, rate="", completed=done)
 
         def advance(rows: int, more: int) -> None:
             nonlocal tokens

@@ -1,0 +1,205 @@
+"""`wit score`: what a reference model says of every token of the data, in a folder for training to read."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.text import Text
+
+from wit_plugins.cli.console import console
+from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared
+from wit_plugins.cli.preview.command import prepare, progress, reasons
+from wit_plugins.cli.preview.rows import blocks, row_errors
+from wit_plugins.cli.quiet import quiet
+from wit_plugins.cli.text import visible
+from wit_plugins.errors import WITConfigError
+from wit_plugins.loss.document_scores import DocumentScorer
+from wit_plugins.on_device import without_references
+from wit_plugins.tokens.scores import ScoredDocument, ScoresWriter, scored_documents
+
+_SHARD = 512  # documents: what a killed run has to do again
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
+
+def score(
+    driver: FrameworkDriver,
+    job: Job,
+    output: Path,
+    model: str | None = None,
+    batch_size: int = 8,
+    verbose: bool = False,
+) -> int:
+    """Score all datasets of a configuration; what an earlier attempt has done stays.
+
+    Args:
+        driver ([`FrameworkDriver`]): the framework's.
+        job ([`Job`]): the configuration.
+        output (`Path`): the folder.
+        model (`str | None`): the reference; by default the configuration's own model, before it is trained.
+        batch_size (`int`): how many documents go through the model at a time.
+        verbose (`bool`): whether what the libraries print is shown.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        WITConfigError: if training would refuse to start, the model cannot be loaded, or the folder holds something
+            else.
+    """
+    with quiet(verbose) as screen, without_references():
+        source = _Source(driver, job, model)
+        about = {"model": source.name, "version of the model": source.identity()}
+        ScoresWriter.check(output, about)  # before the work, and not after it
+        prepared = prepare(driver, job, screen)
+        for problem in prepared.problems:
+            raise WITConfigError(f"{job.name}: training would refuse to start: {problem}")
+        todo = _fingerprints(prepared, screen)
+        about["dataset"] = hashlib.blake2b(b"".join(sorted(todo)), digest_size=16).hexdigest()
+        writer = ScoresWriter(output, about)
+        count, before = len(todo), len(todo & writer.written)
+        if before < count:
+            source.check_tokenizer(prepared.tokenizer)
+            _score(DocumentScorer(source.load()), prepared, todo - writer.written, writer, batch_size, screen)
+        tokenizer = str(prepared.tokenizer.name_or_path)
+        writer.finish({"documents": count, "tokenizer": tokenizer, "framework": prepared.framework})
+    out = console()
+    done = f" ({before:,} of them were there)" if before else ""
+    out.print(
+        Text(f"{visible(str(output))}: {count:,} documents{done}, scored by {visible(source.name)}"), soft_wrap=True
+    )
+    return 0
+
+
+def _documents(prepared: Prepared) -> Iterator[tuple[int, list[ScoredDocument]]]:
+    """All documents of all datasets: block by block how many rows it has, and its documents."""
+    for name, split in prepared.splits.items():
+        number = 0
+        for block in blocks(split.rows if split.examples is None else split.examples):
+            found: list[ScoredDocument] = []
+            for example in (inner for row in block for inner in (row if isinstance(row, list) else [row])):
+                with row_errors(f"dataset {name}, row {number} (from 0)", example):
+                    found += scored_documents(prepared.collator.reader(example))
+                number += 1
+            yield len(block), found
+
+
+def _fingerprints(prepared: Prepared, screen: TextIO) -> set[bytes]:
+    """Those of all documents."""
+    every: list[Any] = [split.rows if split.examples is None else split.examples for split in prepared.splits.values()]
+    total = sum(map(len, every)) if all(hasattr(rows, "__len__") for rows in every) else None
+    found: set[bytes] = set()
+    with progress("Reading the data", total, screen) as advance:
+        for size, documents in _documents(prepared):
+            found.update(document.fingerprint for document in documents)
+            advance(size, sum(len(document.input_ids) for document in documents))
+    if not found:
+        raise WITConfigError("there is no document of two tokens or more to score; check the data with `wit check`")
+    return found
+
+
+def _score(
+    scorer: DocumentScorer,
+    prepared: Prepared,
+    todo: set[bytes],
+    writer: ScoresWriter,
+    batch_size: int,
+    screen: TextIO,
+) -> None:
+    """Score the documents with these fingerprints, each once, and write them shard by shard."""
+    shard: dict[bytes, ScoredDocument] = {}
+    total = len(todo) + len(writer.written)
+    with progress("Scoring", total, screen, say_rate=True, done=len(writer.written)) as advance:
+
+        def write() -> None:
+            # Documents of one batch are about as long as each other, so that little of it is padding.
+            ordered = sorted(shard.items(), key=lambda item: -len(item[1].input_ids))
+            log_probs = []
+            for at in range(0, len(ordered), batch_size):
+                batch = [document for _, document in ordered[at : at + batch_size]]
+                log_probs += scorer(batch)
+                advance(len(batch), sum(len(document.input_ids) for document in batch))
+            writer.add([fingerprint for fingerprint, _ in ordered], log_probs)
+            shard.clear()
+
+        for _, documents in _documents(prepared):
+            for document in documents:
+                fingerprint = document.fingerprint
+                if fingerprint in todo:
+                    todo.discard(fingerprint)
+                    shard[fingerprint] = document
+                if len(shard) == _SHARD:
+                    write()
+        if shard:
+            write()
+
+
+class _Source:
+    """The reference: where it is, which version, and the model itself."""
+
+    def __init__(self, driver: FrameworkDriver, job: Job, model: str | None) -> None:
+        values = {**job.values, **job.overrides}
+        name_key, revision_key = driver.model_keys
+        self.own = model is None
+        given = model or values.get(name_key)
+        if not given:
+            raise WITConfigError(f"{job.name}: there is no {name_key}; name the reference with --model")
+        folder = Path(str(given)).expanduser()
+        self.folder = folder if folder.is_dir() else None
+        self.name = str(folder.absolute()) if self.folder else str(given)
+        self._options: dict[str, Any] = {"trust_remote_code": bool(values.get("trust_remote_code"))}
+        if self.own and values.get(revision_key):
+            self._options["revision"] = str(values[revision_key])
+
+    def identity(self) -> str:
+        """What changes when the model does: its files, or its commit on the hub."""
+        if self.folder is None:
+            from transformers import AutoConfig
+
+            with self._errors():
+                config = AutoConfig.from_pretrained(self.name, **self._options)
+            return str(getattr(config, "_commit_hash", None))
+        files = [path for path in sorted(self.folder.iterdir()) if path.suffix in (".json", ".safetensors", ".bin")]
+        said = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+        return hashlib.blake2b("\n".join(said).encode(), digest_size=8).hexdigest()
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Make sure that another model calls the tokens by the same ids.
+
+        Raises:
+            WITConfigError: if it does not. A model that has no tokenizer beside it is believed.
+        """
+        # transformers makes a tokenizer up for a folder without one.
+        if self.own or (self.folder is not None and not any((self.folder / name).exists() for name in _TOKENIZER)):
+            return
+        from transformers import AutoTokenizer
+
+        try:
+            others = AutoTokenizer.from_pretrained(self.name, **self._options).get_vocab()
+        except Exception:  # whatever a library says of a tokenizer that is not there
+            return
+        for token, number in tokenizer.get_vocab().items():
+            if others.get(token, number) != number:
+                raise WITConfigError(
+                    f"--model = {self.name!r}: its tokenizer is another one: {token!r} is {others[token]} there and "
+                    f"{number} in training; the reference must be a model of the tokenizer that trains"
+                )
+
+    def load(self) -> Any:
+        """The model, in the type that it was saved in; on the GPUs if there are any."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        where = {"device_map": "auto"} if torch.cuda.is_available() else {}
+        with self._errors():
+            return AutoModelForCausalLM.from_pretrained(self.name, dtype="auto", **where, **self._options)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise WITConfigError(f"the reference {self.name!r} cannot be loaded: {reasons(error)}") from error
