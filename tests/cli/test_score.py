@@ -53,6 +53,8 @@ SHAPES = {
     "unpacked": {},
     "packed": {"packing": True, "max_length": 24},
     "cut into rows": {"packing": True, "packing_strategy": "bfd_split", "max_length": 8},
+    "wrapped": {"packing": True, "packing_strategy": "wrapped", "max_length": 16},
+    "a stream": {"dataset_streaming": True, "max_steps": 2},
 }
 
 
