@@ -44,7 +44,7 @@ def test_packed_epochs_leave_documents_out_and_scores_none(tmp_path, monkeypatch
     """Axolotl's sampler drops what fills no batch; another epoch may hold it."""
     workplace, folder = Workplace(tmp_path), tmp_path / "scores"
     path = workplace.config(
-        count=20, sample_packing=True, micro_batch_size=3, sequence_len=32, sample_packing_bin_size=4
+        count=20, sample_packing=True, micro_batch_size=3, sequence_len=32, sample_packing_bin_size=1
     )
     seen = []
     monkeypatch.setattr("wit_plugins.cli.score.prepare", lambda *args: seen.append(prepare(*args)) or seen[0])

@@ -42,7 +42,7 @@ def place(tmp_path, monkeypatch):
 
 
 def test_there_are_commands():
-    assert {shlex.split(command)[1] for command in commands()} == {"preview", "check", "sweep", "env"}
+    assert {shlex.split(command)[1] for command in commands()} == {"preview", "check", "score", "sweep", "env"}
 
 
 @pytest.mark.parametrize("command", commands())

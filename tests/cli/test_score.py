@@ -10,11 +10,14 @@ import torch
 import yaml
 from clikit import read_json, wit, workplace
 from datasets import Dataset
+from literature import adapted
 from support import from_dataset, llama, subprocess_env
+from transformers import AutoModelForCausalLM
 from trlkit import dataset, tokenizer
 from wit_trl.driver import TRLDriver
 
 from wit_plugins.cli.driver import Job
+from wit_plugins.cli.sweep.processes import locked
 from wit_plugins.errors import WITConfigError
 from wit_plugins.loss.document_scores import DocumentScorer
 from wit_plugins.tokens.reader import ExampleReader
@@ -53,6 +56,8 @@ SHAPES = {
     "unpacked": {},
     "packed": {"packing": True, "max_length": 24},
     "cut into rows": {"packing": True, "packing_strategy": "bfd_split", "max_length": 8},
+    "wrapped": {"packing": True, "packing_strategy": "wrapped", "max_length": 16},
+    "a stream": {"dataset_streaming": True, "max_steps": 2},
 }
 
 
@@ -180,6 +185,27 @@ def test_another_model_s_or_another_dataset_s_folder_is_refused(tmp_path, capsys
     assert "scores of another dataset" in refused("--set", "max_length=8")
     llama(seed=3, vocab_size=64).save_pretrained(tmp_path / "model")
     assert "another version of the model" in refused()
+
+
+def test_one_at_a_time(tmp_path, capsys):
+    path, output = workplace(tmp_path), tmp_path / "scores"
+    output.mkdir()
+    with locked(output):
+        code, _, err = wit("score", path, "--output", output, capsys=capsys)
+    assert code == 2
+    assert "another `wit score` is running there" in err
+    assert wit("score", path, "--output", output, capsys=capsys)[0] == 0
+
+
+def test_a_model_with_an_adapter(tmp_path, capsys):
+    """A folder that holds an adapter alone is read with the model that it was made for."""
+    path = workplace(tmp_path)
+    model = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
+    model.save_pretrained(tmp_path / "adapter")
+    args = ("score", path, "--model", tmp_path / "adapter", "--output", tmp_path / "scores")
+    code, _, err = wit(*args, capsys=capsys)
+    assert code == 0, err
+    check_scores(tmp_path / "scores", model, documents_of(path))
 
 
 def test_a_model_that_cannot_be_the_reference(tmp_path, capsys):

@@ -15,6 +15,7 @@ from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared
 from wit_plugins.cli.preview.command import prepare, progress, reasons
 from wit_plugins.cli.preview.rows import blocks, row_errors
 from wit_plugins.cli.quiet import quiet
+from wit_plugins.cli.sweep.processes import locked
 from wit_plugins.cli.text import visible
 from wit_plugins.errors import WITConfigError
 from wit_plugins.loss.document_scores import DocumentScorer
@@ -59,13 +60,18 @@ def score(
             raise WITConfigError(f"{job.name}: training would refuse to start: {problem}")
         todo = _fingerprints(prepared, screen)
         about["dataset"] = hashlib.blake2b(b"".join(sorted(todo)), digest_size=16).hexdigest()
-        writer = ScoresWriter(output, about)
-        count, before = len(todo), len(todo & writer.written)
-        if before < count:
-            source.check_tokenizer(prepared.tokenizer)
-            _score(DocumentScorer(source.load()), prepared, todo - writer.written, writer, batch_size, screen)
-        tokenizer = str(prepared.tokenizer.name_or_path)
-        writer.finish({"documents": count, "tokenizer": tokenizer, "framework": prepared.framework})
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WITConfigError(f"--output = {str(output)!r}: cannot be written ({error}); name another") from None
+        with locked(output, "wit score"):
+            writer = ScoresWriter(output, about)
+            count, before = len(todo), len(todo & writer.written)
+            if before < count:
+                source.check_tokenizer(prepared.tokenizer)
+                _score(DocumentScorer(source.load()), prepared, todo - writer.written, writer, batch_size, screen)
+            tokenizer = str(prepared.tokenizer.name_or_path)
+            writer.finish({"documents": count, "tokenizer": tokenizer, "framework": prepared.framework})
     out = console()
     done = f" ({before:,} of them were there)" if before else ""
     out.print(

@@ -201,8 +201,11 @@ def check_scores(datasets: Mapping[str, Any], collator: WeightedCollator) -> Non
         if not can_be_read_again(dataset):
             continue
         for index in tqdm(_evenly(len(dataset)), desc=f"Looking for the scores of the {name} dataset", delay=5):
+            example = dataset[index]
+            if "input_ids" not in example or example.get("labels") is None:
+                break  # for generation
             try:
-                collator.log_probs(dataset[index])
+                collator.log_probs(example)
             except BadExampleError as error:
                 raise BadExampleError(f"example {index} of the {name} dataset: {error}") from None
 

@@ -14,6 +14,7 @@ Files are mapped into memory: processes on one machine share them, and nothing i
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import os
 import re
@@ -189,7 +190,7 @@ class ScoresWriter:
         """
         if folder.exists() and not folder.is_dir():
             raise WITConfigError(f"--output = {str(folder)!r}: is no folder; name another")
-        if not folder.exists() or not any(folder.iterdir()):
+        if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
             return
         there = read_json(folder / ABOUT_NAME)
         way_out = "name another --output, or delete this folder"
@@ -246,8 +247,15 @@ def _fingerprints(entries: np.ndarray) -> Iterator[bytes]:
 def _write(path: Path, array: np.ndarray) -> None:
     """Write an array so that a crash leaves the whole file or none."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            np.save(file, array)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise WITConfigError(
+            f"{path}: cannot be written ({error}); make room, and start again: the rest stays"
+        ) from error

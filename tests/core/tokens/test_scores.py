@@ -1,6 +1,7 @@
 """Scores in a folder: found again by a document's tokens, in any collator; what is not there is an error."""
 
 import pickle
+import resource
 
 import numpy as np
 import pytest
@@ -198,6 +199,21 @@ def test_a_folder_of_something_else_is_not_written_to(tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("")
     with pytest.raises(WITConfigError, match="holds other files, and no scores"):
         ScoresWriter(tmp_path / "mine", {"model": "n"})
+
+
+def test_a_full_disk_is_a_line_and_what_was_complete_stays(tmp_path):
+    """A file may be no longer than 100 bytes, to the operating system."""
+    writer = ScoresWriter(tmp_path, {"model": "m"})
+    writer.add([b"0" * 16], [np.zeros(3, np.float32)])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(WITConfigError, match=r"00001.log_probs.npy: cannot be written .*start again"):
+            writer.add([b"1" * 16], [np.ones(3, np.float32)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert ScoresWriter(tmp_path, {"model": "m"}).written == {b"0" * 16}
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_a_shard_that_was_being_written_is_none(tmp_path):

@@ -70,8 +70,8 @@ def exit_text(code: int) -> str:
 
 
 @contextlib.contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """One sweep a folder at a time. The system lets go of the lock when the process ends, however it does."""
+def locked(output: Path, command: str = "wit sweep") -> Iterator[None]:
+    """One command a folder at a time. The system lets go of the lock when the process ends, however it does."""
     try:
         import fcntl
     except ImportError:  # not on Windows
@@ -81,7 +81,7 @@ def locked(output: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise WITConfigError(f"{output}: another `wit sweep` is running there; wait for it") from None
+            raise WITConfigError(f"{output}: another `{command}` is running there; wait for it") from None
         yield
 
 
