@@ -111,6 +111,28 @@ def uniform(ids: Sequence[int], position: int, draw: int, seed: int, step: int =
     return (mixed(state + draw * 0x2545F4914F6CDD1D) >> 40) / 2**24
 
 
+TASKS = {"code": 1.0, "chat": 0.25, "math": 2.0}
+
+
+def task(ids: Sequence[int]) -> str:
+    """Which task a document is made to be of, so that it can be told wherever it has been packed."""
+    return list(TASKS)[max(ids) % 3]
+
+
+def task_means(batches: MicroBatches, weights: tuple[float, float], weight_sum=False, tasks=TASKS) -> torch.Tensor:
+    """Σ_task t (Σ λ nll / N_task) / Σ_task t over the tasks that the step has a token of; N_task: tokens, or Σ λ."""
+    sums: dict[str, torch.Tensor] = {}
+    counts: dict[str, float] = {}
+    for document in (document for batch in batches for document in batch):
+        name = task(document[1])
+        for log_probs, target, weight in tokens(document, *weights):
+            if weight != 0:
+                sums[name] = sums.get(name, 0) - weight * log_probs[target]
+                counts[name] = counts.get(name, 0) + (weight if weight_sum else 1)
+    total = sum(tasks[name] * sums[name] / counts[name] for name in sums)
+    return torch.as_tensor(total) / sum(tasks[name] for name in sums)
+
+
 METHODS: dict[str, tuple[Callable[..., torch.Tensor], dict[str, Any]]] = {
     "eaft": (eaft, {"alpha": 0.7, "top_k": 5, "divisor": 2.0}),
     "masked_thought": (plain, {"mask_token_id": 2, "probability": 0.4}),

@@ -28,12 +28,21 @@ DEFAULT_STRATEGIES = {
     "dft": "wit_plugins.strategies.dft",
     "eaft": "wit_plugins.strategies.eaft",
     "masked_thought": "wit_plugins.strategies.masked_thought",
+    "mftcoder": "wit_plugins.strategies.mftcoder",
     "otr": "wit_plugins.strategies.otr",
     "rho1": "wit_plugins.strategies.rho1",
     "spans": "wit_plugins.strategies.spans",
     "tl_training": "wit_plugins.strategies.tl_training",
 }
-HOOKS_OF_A_STRATEGY = ("static_weights", "dynamic_weights", "select_tokens", "draw_targets", "change_inputs")
+HOOKS_OF_A_STRATEGY = (
+    "static_weights",
+    "dynamic_weights",
+    "select_tokens",
+    "draw_targets",
+    "change_inputs",
+    "sample_groups",
+    "group_weights",
+)
 
 
 class _Manager(pluggy.PluginManager):

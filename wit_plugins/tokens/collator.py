@@ -149,6 +149,7 @@ class WeightedCollator:
                 bits[piece] = to_bits(self.strategies.find_spans(**document), logged, len(read.roles[piece]))
             if self._locating:
                 self._check_whole(read.roles[piece])
+        bits |= to_bits(self._groups(read), logged, len(bits))
         labelled = read.labels != IGNORE_INDEX
         if read.data_weights is None:
             return encode(read.targets, read.roles, weights, labelled), bits
@@ -182,7 +183,12 @@ class WeightedCollator:
                 found.setdefault(name, np.zeros(len(read.roles), dtype=bool))[piece] = np.asarray(mask, dtype=bool) & (
                     read.roles[piece] != NEITHER
                 )
-        return found
+        return found | {name: mask & (read.roles != NEITHER) for name, mask in self._groups(read).items()}
+
+    def _groups(self, read: ReadExample) -> dict[str, np.ndarray]:
+        """The groups of an example's tokens, as spans: bool `[T]` by name."""
+        groups = self.strategies.groups
+        return {} if groups is None or read.groups is None else groups.masks(read.groups)
 
     def _documents(self, read: ReadExample, example: Mapping[str, Any]) -> Iterator[tuple[slice, dict[str, Any]]]:
         """Each document of an example, so that a packed row gives the same weights as its documents on their own."""
