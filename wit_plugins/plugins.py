@@ -26,6 +26,7 @@ ENTRY_POINT_GROUP = "wit_plugins"
 DEFAULT_STRATEGIES = {
     "wit": "wit_plugins.strategies.wit",
     "dft": "wit_plugins.strategies.dft",
+    "coba": "wit_plugins.strategies.coba",
     "eaft": "wit_plugins.strategies.eaft",
     "masked_thought": "wit_plugins.strategies.masked_thought",
     "mftcoder": "wit_plugins.strategies.mftcoder",

@@ -257,7 +257,7 @@ def test_what_the_table_of_methods_says_to_paste_trains(tmp_path):
         strategies = yaml.safe_load(row)["strategies"]
         names += strategies
         settings = {"model": literature.adapted() if "rho1" in strategies else None}
-        if names[-1] in ("mftcoder",):
+        if names[-1] in ("mftcoder", "coba"):
             data = test_groups.prepared(test_groups.rows(), strategies)
             settings |= {"data": data, "trainer_kwargs": {"eval_dataset": data}, "eval_strategy": "epoch"}
         trainer = sft_trainer(tmp_path, **settings)

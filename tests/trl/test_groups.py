@@ -146,7 +146,7 @@ def test_eval_loss_is_that_of_a_run_without_groups(tmp_path):
 PACKED = {"packing": True, "max_length": 16, "per_device_train_batch_size": 1}
 TWO_RANKS = """
 import json, pathlib, sys, torch
-from test_groups import MFTCODER, PACKED, prepared, rows, trainer_of
+from test_groups import MFTCODER, PACKED, coba_trainer, prepared, rows, trainer_of
 from trlkit import weights_of
 from wit_trl import WITCallback
 folder = pathlib.Path(sys.argv[1])
@@ -160,6 +160,11 @@ for name, packed in (("unpacked", {}), ("packed", PACKED)):
     trainer.train()
     if trainer.is_world_process_zero():
         torch.save((trainer.state.log_history, weights_of(trainer)), folder / f"{name}.pt")
+torch.manual_seed(0)
+trainer, _ = coba_trainer(folder / "coba", per_device_train_batch_size=2, per_device_eval_batch_size=2)
+trainer.train()
+if trainer.is_world_process_zero():
+    torch.save(trainer.state.log_history, folder / "coba.pt")
 """
 
 
@@ -186,6 +191,11 @@ def test_two_ranks_are_one(tmp_path):
             own = [doc for row in rows(7, seed=3) for doc in pieces(row)]
             of_eval = {f"eval_{key}": value for key, value in group_losses(trainer.model, own).items()}
             assert only(evaluation, literature.TASKS) == pytest.approx(of_eval, rel=1e-5)
+    trainer, _ = coba_trainer(tmp_path)
+    trainer.train()
+    on_two = [entry["loss"] for entry in torch.load(tmp_path / "coba.pt", weights_only=False) if "loss" in entry]
+    assert len(on_two) == 6
+    assert on_two == pytest.approx(logs(trainer), rel=1e-4)
 
 
 def test_a_group_that_is_not_listed_is_refused(tmp_path):
@@ -218,3 +228,64 @@ def test_data_without_groups_or_with_others_is_refused(tmp_path):
         else:
             with pytest.raises(WITConfigError, match=message):
                 attach()
+
+
+COBA = {"coba": {"groups": list(literature.TASKS), "coba_warmup_steps": 2, "coba_history_length": 3, "coba_tau": 2}}
+RUN = {"per_device_train_batch_size": 4, "num_train_epochs": 3, "eval_strategy": "steps", "eval_steps": 1}
+SLOWER = 0.1  # or the losses jump so that rounding is seen in their slopes
+
+
+def coba_trainer(tmp_path, **args):
+    kwargs = {"eval_dataset": prepared(rows(7, seed=3), COBA)}
+    args = {"learning_rate": SLOWER, "trainer_kwargs": kwargs, **RUN, **args}
+    trainer, batches = trainer_of(tmp_path, prepared(rows(9), COBA), **args)
+    assert len(trainer.train_dataset) == 8  # TRL drops one, without a response; two ranks repeat none of the others
+    trainer.add_callback(WITCallback(trainer, *WEIGHTS["weighted"], strategies=COBA))
+    return trainer, batches
+
+
+def test_coba_weighs_by_the_evaluations_so_far(tmp_path):
+    """Six steps, an evaluation behind each: the first two weigh alike, the others by slopes, from the formula."""
+    trainer, batches = coba_trainer(tmp_path)
+    model = plain_copy(trainer.model).train()
+    held_out, history, losses, used = [own(row["input_ids"]) for row in rows(7, seed=3)], [], [], []
+    for step in range(6):
+        used.append(literature.coba(history, 2, 3, 2) if history else [1 / 3] * 3)
+        tasks = dict(zip(literature.TASKS, used[-1], strict=True))
+        model.zero_grad()
+        scored = list(document_logits(model, batches[step % 2]))
+        loss = literature.task_means([scored], WEIGHTS["weighted"], tasks=tasks)
+        loss.backward()
+        losses.append(loss.item())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= SLOWER * parameter.grad
+        found = group_losses(model, held_out)
+        history.append([found[f"response_loss/{name}"] for name in literature.TASKS])
+    assert max(abs(a - b) for weights in used[2:] for a, b in zip(weights, used[0], strict=True)) > 0.05
+    trainer.train()
+    assert logs(trainer) == pytest.approx(losses, rel=1e-4)
+
+
+def test_coba_goes_on_from_a_checkpoint(tmp_path):
+    whole, _ = coba_trainer(tmp_path, save_strategy="steps", save_steps=3)
+    whole.train()
+    resumed, _ = coba_trainer(tmp_path, save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert logs(resumed) == pytest.approx(logs(whole), rel=1e-6)
+    assert len(logs(resumed)) == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_strategy": "no"}, "coba weighs groups by their losses in evaluation, but this run evaluates nothing"),
+        ({"several": True}, r"but there are several evaluation sets \(one, two\)"),
+    ],
+)
+def test_coba_without_one_evaluation_is_refused(tmp_path, changes, message):
+    held_out = prepared(rows(7, seed=3), COBA)
+    if changes.pop("several", False):
+        held_out = {"one": held_out, "two": held_out}
+    with pytest.raises(WITConfigError, match=message):
+        coba_trainer(tmp_path, trainer_kwargs={"eval_dataset": held_out}, **changes)
