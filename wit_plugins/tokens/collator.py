@@ -162,7 +162,7 @@ class WeightedCollator:
         """Where the weights of one example come from, for the preview."""
         explained = Explained(self.codes(example))
         read = self.reader(example)
-        if read.data_weights is not None:
+        if read.data_weights is not None and (read.groups is None or (read.data_weights != 1).any()):
             explained.sources[DATA] = read.data_weights
         elif len(self.strategies.options_by_name) == 1:  # WIT alone: its weights are the codes'
             explained.sources["wit"] = decode(torch.from_numpy(explained.codes))[2].numpy()
