@@ -147,6 +147,58 @@ def uniform(ids: Sequence[int], position: int, draw: int, seed: int, step: int =
     return (mixed(state + draw * 0x2545F4914F6CDD1D) >> 40) / 2**24
 
 
+TASKS = {"code": 1.0, "chat": 0.25, "math": 2.0}
+
+
+def task(ids: Sequence[int]) -> str:
+    """Which task a document is made to be of, so that it can be told wherever it has been packed."""
+    return list(TASKS)[max(ids) % 3]
+
+
+def task_means(batches: MicroBatches, weights: tuple[float, float], weight_sum=False, tasks=TASKS) -> torch.Tensor:
+    """Σ_task t (Σ λ nll / N_task) / Σ_task t over the tasks that the step has a token of; N_task: tokens, or Σ λ."""
+    sums: dict[str, torch.Tensor] = {}
+    counts: dict[str, float] = {}
+    for document in (document for batch in batches for document in batch):
+        name = task(document[1])
+        for log_probs, target, weight in tokens(document, *weights):
+            if weight != 0:
+                sums[name] = sums.get(name, 0) - weight * log_probs[target]
+                counts[name] = counts.get(name, 0) + (weight if weight_sum else 1)
+    total = sum(tasks[name] * sums[name] / counts[name] for name in sums)
+    return torch.as_tensor(total) / sum(tasks[name] for name in sums)
+
+
+def coba(history: Sequence[Sequence[float]], warmup: int, length: int, tau: float) -> list[float]:
+    """The weights of T tasks after E evaluations, whose losses are `history[e][i]`.
+
+    α_i(e): the slope of a line through the last `length` losses, at evaluations e = warmup … E; α_max(e): that of the
+    largest losses. RCS_i = softmax_i(T α_i / Σ_j |α_j|); ACS_i = softmax_i(-n α_i / Σ_e |α_i(e)|) over the n last e;
+    DF = m softmax_e(-m τ α_max / Σ_e |α_max(e)|) at the last of m; weights = softmax_i(T (DF RCS + (1 - DF) ACS)).
+    """
+    tasks, evaluations = len(history[0]), len(history)
+    if evaluations < warmup:
+        return [1 / tasks] * tasks
+
+    def slope(values: Sequence[float]) -> float:
+        return float(np.polyfit(range(len(values)), values, 1)[0])
+
+    alphas, largest = [], []
+    for end in range(warmup, evaluations + 1):
+        window = history[max(0, end - length) : end]
+        alphas.append([slope([losses[i] for losses in window]) for i in range(tasks)])
+        largest.append(slope([max(losses) for losses in window]))
+    now, seen = alphas[-1], alphas[max(0, evaluations - length) :]
+    rcs = torch.tensor([tasks * a / sum(map(abs, now)) for a in now]).double().softmax(0)
+    over = [sum(abs(each[i]) for each in seen) for i in range(tasks)]
+    acs = torch.tensor([-len(seen) * now[i] / over[i] for i in range(tasks)]).double().softmax(0)
+    m = len(largest)
+    df = m * torch.tensor([-m * tau * a / sum(map(abs, largest)) for a in largest]).double().softmax(0)[-1]
+    weights = (tasks * (df * rcs + (1 - df) * acs)).softmax(0).tolist()
+    lowest = 1 / (10 * tasks)
+    return [w * (1 - tasks * lowest) + lowest for w in weights] if min(weights) < lowest else weights
+
+
 METHODS: dict[str, tuple[Callable[..., torch.Tensor], dict[str, Any]]] = {
     "eaft": (eaft, {"alpha": 0.7, "top_k": 5, "divisor": 2.0}),
     "masked_thought": (plain, {"mask_token_id": 2, "probability": 0.4}),

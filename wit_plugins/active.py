@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from wit_plugins.config import did_you_mean
 from wit_plugins.errors import WITConfigError
+from wit_plugins.groups import Groups
 from wit_plugins.on_device import HooksOnDevice
 from wit_plugins.plugins import plugin_manager, register, strategy_names
 from wit_plugins.strategy import Options, Strategy
@@ -24,6 +25,7 @@ TEXT_ARGUMENTS = frozenset({"tokenizer", "text", "offsets"})  # of hooks that ar
 _ONE_AT_A_TIME = {  # hooks that only one strategy of a run may have, and why
     "select_tokens": "select tokens, each from what the other has left out",
     "draw_targets": "put other targets in the place of a token's own",
+    "sample_groups": "sort the samples into groups",
 }
 
 
@@ -37,7 +39,8 @@ class ActiveStrategies(HooksOnDevice):
 
     Attributes:
         logged_spans (`dict[str, str]`): the spans whose losses are logged, as [`ActiveStrategies.find_spans`] names
-            them, in the order of their bits in a batch, and what the log calls them.
+            them, in the order of their bits in a batch, and what the log calls them. Groups are among them.
+        groups ([`Groups`] | None): the groups that samples are of.
 
     Raises:
         WITConfigError: for a name that is not registered, options that the strategy refuses, or spans that cannot be
@@ -56,6 +59,7 @@ class ActiveStrategies(HooksOnDevice):
         self._bind()
         for strategy in self._strategies:
             self._validate(strategy)
+        self.groups = Groups.of(self._strategies)
         self.logged_spans = self._find_logged_spans()
         _ = self.reference
         for hook, reason in _ONE_AT_A_TIME.items():
@@ -95,6 +99,8 @@ class ActiveStrategies(HooksOnDevice):
         taken: dict[str, str] = {}  # who has a name
         for strategy in self._strategies:
             own: Mapping[str, str] = strategy.call("logged_spans") or {}
+            if self.groups is not None and self.groups.strategy is strategy:
+                own = {**own, **self.groups.spans}
             for name, key in own.items():
                 if not isinstance(key, str) or not re.fullmatch(SPAN_NAME, key):
                     raise WITConfigError(
@@ -118,8 +124,19 @@ class ActiveStrategies(HooksOnDevice):
 
     @property
     def looks_for_spans(self) -> bool:
-        """Whether any strategy has [`ActiveStrategies.find_spans`] look for something."""
-        return any(strategy.has("find_spans") for strategy in self._strategies)
+        """Whether any strategy has [`ActiveStrategies.find_spans`] look for something, or there are groups."""
+        return self.groups is not None or any(strategy.has("find_spans") for strategy in self._strategies)
+
+    @property
+    def prepares(self) -> bool:
+        """Whether anything is to be read off the examples as they are before tokenisation, beside weights."""
+        return self.groups is not None or bool(self.reading_raw)
+
+    @property
+    def group_bits(self) -> list[int]:
+        """Of each group, the number of the logged span that it is."""
+        groups, logged = self.groups, list(self.logged_spans)
+        return [] if groups is None else [logged.index(f"{groups.strategy.name}: {span}") for span in groups.spans]
 
     @property
     def reading(self) -> dict[str, list[str]]:
@@ -234,3 +251,4 @@ class ActiveStrategies(HooksOnDevice):
             if not plugin_manager().has_plugin(name):
                 register(importlib.import_module(plugin) if isinstance(plugin, str) else plugin, name)
         self._bind()
+        self.groups = Groups.of(self._strategies)

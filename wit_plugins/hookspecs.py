@@ -171,6 +171,18 @@ def logged_spans(options: Mapping[str, Any] | Sequence[Any]) -> Mapping[str, str
 
 
 @hookspec(firstresult=True)
+def sample_groups(options: Mapping[str, Any] | Sequence[Any]) -> tuple[str, Sequence[str]] | None:
+    """The column of the data that says which group (task, source) a sample is of, and the names of all groups."""
+
+
+@hookspec(firstresult=True)
+def group_weights(
+    eval_losses: Mapping[str, Sequence[float]], options: Mapping[str, Any] | Sequence[Any]
+) -> Mapping[str, float] | None:
+    """In training: what each group's mean loss weighs, by the group's name; the loss is the mean of these means."""
+
+
+@hookspec(firstresult=True)
 def adapt_trainer(trainer: Trainer) -> object | None:
     """For framework adapters: a `wit_plugins.training.adapter.TrainerAdapter` for a trainer of theirs, or `None`."""
 

@@ -26,16 +26,26 @@ ENTRY_POINT_GROUP = "wit_plugins"
 DEFAULT_STRATEGIES = {
     "wit": "wit_plugins.strategies.wit",
     "dft": "wit_plugins.strategies.dft",
+    "coba": "wit_plugins.strategies.coba",
     "eaft": "wit_plugins.strategies.eaft",
     "fait": "wit_plugins.strategies.fait",
     "masked_thought": "wit_plugins.strategies.masked_thought",
+    "mftcoder": "wit_plugins.strategies.mftcoder",
     "otr": "wit_plugins.strategies.otr",
     "qtuning": "wit_plugins.strategies.qtuning",
     "rho1": "wit_plugins.strategies.rho1",
     "spans": "wit_plugins.strategies.spans",
     "tl_training": "wit_plugins.strategies.tl_training",
 }
-HOOKS_OF_A_STRATEGY = ("static_weights", "dynamic_weights", "select_tokens", "draw_targets", "change_inputs")
+HOOKS_OF_A_STRATEGY = (
+    "static_weights",
+    "dynamic_weights",
+    "select_tokens",
+    "draw_targets",
+    "change_inputs",
+    "sample_groups",
+    "group_weights",
+)
 
 
 class _Manager(pluggy.PluginManager):

@@ -194,4 +194,4 @@ def _config(cfg: Mapping[str, Any]) -> WITConfig | None:
         return None
     config = WITConfig.parse(plain(cfg.get("wit")), "wit")
     reads = config.message_weight_keys or config.sample_weight_key
-    return config if reads or ActiveStrategies(config.active_strategies()).reading_raw else None
+    return config if reads or ActiveStrategies(config.active_strategies()).prepares else None

@@ -78,7 +78,7 @@ class WeighingStrategy:
         else:
             for name, value in row.items():
                 self._refuse_messages(name, value)
-        if sample == 1 and conversation is None and not self.weights.strategies.reading_raw:
+        if sample == 1 and conversation is None and not self.weights.reads_all:
             return None
         if self.refusal is not None:
             raise BadExampleError(self.refusal)

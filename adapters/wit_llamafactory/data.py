@@ -131,6 +131,7 @@ def _record(config: WITConfig) -> dict[str, Any]:
         "message_weight_keys": list(data.message_keys),
         "sample_weight_key": data.sample_key,
         "strategies": data.strategies.reading_raw,
+        "groups": None if data.groups is None else [data.groups.key, *data.groups.names],
         "fingerprint": data.fingerprint,
     }
 

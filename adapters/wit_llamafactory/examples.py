@@ -50,12 +50,14 @@ class Said:
         messages (`tuple`): of each aligned message, those of the data that it was made from; empty if none says
             anything.
         raw (`dict | None`): the example itself, if a strategy reads it.
+        group (`int`): the number of its group; 0 if there are none.
     """
 
     sample: float
     system: Part | None
     messages: tuple[tuple[Part, ...], ...]
     raw: dict[str, Any] | None
+    group: int = 0
 
     @classmethod
     def read(cls, messages: Sequence[Mapping[str, Any]]) -> Said | None:
@@ -63,9 +65,9 @@ class Said:
         text = messages[0].get(KEY) if messages else None
         if not text:
             return None
-        sample, system, parts, raw = json.loads(text)
+        sample, system, parts, raw, group = json.loads(text)
         made = tuple(tuple(Part(*part) for part in message) for message in parts)
-        return cls(sample, None if system is None else Part(*system), made, raw)
+        return cls(sample, None if system is None else Part(*system), made, raw, group)
 
 
 class WeightedConverter:
@@ -108,6 +110,7 @@ class WeightedConverter:
             BadExampleError: naming message, key and value.
         """
         self.data.sample_weight(example)
+        self.data.group(example)
         self._look_for_unknown_messages(example)
         return self.data.messages(self._messages(example), self.converter.dataset_attr.messages or "", self._content)
 
@@ -135,17 +138,17 @@ class WeightedConverter:
     def _say(self, example: Mapping[str, Any], aligned: dict[str, Any], weights: list[WeightedMessage]) -> str:
         """What goes along with an aligned example: nothing, if everything weighs 1."""
         raw = dict(example) if self.data.strategies.reading_raw else None
-        sample = self.data.sample_weight(example)
+        sample, group = self.data.sample_weight(example), self.data.group(example)
         parts = [Part(len(own.content), own.weight, own.pieces) for own in weights]
         system, messages = None, [[part] for part in parts]
         if any(part.says_something for part in parts):
             system, messages = self._aligned(example, aligned, parts)
-        elif sample == 1 and raw is None:
+        elif sample == 1 and not self.data.reads_all:
             return ""
         else:
             messages = []
         try:
-            return json.dumps([sample, system, messages, raw], ensure_ascii=False)
+            return json.dumps([sample, system, messages, raw, group], ensure_ascii=False)
         except TypeError as error:
             names = ", ".join(self.data.strategies.reading_raw)
             raise BadExampleError(

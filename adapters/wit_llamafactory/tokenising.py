@@ -260,7 +260,7 @@ class _Weighing(SupervisedDatasetProcessor):
                     f"LLaMA-Factory makes {len(labels)} labels for its {len(input_ids)} tokens, since nothing is left "
                     f"of a question within cutoff_len = {data_args.cutoff_len}; set a larger one"
                 )
-            labels = self.data.carry(labels, template.weights(input_ids, labels))
+            labels = self.data.carry(labels, template.weights(input_ids, labels), said.group)
         except BadExampleError as error:
             raise BadExampleError(f"the example that begins with {_beginning(prompt)}: {error}") from None
         finally:

@@ -204,6 +204,8 @@ def found_weights(dataset: Any, data: DataWeights) -> list[str] | None:
     if features is None:
         return None
     found = [f"strategies: {name}" for name in data.strategies.reading_raw]
+    if data.groups is not None:
+        found.append(f"groups of {data.groups.strategy.name}: column {data.groups.key}")
     if data.sample_key in features:
         found.append(f"column {data.sample_key}")
     unclear = []

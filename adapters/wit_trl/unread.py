@@ -115,7 +115,7 @@ def _check_marks(marks: set[int | None], data: DataWeights, name: str) -> None:
     if marks - {data.fingerprint}:
         raise WITConfigError(
             f"the {name} dataset was prepared with other settings than these (message_weight_keys, sample_weight_key, "
-            "or strategies that read raw examples); call wit_trl.prepare_dataset with the same settings"
+            "groups, or strategies that read raw examples); call wit_trl.prepare_dataset with the same settings"
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import literature
 import numpy as np
 import pytest
+import test_groups
 import yaml
 from support import document_logits, from_dataset, llama, plain_copy, subprocess_env
 from trl import SFTConfig
@@ -52,7 +53,7 @@ def registered():
 
 
 def test_every_plugin_is_complete_in_under_ten_lines():
-    assert len(complete_plugins()) == 8
+    assert len(complete_plugins()) == 10
     for code in complete_plugins():
         assert len(code.strip().splitlines()) < 10
 
@@ -231,17 +232,41 @@ def test_the_documented_inputs_are_masked_thought(tmp_path, registered):
     assert losses[0] == losses[1]
 
 
+def test_the_documented_groups_are_mftcoder(tmp_path, registered):
+    """The one example's groups, weighed by the other's: alike before the first evaluation, by its losses behind it."""
+    names = list(literature.TASKS)
+    module = as_module(complete_plugins()[5] + complete_plugins()[6], "sources")
+    registered(module, "sources")
+    found = []
+    for strategies in (
+        {"sources": {"sources": names}},
+        {"mftcoder": {"groups": dict.fromkeys(names, 1.0), "key": "source"}},
+    ):
+        data = test_groups.prepared(test_groups.rows(column="source"), strategies)
+        evaluation = {"trainer_kwargs": {"eval_dataset": data}, "eval_strategy": "steps", "eval_steps": 1}
+        trainer = sft_trainer(tmp_path, data, num_train_epochs=2, **evaluation)
+        trainer.add_callback(WITCallback(trainer, prompt_weight=0.3, strategies=strategies))
+        trainer.train()
+        found.append(logs(trainer))
+    assert found[0][0] == found[1][0]
+    assert found[0][1] != pytest.approx(found[1][1], rel=1e-3)
+
+
 def test_what_the_table_of_methods_says_to_paste_trains(tmp_path):
     rows = re.findall(r"^\| `(strategies: .*?)` \|", (DOCS / "strategies.md").read_text(encoding="utf-8"), re.MULTILINE)
     names = []
     for row in rows:
         strategies = yaml.safe_load(row)["strategies"]
         names += strategies
-        data: Any = "tokenised"
+        settings: dict[str, Any] = {"model": literature.adapted() if "rho1" in strategies else None}
         if "fait" in strategies:  # which reads a column of the data
-            rows = dataset("plain").add_column("wrong", ["w01 w02"] * 8)
-            data = prepare_dataset(rows, tokenizer(), SFTConfig(str(tmp_path), use_cpu=True), strategies=strategies)
-        trainer = sft_trainer(tmp_path, data, literature.adapted() if "rho1" in strategies else None)
+            data = dataset("plain").add_column("wrong", ["w01 w02"] * 8)
+            args = SFTConfig(str(tmp_path), use_cpu=True)
+            settings["data"] = prepare_dataset(data, tokenizer(), args, strategies=strategies)
+        if names[-1] in ("mftcoder", "coba"):
+            data = test_groups.prepared(test_groups.rows(), strategies)
+            settings |= {"data": data, "trainer_kwargs": {"eval_dataset": data}, "eval_strategy": "epoch"}
+        trainer = sft_trainer(tmp_path, **settings)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*key tokens: matches nothing")
             trainer.add_callback(WITCallback(trainer, prompt_weight=0.3, strategies=strategies))

@@ -271,6 +271,7 @@ class WeightedHead:
             every_role=not step.training,
             response_metrics=self.adapter.response_metrics,
             drawing=(step.number, step.seed) if step.training else None,
+            group_factors=None if alone else step.group_factors,
         )
         if not alone and self._reference_nll is not None:
             batch.compare(self._reference_nll.to(device))

@@ -1,13 +1,18 @@
-"""The step's denominator: one number for all micro-batches of the gradient accumulation and all ranks."""
+"""The step's denominator: one number for all micro-batches of the gradient accumulation and all ranks.
+
+If groups have denominators of their own, it is one number for each of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from wit_plugins.tokens.collator import CODES_KEY
+from wit_plugins.tokens.roles import IGNORE_INDEX
+from wit_plugins.tokens.span_bits import SPANS_KEY, inside
 from wit_plugins.tokens.transport import decode
 
 
@@ -39,6 +44,43 @@ def step_denominator(batches: Iterable[Any], normalization: str, device: torch.d
         own = denominator(batch[CODES_KEY].to(device), normalization)
         total = own if total is None else total + own
     return total
+
+
+def group_denominators(batches: Iterable[Any], normalization: str, bits: Sequence[int], device: Any) -> torch.Tensor:
+    """The same for each group, `[G]`: the sums of all of them are the whole denominator.
+
+    Args:
+        batches: the step's micro-batches on this rank, with spans.
+        normalization (`str`): as for [`denominator`].
+        bits (`Sequence[int]`): of each group, the number of the span that it is.
+        device (`torch.device`): where it is counted.
+    """
+    total: torch.Tensor | None = None
+    for batch in batches:
+        codes, spans = batch[CODES_KEY].to(device), batch[SPANS_KEY].to(device)
+        parts = [torch.where(inside(spans, bit), codes, IGNORE_INDEX) for bit in bits]
+        own = torch.stack([denominator(part, normalization) for part in parts])
+        total = own if total is None else total + own
+    assert total is not None
+    return total
+
+
+def group_factors(weights: torch.Tensor, denominators: torch.Tensor) -> torch.Tensor:
+    """What a group's tokens are multiplied by, so that Σ f·w·nll / N is Σ t·(the group's mean) / Σ t: t·N / (N_g·Σ t).
+
+    Groups without a token in the step are in neither sum.
+
+    Args:
+        weights (`torch.Tensor`): `[G]`, t, what each group's mean weighs.
+        denominators (`torch.Tensor`): `[G]`, N_g, over the whole step. N is their sum.
+
+    Returns:
+        `[G]`, of the type of `weights`.
+    """
+    present = denominators > 0
+    total = torch.where(present, weights, 0).sum()
+    factors = weights * denominators.sum() / (safe(denominators) * safe(total))
+    return torch.where(present, factors, 0)
 
 
 def safe(total: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,8 @@ class Step:
         spans (`torch.Tensor | None`): int64 `[B, L]`, which logged spans each token is in; set by the head.
         scores (`torch.Tensor | None`): int64 `[B, L]`, the bits of each token's log-probability by the reference in a
             folder; set by the head.
+        group_factors (`torch.Tensor | None`): `[G]`, what the tokens of each group are multiplied by, so that each has
+            a denominator of its own.
         number (`int`): how many optimizer steps were taken before.
         number_of_steps (`int`): how many the run has.
         seed (`int`): the run's.
@@ -37,6 +39,7 @@ class Step:
     prediction_loss_only: bool = True
     aux_loss_coefficient: float = 0.0
     aux_loss_scale: float = 1.0
+    group_factors: torch.Tensor | None = None
     number: int = 0
     number_of_steps: int = 1
     seed: int = 0

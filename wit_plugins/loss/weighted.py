@@ -56,6 +56,7 @@ class MicroBatch:
         every_role (`bool`): compute tokens of weight 0 as well (evaluation), for the roles' own sums.
         response_metrics (`bool`): sum token accuracy and entropy over all response tokens, whatever their weights.
         drawing (`tuple[int, int]`, *optional*): the step's number and the run's seed, if targets may be drawn.
+        group_factors (`torch.Tensor`, *optional*): `[G]`, what the tokens of each group are multiplied by.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class MicroBatch:
         every_role: bool = False,
         response_metrics: bool = False,
         drawing: tuple[int, int] | None = None,
+        group_factors: torch.Tensor | None = None,
     ) -> None:
         self.batch_size, length = codes.shape
         targets, roles, weights = (part[:, 1:] for part in decode(codes))  # [B, L - 1]
@@ -86,6 +88,7 @@ class MicroBatch:
         self.labels_count = is_response.sum()
         self.denominator = safe(denominator(codes, normalization) if num_items is None else num_items.to(codes.device))
         self.strategies, self.every_role, self.metrics = strategies, every_role, response_metrics
+        self._group_factors = None if group_factors is None else group_factors.to(codes.device)
         self._located: dict[str, torch.Tensor] = {}
         if strategies.has_dynamic_weights and strategies.locating:
             located = zip(("documents", "positions"), locate(codes), strict=True)
@@ -125,7 +128,7 @@ class MicroBatch:
     def _tokens(self) -> Tokens:
         return Tokens(
             self.targets,
-            self.weights,
+            self._weights_in_groups(),
             rows=self.positions,
             num_items=self.denominator,
             rescale=self if self.strategies.has_dynamic_weights else None,
@@ -134,6 +137,15 @@ class MicroBatch:
             entropies=self.strategies.entropies,
             retarget=None if self._chance is None else self._draw,
         )
+
+    def _weights_in_groups(self) -> torch.Tensor:
+        """The static weights `[N]`, times what a token's group multiplies them by."""
+        weights = self.weights
+        if self._group_factors is not None:
+            assert self.spans is not None
+            for bit, factor in zip(self.strategies.group_bits, self._group_factors.unbind(), strict=True):
+                weights = torch.where(inside(self.spans, bit), (self.weights * factor).to(weights.dtype), weights)
+        return weights
 
     def compare(self, reference_nll: torch.Tensor) -> None:
         """Take what a reference makes of the same `N` tokens, for the strategies."""

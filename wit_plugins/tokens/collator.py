@@ -184,6 +184,7 @@ class WeightedCollator:
                 bits[piece] = to_bits(self.strategies.find_spans(**document), logged, len(read.roles[piece]))
             if self._locating:
                 self._check_whole(read.roles[piece])
+        bits |= to_bits(self._groups(read), logged, len(bits))
         labelled = read.labels != IGNORE_INDEX
         if read.data_weights is None:
             return encode(read.targets, read.roles, weights, labelled), bits
@@ -196,7 +197,7 @@ class WeightedCollator:
         """Where the weights of one example come from, for the preview."""
         explained = Explained(self.codes(example))
         read = self.reader(example)
-        if read.data_weights is not None:
+        if read.data_weights is not None and (read.groups is None or (read.data_weights != 1).any()):
             explained.sources[DATA] = read.data_weights
         elif len(self.strategies.options_by_name) == 1:  # WIT alone: its weights are the codes'
             explained.sources["wit"] = decode(torch.from_numpy(explained.codes))[2].numpy()
@@ -217,7 +218,12 @@ class WeightedCollator:
                 found.setdefault(name, np.zeros(len(read.roles), dtype=bool))[piece] = np.asarray(mask, dtype=bool) & (
                     read.roles[piece] != NEITHER
                 )
-        return found
+        return found | {name: mask & (read.roles != NEITHER) for name, mask in self._groups(read).items()}
+
+    def _groups(self, read: ReadExample) -> dict[str, np.ndarray]:
+        """The groups of an example's tokens, as spans: bool `[T]` by name."""
+        groups = self.strategies.groups
+        return {} if groups is None or read.groups is None else groups.masks(read.groups)
 
     def _documents(self, read: ReadExample, example: Mapping[str, Any]) -> Iterator[tuple[slice, dict[str, Any]]]:
         """Each document of an example, so that a packed row gives the same weights as its documents on their own."""

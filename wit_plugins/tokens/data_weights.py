@@ -46,15 +46,21 @@ class DataWeights:
         self.message_keys = tuple(dict.fromkeys([*keys, own_key] if keys and own_key else keys))
         self.sample_key = config.sample_weight_key
         self.tokenizer = tokenizer
-        self.strategies = ActiveStrategies(ActiveStrategies(config.active_strategies()).reading_raw)
-        self._fingerprint = fingerprint(keys, self.sample_key, self.strategies)
+        strategies = ActiveStrategies(config.active_strategies())
+        self.groups, self.strategies = strategies.groups, ActiveStrategies(strategies.reading_raw)
+        self._fingerprint = fingerprint(keys, self.sample_key, strategies)
         self._token_text = TokenText(tokenizer)
         self._warned: set[str] = set()
 
     @property
     def active(self) -> bool:
         """Whether anything is read from the data at all."""
-        return bool(self.message_keys or self.sample_key or self.strategies.reading_raw)
+        return bool(self.message_keys or self.sample_key or self.reads_all)
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether something is read off every example, whatever it says: a group, or what strategies ask for."""
+        return self.groups is not None or bool(self.strategies.reading_raw)
 
     @property
     def fingerprint(self) -> int:
@@ -87,9 +93,17 @@ class DataWeights:
         self._look_at(message, where)
         return next((_weight(value, f"{where}.{key}") for key, value in said.items()), 1.0)
 
+    def group(self, example: Mapping[str, Any]) -> int:
+        """The number of an example's group, from 1; 0 if there are none.
+
+        Raises:
+            BadExampleError: if it says none, or one that is not listed.
+        """
+        return 0 if self.groups is None else self.groups.number(example)
+
     def says_something(self, example: Mapping[str, Any], messages: Sequence[Mapping[str, Any]] = ()) -> bool:
-        """Whether there is any weight in an example, its messages or their parts, or a strategy that reads it."""
-        if self.strategies.reading_raw or (self.sample_key and example.get(self.sample_key) is not None):
+        """Whether there is any weight in an example, its messages or their parts, or anything that reads it."""
+        if self.reads_all or (self.sample_key and example.get(self.sample_key) is not None):
             return True
         found = False
         for message in messages:
@@ -164,7 +178,7 @@ class DataWeights:
     ) -> list[int]:
         """The labels of one document with its tokens' weights in them, see `wit_plugins.tokens.prepared`.
 
-        They stay as they are if everything weighs 1 and no strategy reads the example.
+        They stay as they are if everything weighs 1, no strategy reads the example and it has no group.
 
         Args:
             input_ids, labels: the framework's own, `T` of them, before truncation and packing.
@@ -172,11 +186,12 @@ class DataWeights:
             raw_example (`Mapping`): the example as it stands in the data, for strategies that ask for it.
 
         Raises:
-            BadExampleError: if labels and ids do not fit each other.
+            BadExampleError: if labels and ids do not fit each other, or it says no group of those that are listed.
             ValueError: if a strategy returns what are no weights.
         """
         data = np.broadcast_to(np.asarray(weights, dtype=np.float32), len(input_ids))
-        return self.carry(labels, data * self.raw_weights(input_ids, labels, raw_example))
+        own = data * self.raw_weights(input_ids, labels, raw_example)
+        return self.carry(labels, own, self.group(raw_example))
 
     def raw_weights(
         self, input_ids: Sequence[int], labels: Sequence[int], raw_example: Mapping[str, Any]
@@ -196,15 +211,15 @@ class DataWeights:
         )
         return np.where(roles != 0, read, np.float32(1))
 
-    def carry(self, labels: Sequence[int], weights: np.ndarray) -> list[int]:
-        """Labels that carry weights `[T]`: for frameworks that cut a document while they tokenise it.
+    def carry(self, labels: Sequence[int], weights: np.ndarray, group: int = 0) -> list[int]:
+        """Labels that carry weights `[T]` and a group: for frameworks that cut a document while they tokenise it.
 
-        They stay as they are if everything weighs 1 and no strategy reads the example.
+        They stay as they are if everything weighs 1, no strategy reads the example and it has no group.
         """
         own = np.asarray(labels, dtype=np.int64)
-        if not self.strategies.reading_raw and (weights == 1).all():
+        if not self.reads_all and (weights == 1).all():
             return own.tolist()
-        return prepare(own, np.asarray(weights, dtype=np.float32), self.fingerprint).tolist()
+        return prepare(own, np.asarray(weights, dtype=np.float32), self.fingerprint, group).tolist()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_warned": set()}
@@ -226,7 +241,9 @@ class DataWeights:
 
 def fingerprint(message_keys: Sequence[str], sample_key: str | None, strategies: ActiveStrategies) -> int:
     """See [`DataWeights.fingerprint`]."""
-    said = [1, list(message_keys), sample_key, strategies.reading_raw]
+    said: list[Any] = [1, list(message_keys), sample_key, strategies.reading_raw]
+    if strategies.groups is not None:  # which they are; what they weigh is in no label
+        said += [strategies.groups.key, strategies.groups.names]
     digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> (64 - FINGERPRINT_BITS)
 

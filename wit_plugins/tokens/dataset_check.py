@@ -69,7 +69,8 @@ def weighted_examples(dataset: Any, reader: ExampleReader) -> tuple[int, int]:
         reader ([`ExampleReader`]): how the trainer reads its examples.
     """
     count = min(_FIRST, len(dataset))
-    return sum(reader(dataset[index]).data_weights is not None for index in range(count)), count
+    weights = (reader(dataset[index]).data_weights for index in range(count))
+    return sum(own is not None and bool((own != 1).any()) for own in weights), count
 
 
 class StreamCheck:

@@ -10,7 +10,7 @@ import numpy as np
 
 from wit_plugins.errors import BadExampleError, WITConfigError
 from wit_plugins.tokens.prepared import read_prepared
-from wit_plugins.tokens.roles import IGNORE_INDEX, example_roles, token_array
+from wit_plugins.tokens.roles import IGNORE_INDEX, NEITHER, example_roles, token_array
 from wit_plugins.tokens.transport import MAX_VOCAB_SIZE
 
 _PADDING_RUN = 2  # one masked pad id may be an end of text; a run of them is padding
@@ -26,6 +26,7 @@ class ReadExample(NamedTuple):
         labels (`np.ndarray`): int64 `[T]`, the framework's own.
         data_weights (`np.ndarray | None`): float32 `[T]`, those that stand in the data; `None` if none do.
         input_ids (`np.ndarray`): int64 `[T]`, what the model reads.
+        groups (`np.ndarray | None`): uint8 `[T]`, the number of each token's group; `None` if there are no groups.
     """
 
     targets: np.ndarray
@@ -34,6 +35,7 @@ class ReadExample(NamedTuple):
     labels: np.ndarray
     data_weights: np.ndarray | None
     input_ids: np.ndarray
+    groups: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class ExampleReader:
         fingerprint (`int`, *optional*): of the settings that weights in the data are read with, see
             `wit_plugins.tokens.prepared`; documents that were prepared with others are refused.
         needs_prepared (`bool`): whether documents must say what they were prepared with.
+        needs_groups (`bool`): whether each token must say of which group its document is.
     """
 
     vocab_size: int = MAX_VOCAB_SIZE
@@ -59,6 +62,7 @@ class ExampleReader:
     own_view: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     fingerprint: int | None = None
     needs_prepared: bool = False
+    needs_groups: bool = False
 
     def __call__(self, example: Mapping[str, Any]) -> ReadExample:
         """What one example says.
@@ -80,15 +84,20 @@ class ExampleReader:
         self._check_ids("labels", labels)
         if self.pad_token_id is not None and example.get("attention_mask") is None:
             self._check_padding((input_ids == self.pad_token_id) & (labels == IGNORE_INDEX), starts)
-        weights = None if prepared is None else prepared.weights
-        return ReadExample(targets, roles, starts, labels, weights, input_ids)
+        weights, groups = (None, None) if prepared is None else (prepared.weights, prepared.groups)
+        if self.needs_groups and (groups is None or not groups[roles != NEITHER].all()):
+            raise WITConfigError(
+                "a strategy asks for the group of each sample, but this data was tokenised without groups; have it "
+                "tokenised with the same settings (docs/data-weights.md)"
+            )
+        return ReadExample(targets, roles, starts, labels, weights, input_ids, groups if self.needs_groups else None)
 
     def _check_fingerprints(self, found: Sequence[int]) -> None:
         if any(fingerprint != self.fingerprint for fingerprint in found):
             raise WITConfigError(
                 "the tokenised data carries weights that were read from it with other settings than this run's "
-                "(message_weight_keys, sample_weight_key, or strategies that read raw examples); tokenise it again: "
-                "delete the cache or the prepared dataset, or name another folder for it"
+                "(message_weight_keys, sample_weight_key, groups, or strategies that read raw examples); tokenise it "
+                "again: delete the cache or the prepared dataset, or name another folder for it"
             )
         if self.needs_prepared and not found and not self.cuts_documents:
             raise WITConfigError(

@@ -29,6 +29,7 @@ from wit_plugins.tokens.transport import MAX_VOCAB_SIZE
 from wit_plugins.training.adapter import TrainerAdapter
 from wit_plugins.training.attachment import ATTRIBUTE, Attachment, unwrapped
 from wit_plugins.training.changes import Changes
+from wit_plugins.training.group_losses import check_evaluates
 from wit_plugins.training.metrics import RoleMetrics
 from wit_plugins.training.trainer import WeightedTrainerMixin
 
@@ -64,6 +65,7 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
     adapter.check(trainer)
     _check_trainer(trainer)
     strategies = ActiveStrategies(config.active_strategies())
+    check_evaluates(trainer, strategies.groups)
     adapter.check_data(trainer, config)
     model = causal_lm(trainer)
     if strategies.referring and strategies.reference is None:
@@ -174,6 +176,7 @@ def with_data_weights(reader: ExampleReader, config: WITConfig, strategies: Acti
         reader,
         fingerprint=fingerprint(config.message_weight_keys, config.sample_weight_key, strategies),
         needs_prepared=bool(strategies.reading_raw),
+        needs_groups=strategies.groups is not None,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from wit_plugins.config import WITConfig
@@ -38,6 +39,8 @@ class Attachment:
     stream_check: StreamCheck | None = None  # while a stream's first examples come by
     first_tokens: tuple[int, int] | None = None  # prompt and response tokens in the first examples
     weighted_examples: tuple[int, int] = (0, 0)  # in how many of the first ones weights stand in the data; of how many
+    group_weights: torch.Tensor | None = None  # [G], what each group's mean weighs until the next evaluation
+    group_factors: torch.Tensor | None = None  # [G], what the tokens of each group are multiplied by in this step
     verified: bool = False
     prediction_loss_only: bool = True
     reads_log: bool = False  # whether the training loop, on all ranks, is about to log

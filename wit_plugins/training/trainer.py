@@ -19,12 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.trainer_utils import get_last_checkpoint
 
 from wit_plugins.errors import BadExampleError, WeightsNotAppliedError, WITConfigError
-from wit_plugins.loss.normalization import step_denominator
+from wit_plugins.loss.normalization import group_denominators, group_factors, step_denominator
 from wit_plugins.loss.step import Step
 from wit_plugins.tokens.collator import CODES_KEY
 from wit_plugins.tokens.dataset_check import locate_bad_example
 from wit_plugins.training import records
 from wit_plugins.training.attachment import Attachment, unwrapped
+from wit_plugins.training.group_losses import group_weights, weighed_groups
 from wit_plugins.training.recorder import RunRecorder, recorder
 
 if TYPE_CHECKING:
@@ -77,10 +78,21 @@ class WeightedTrainerMixin(_Base):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | int | None:
         """The whole step's denominator: all micro-batches, all ranks."""
         counted = super()._get_num_items_in_batch(batch_samples, device)
-        total = step_denominator(batch_samples, self._wit.config.normalization, device)
+        normalization = self._wit.config.normalization
+        total = step_denominator(batch_samples, normalization, device)
         if counted is None or total is None:
             return counted
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+        across = self.args.average_tokens_across_devices and self.args.world_size > 1
+        wit = self._wit
+        groups = weighed_groups(wit.head.strategies.groups)
+        if groups is not None:
+            own = group_denominators(batch_samples, normalization, wit.head.strategies.group_bits, device)
+            if across:
+                own = self.accelerator.gather(own[None]).sum(dim=0) / self.get_tp_size()
+            if wit.group_weights is None:
+                wit.group_weights = group_weights(groups, self.state.log_history, device)
+            wit.group_factors = group_factors(wit.group_weights, own)
+        if across:
             total = self.accelerator.gather(total).sum() / self.get_tp_size()
         return total
 
@@ -98,6 +110,10 @@ class WeightedTrainerMixin(_Base):
         step = wit.head.step = Step(num_items_in_batch, training, wit.prediction_loss_only)
         step.number, step.number_of_steps = self.state.global_step, max(1, self.state.max_steps)
         step.seed = self.args.seed
+        if training and weighed_groups(wit.head.strategies.groups) is not None:
+            if num_items_in_batch is None:
+                raise WeightsNotAppliedError("the trainer counts no denominator, so groups have none; take them out")
+            step.group_factors = wit.group_factors
         if num_items_in_batch is not None:  # else the trainer averages whole losses, as it does without weights
             step.aux_loss_scale = self._aux_loss_scale(training) / self._loss_scale()
         try:
@@ -210,6 +226,7 @@ class WeightedTrainerMixin(_Base):
         """The trainer's own loop; its metrics gain the roles' losses under its prefix."""
         dataloader = args[0] if args else kwargs["dataloader"]
         self._wit.evaluation.reset(dataloader)
+        self._wit.group_weights = None  # which may depend on what comes out
         with self._bad_examples_of(getattr(dataloader, "dataset", None), "evaluation"):
             output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
@@ -252,6 +269,7 @@ class WeightedTrainerMixin(_Base):
             lines.append(f"weights stand in the data of {weighted} of the first {looked_at} examples")
         self._print_ruled(lines)
         self._verify_same_settings()
+        self._wit.group_weights = None
         callback = recorder()
         if callback is not None and not any(isinstance(c, RunRecorder) for c in self.callback_handler.callbacks):
             self.add_callback(callback)

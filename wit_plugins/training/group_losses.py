@@ -1,0 +1,55 @@
+"""What each group weighs and is divided by in one optimizer step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from wit_plugins.errors import WITConfigError
+from wit_plugins.groups import Groups
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+def weighed_groups(groups: Groups | None) -> Groups | None:
+    """The groups, if each has a denominator of its own."""
+    return groups if groups is not None and groups.weighs else None
+
+
+def group_weights(groups: Groups, log_history: Sequence[Mapping[str, Any]], device: torch.device) -> torch.Tensor:
+    """What each group's mean weighs after the evaluations that a trainer has logged, `[G]`, float64 (float32 on MPS).
+
+    The log is the same on all ranks, and is saved with every checkpoint.
+
+    Raises:
+        ValueError: if the strategy gives no weights.
+    """
+    keys = {name: f"eval_response_loss/{key}" for name, key in zip(groups.names, groups.spans.values(), strict=True)}
+    history = [entry for entry in log_history if any(key in entry for key in keys.values())]
+    losses = {name: [entry.get(key, math.nan) for entry in history] for name, key in keys.items()}
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return torch.tensor(groups.weights(losses), dtype=dtype, device=device)
+
+
+def check_evaluates(trainer: Trainer, groups: Groups | None) -> None:
+    """Make sure that there are losses to read, where groups are weighed by them.
+
+    Raises:
+        WITConfigError: if the trainer does not evaluate while it trains, or several datasets under their own names.
+    """
+    if groups is None or not groups.reads_losses:
+        return
+    reason = f"strategies: {groups.strategy.name} weighs groups by their losses in evaluation, but "
+    if getattr(trainer.args.eval_strategy, "value", trainer.args.eval_strategy) == "no" or trainer.eval_dataset is None:
+        raise WITConfigError(
+            f"{reason}this run evaluates nothing while it trains; give it an evaluation set and eval_strategy: steps"
+        )
+    if isinstance(trainer.eval_dataset, dict):
+        raise WITConfigError(
+            f"{reason}there are several evaluation sets ({', '.join(trainer.eval_dataset)}), each under a name of its "
+            "own; put them into one"
+        )
