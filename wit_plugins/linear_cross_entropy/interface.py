@@ -7,6 +7,7 @@ How it is done stands in `gradient_in_forward`; what it is held to, in `full_log
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from wit_plugins.linear_cross_entropy.choice import choose
 from wit_plugins.linear_cross_entropy.full_logits import full_logits
 from wit_plugins.linear_cross_entropy.gradient_in_forward import score
 from wit_plugins.linear_cross_entropy.problem import Head, TokenNLL, Tokens, product_dtype
+from wit_plugins.linear_cross_entropy.sharded_softmax import ShardedSoftmax
 from wit_plugins.linear_cross_entropy.sharding import gathered
 from wit_plugins.linear_cross_entropy.softmax import TorchSoftmax
 from wit_plugins.linear_cross_entropy.sources import GivenLogits, HiddenStates
@@ -42,7 +44,8 @@ def weighted_linear_cross_entropy(
         hidden (`torch.Tensor`): `[..., H]`, float32, bfloat16, float16 or float64. Nothing is shifted: `hidden[t]`
             predicts `targets[t]`.
         lm_head_weight (`torch.Tensor`): `[V, H]`, of the same dtype, unless autocast is on. A DTensor of FSDP2 or a
-            partitioned parameter of DeepSpeed's ZeRO-3 is gathered.
+            partitioned parameter of DeepSpeed's ZeRO-3 is gathered; one that tensor parallelism split over the
+            vocabulary is not: its ranks, which have the same tokens, exchange a few numbers a token.
         targets (`torch.Tensor`): int64 `[...]`, in `[0, V)`, or -100 to be ignored.
         token_weights (`torch.Tensor`): float32 `[...]`.
         bias (`torch.Tensor`, *optional*): `[V]`.
@@ -53,14 +56,15 @@ def weighted_linear_cross_entropy(
         softcap (`float`, *optional*): c in c·tanh(logits / c), applied after the scale.
         impl (`str`): `auto` picks what is best on the device. `torch`: chunks in plain PyTorch, on any device.
             `triton`: the same with one kernel for the softmax, on GPUs. `logits`: all logits and autograd, the readable
-            reference. What cannot be used for a call gives way to `torch`, with one warning.
+            reference. What cannot be used for a call gives way to `torch`, with one warning, and `logits` does so for
+            a head that is split over the vocabulary.
 
     Returns:
         The loss: a differentiable scalar, float32 (float64 for float64 inputs).
 
     Raises:
         ValueError: if shapes, dtypes or options do not go together.
-        WITConfigError: if the head is sharded in a way that cannot be gathered (tensor parallelism).
+        WITConfigError: if tensor parallelism split the head in another way than over the vocabulary.
     """
     if targets.shape != hidden.shape[:-1] or token_weights.shape != targets.shape:
         raise ValueError(
@@ -96,13 +100,14 @@ def linear_nll(hidden: torch.Tensor, head: Head, tokens: Tokens, impl: str = "au
 
     Raises:
         ValueError: if shapes, dtypes or options do not go together.
-        WITConfigError: if the head is sharded in a way that cannot be gathered (tensor parallelism).
+        WITConfigError: if tensor parallelism split the head in another way than over the vocabulary.
     """
-    with gathered(head.weight, head.bias, hidden.dtype) as (weight, bias):
-        head = Head(weight, bias, head.logit_scale, head.softcap)
+    with gathered(head, hidden.dtype) as head:
         _check(hidden, head, tokens)
         softmax = _softmax(impl, hidden)
-        if tokens.retarget is not None and softmax is not None:
+        if head.shard is not None:
+            softmax = functools.partial(ShardedSoftmax, head.shard, softmax or TorchSoftmax)
+        elif tokens.retarget is not None and softmax is not None:
             softmax = TorchSoftmax  # the kernel knows one target
         if softmax is None:
             return full_logits(hidden, head, tokens)

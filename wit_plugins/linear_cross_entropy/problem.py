@@ -4,9 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+
+
+@dataclass(frozen=True)
+class VocabularyShard:
+    """Which part of the vocabulary this rank's rows of a head are; the others of a group hold the rest.
+
+    All ranks of the group are given the same tokens and the same hidden states (tensor parallelism).
+
+    Attributes:
+        group (`torch.distributed.ProcessGroup`): those who hold the whole head together.
+        start (`int`): the token id of this rank's first row.
+        longest (`int`): the rows of the rank that holds most; the last ranks may hold fewer.
+        vocab_size (`int`): of the whole head, V.
+    """
+
+    group: Any
+    start: int
+    longest: int
+    vocab_size: int
 
 
 @dataclass(frozen=True)
@@ -14,16 +33,18 @@ class Head:
     """A linear head and what is done to its logits: z = cap · tanh(scale · (W h + b) / cap).
 
     Attributes:
-        weight (`torch.Tensor`): W, `[V, H]`.
+        weight (`torch.Tensor`): W, `[V, H]`; a shard of it has fewer rows.
         bias (`torch.Tensor`, *optional*): b, `[V]`.
         logit_scale (`float`): what the logits are multiplied by, bias included.
         softcap (`float`, *optional*): applied after the scale.
+        shard ([`VocabularyShard`], *optional*): which rows weight and bias are, if not all of them.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+    shard: VocabularyShard | None = None
 
 
 class Rescale(Protocol):

@@ -99,7 +99,7 @@ class TorchSoftmax:
         buffer (`torch.Tensor`): `[n, V]`: what chunks of logits will be no longer than, of the same dtype.
         logit_scale (`float`): what the logits are multiplied by.
         softcap (`float`, *optional*): applied after the scale.
-        with_grad (`bool`): whether chunks are turned into their gradients.
+        with_grad (`bool`): whether chunks are turned into their gradients, or left as they are.
     """
 
     def __init__(
@@ -115,12 +115,12 @@ class TorchSoftmax:
             return torch.empty(self.size, vocab_size, dtype=scores.nll.dtype, device=buffer.device) if needed else None
 
         # Half precision is worked on in a float32 copy of each block, float32 in place.
-        self.work = block(buffer.dtype != scores.nll.dtype)
+        self.work = block(buffer.dtype != scores.nll.dtype or not with_grad)
         self.slope = block(with_grad and softcap is not None)
         self.terms = block(scores.entropy is not None)
 
     def __call__(self, logits: torch.Tensor, chunk: slice) -> None:
-        """Turn `logits` `[n, V]`, of the tokens of the slice `chunk`, into w · ∂nll/∂logits; fill their scores."""
+        """Fill the scores of the tokens of the slice `chunk` and turn their `logits` `[n, V]` into w · ∂nll/∂logits."""
         self.scores.look(logits, chunk, self.logit_scale, self.softcap)
         for start in range(0, len(logits), self.size):
             part = logits[start : start + self.size]

@@ -45,7 +45,9 @@ class HiddenStates:
 
     def chunks(self) -> list[slice]:
         """Slices of almost equal length over the tokens, as long as speed asks for and memory allows."""
-        return even_slices(self.num_tokens, chunk_length(self.head.weight.shape[0], self.dtype))
+        shard = self.head.shard  # all ranks that share a head walk in step
+        rows = self.head.weight.shape[0] if shard is None else shard.longest
+        return even_slices(self.num_tokens, chunk_length(rows, self.dtype))
 
     def start(self, longest: int, needs: tuple[bool, ...]) -> torch.Tensor:
         """Make room for the gradients that are needed; returns a chunk's buffer `[longest, V]`.
@@ -90,6 +92,8 @@ class HiddenStates:
 
     def gradients(self) -> Gradients:
         """Those of `inputs` that were asked for."""
+        if self.head.shard is not None and self.grad_hidden is not None:  # so far, what this rank's rows ask for
+            torch.distributed.all_reduce(self.grad_hidden, group=self.head.shard.group)
         bias = None if self.grad_bias is None or self.head.bias is None else self.grad_bias.to(self.head.bias.dtype)
         weight = None if self.grad_weight is None else self.grad_weight.result()
         return self.grad_hidden, weight, bias

@@ -18,6 +18,11 @@ _SWITCH = "_disable_adapters"  # of every layer that PEFT puts around one of the
 _BELOW = ("base_layer", "original_module")  # where such a layer keeps the model's own
 
 
+def adapter_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that PEFT put around the model's own."""
+    return [module for module in model.modules() if hasattr(module, _SWITCH)]
+
+
 def check_base_model(model: nn.Module, asking: Sequence[str]) -> None:
     """Make sure that the model without its adapters is the one that training began with.
 
@@ -28,7 +33,7 @@ def check_base_model(model: nn.Module, asking: Sequence[str]) -> None:
     Raises:
         WITConfigError: if there are no adapters, or something is trained beside them.
     """
-    layers = [module for module in model.modules() if hasattr(module, _SWITCH)]
+    layers = adapter_layers(model)
     reason = "strategies: " + ", ".join(asking) + " compares with a reference, the model without its adapter, but "
     if not layers and all(parameter.is_meta for parameter in model.parameters()):
         return  # shapes alone, to look at a dataset with; the run itself says whether there are any

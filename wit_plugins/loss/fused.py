@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from wit_plugins.linear_cross_entropy import Head
-from wit_plugins.linear_cross_entropy.sharding import refuse_tensor_parallel
+from wit_plugins.linear_cross_entropy.sharding import vocabulary_shard, whole_logits
+from wit_plugins.loss.tensor_parallel import below_tensor_parallelism
 from wit_plugins.loss.weighted import MicroBatch, WeightedLoss
 
 _CHECKED_POSITIONS = 16
@@ -54,7 +55,7 @@ class FusedHead:
             model (`nn.Module`): the model that runs, see [`WeightedHead.forward`].
 
         Raises:
-            WITConfigError: if the head is sharded by tensor parallelism.
+            WITConfigError: if tensor parallelism shards the head in a way that is not known.
         """
         head = uncompiled(model.get_output_embeddings())
         saved = getattr(head, "modules_to_save", None)
@@ -65,9 +66,10 @@ class FusedHead:
         if not isinstance(head, nn.Linear) or hasattr(head, "base_layer") or not head.weight.is_floating_point():
             self.obstacle = f"its head is a {type(head).__name__}, not a plain linear layer"
             return None
-        refuse_tensor_parallel(head.weight, model)
-        # Nor is a subclass that computes something of its own (fake quantisation), though it may not do so yet.
         own = getattr(head, forward_name(head))
+        if vocabulary_shard(head.weight, head.bias, model) is not None or hasattr(head, "_hf_tp_plan"):
+            own = below_tensor_parallelism(own)
+        # Nor is a subclass that computes something of its own (fake quantisation), though it may not do so yet.
         if getattr(own, "__func__", own) is not nn.Linear.forward:
             self.obstacle = f"its head, a {type(head).__name__}, has a forward of its own"
             return None
@@ -148,7 +150,7 @@ class LossForLogits:
             flat = hidden.reshape(1, -1, hidden.shape[-1])
             flat = flat[:, :: max(1, flat.shape[1] // _CHECKED_POSITIONS)][:, :_CHECKED_POSITIONS]
             sampled = self.own_forward(flat)
-            self.product = nn.functional.linear(flat, self.linear.weight, self.linear.bias)
+            self.product = whole_logits(flat, self.linear.weight, self.linear.bias)
         self.sampled = sampled.detach().requires_grad_(torch.is_grad_enabled())
         return self.sampled.clone()  # the model may change it in place
 

@@ -24,6 +24,7 @@ from wit_plugins.errors import WeightsNotAppliedError, WITConfigError
 from wit_plugins.loss.base_model import without_adapters
 from wit_plugins.loss.fused import FusedHead, LossForLogits, uncompiled
 from wit_plugins.loss.step import OutputFormat, Step
+from wit_plugins.loss.tensor_parallel import refuse_adapters
 from wit_plugins.loss.weighted import MicroBatch
 from wit_plugins.tokens.chance import Chance
 from wit_plugins.tokens.collator import CODES_KEY
@@ -48,7 +49,8 @@ class WeightedHead:
         loss_impl (`str`): `auto`, `fused` or `logits`.
 
     Raises:
-        WITConfigError: if the model is not a causal language model whose tokens can be transported.
+        WITConfigError: if the model is not a causal language model whose tokens can be transported, or is split over
+            ranks in a way that is not known.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class WeightedHead:
         loss_impl: str = "auto",
     ) -> None:
         _check_model(model)
+        refuse_adapters(model)
         self.model = model
         self.strategies = strategies
         self.adapter = adapter

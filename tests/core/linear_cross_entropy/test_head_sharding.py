@@ -12,7 +12,6 @@ import pytest
 import torch
 from headkit import (
     assert_close,
-    in_subprocess,
     make,
     reference,
 )
@@ -63,29 +62,6 @@ def test_zero3_parameters_are_gathered_while_projecting(monkeypatch):
         parameter.data = full[id(parameter)]
     weighted_linear_cross_entropy(hidden, weight, targets, token_weights, bias=bias, impl="torch").backward()
     assert len(log) == 1
-
-
-@pytest.mark.slow
-def test_tensor_parallel_heads_are_refused():
-    in_subprocess(
-        """
-        import os, pytest, tempfile, torch, torch.distributed as dist
-        import headkit as t
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-        dist.init_process_group("gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1)
-        from wit_plugins import WITConfigError
-        mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
-        h, w, _, y, tw = t.make()
-        for dim in (0, 1):
-            with pytest.raises(WITConfigError, match="tensor parallelism"):
-                t.weighted_linear_cross_entropy(h, distribute_tensor(w.detach(), mesh, [Shard(dim)]), y, tw)
-        whole = distribute_tensor(w.detach(), mesh, [Replicate()])
-        mine = t.weighted_linear_cross_entropy(h, whole, y, tw)
-        assert torch.equal(mine, t.weighted_linear_cross_entropy(h, w, y, tw))
-        dist.destroy_process_group()
-        """
-    )
 
 
 FSDP = """
