@@ -23,6 +23,8 @@ class Step:
         aux_loss_scale (`float`): what that loss is multiplied by beside it, so that what the trainer makes of the whole
             loss afterwards leaves it as the trainer without weights would have it.
         spans (`torch.Tensor | None`): int64 `[B, L]`, which logged spans each token is in; set by the head.
+        shifted (`bool`): whether the codes, the spans and `shift_labels` stand where their tokens are predicted already
+            (rows that are cut over ranks).
         number (`int`): how many optimizer steps were taken before.
         number_of_steps (`int`): how many the run has.
         seed (`int`): the run's.
@@ -35,6 +37,7 @@ class Step:
     prediction_loss_only: bool = True
     aux_loss_coefficient: float = 0.0
     aux_loss_scale: float = 1.0
+    shifted: bool = False
     number: int = 0
     number_of_steps: int = 1
     seed: int = 0

@@ -39,6 +39,7 @@ class Attachment:
     first_tokens: tuple[int, int] | None = None  # prompt and response tokens in the first examples
     weighted_examples: tuple[int, int] = (0, 0)  # in how many of the first ones weights stand in the data; of how many
     verified: bool = False
+    cut_to: int | None = None  # while rows are cut over ranks: the length of this one's share, of shifted codes
     prediction_loss_only: bool = True
     reads_log: bool = False  # whether the training loop, on all ranks, is about to log
 
