@@ -112,6 +112,7 @@ PARTS = [
         (*SUMS, "64x16x100", "--errors", "96x16x100", "--rounds", "1", "--device", "cpu"),
     ),
     suite("ranks", "trl"),
+    suite("context", "trl"),
 ]
 
 

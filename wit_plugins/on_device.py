@@ -83,6 +83,22 @@ class HooksOnDevice:
         """Whether every factor depends on its own token alone, so that they may be asked for piece by piece."""
         return all(strategy.per_token for strategy in self._dynamic)
 
+    @property
+    def across_tokens(self) -> list[str]:
+        """Which strategies look at more than one token at a time, or at where it stands in the batch.
+
+        A reference's log-probabilities are counted among it: they come from a second pass over whole rows.
+        """
+        hooks = ("select_tokens", "draw_targets", "change_inputs")
+        arguments = (*_BY_DOCUMENT, "reference_log_probs")
+        return [
+            s.name
+            for s in self._strategies
+            if (s in self._dynamic and not s.per_token)
+            or any(s.has(hook) for hook in hooks)
+            or any(s.asks_for(argument) for argument in arguments)
+        ]
+
     def dynamic_weights(self, log_probs: torch.Tensor, roles: torch.Tensor, **known: Any) -> torch.Tensor | None:
         """The product of the strategies' factors, shaped like `log_probs` `[N]`, or `None` if there is none.
 

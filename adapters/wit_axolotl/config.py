@@ -73,6 +73,10 @@ def _above_one(value: Any) -> bool:
 
 
 _NO_LOSS = "it would replace the weighted loss"
+_RING = (
+    "Axolotl's ring of attention cuts the labels before they are shifted, which loses the target at each border, and "
+    "puts an average in the place of the step's denominator, so the loss would not be exact; set it to 1"
+)
 _REFUSALS: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "train_on_inputs",
@@ -99,8 +103,8 @@ _REFUSALS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("liger_use_token_scaling", _true, f"{_NO_LOSS}; take it out, and set wit: strategies: [dft], which does the same"),
     ("kd_trainer", _true, "knowledge distillation replaces the loss; take it or wit out"),
     ("processor_type", _true, "vision and audio language models are not supported yet; train the text model alone"),
-    ("context_parallel_size", _above_one, "it shards the labels after the weights are attached; set it to 1"),
-    ("sequence_parallel_degree", _above_one, "it shards the labels after the weights are attached; set it to 1"),
+    ("context_parallel_size", _above_one, _RING),
+    ("sequence_parallel_degree", _above_one, _RING),
     ("tensor_parallel_size", _above_one, "a tensor-parallel head is not supported; set it to 1 and use FSDP"),
 ]
 _REFUSED_PLUGINS = {

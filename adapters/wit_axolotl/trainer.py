@@ -14,6 +14,7 @@ class AxolotlAdapter(TrainerAdapter):
     It takes the loss from the model's output, so that the defaults do.
     """
 
+    context_parallel = False  # it has a ring of its own
     masking_hint = "leave train_on_inputs at false, and use a dataset type that has a prompt (chat_template, alpaca, …)"
 
     def __init__(self) -> None:

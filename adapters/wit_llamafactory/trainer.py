@@ -23,6 +23,7 @@ class LlamaFactoryAdapter(TrainerAdapter):
         version (`str`): LLaMA-Factory's.
     """
 
+    context_parallel = False
     masking_hint = "set train_on_prompt: false (if tokenized_path was written with it, write that anew)"
 
     def __init__(self, version: str) -> None:

@@ -143,6 +143,8 @@ class WeightedHead:
                 "something between the collator and the model takes it out of the batch; leave it in"
             )
         step.spans, step.scores = spans, scores
+        if step.shifted:
+            labels = self._shifted_labels(kwargs.pop("shift_labels", None), step)
         kwargs = {key: value for key, value in kwargs.items() if key not in self.adapter.head_kwargs}
         kwargs["return_dict"] = True
         if step.training and self.strategies.changes_inputs:
@@ -161,6 +163,20 @@ class WeightedHead:
             step.aux_loss = aux_loss.detach()
             step.aux_loss_coefficient = _aux_loss_coefficient(self.model)
         return self.adapter.output(output, step.result, step)
+
+    @staticmethod
+    def _shifted_labels(labels: torch.Tensor | None, step: Step) -> torch.Tensor:
+        """The labels `[B, L]` that were shifted and cut as the codes were.
+
+        Raises:
+            WeightsNotAppliedError: if there are none, or nobody has counted the denominator of the whole rows.
+        """
+        if labels is None or step.num_items is None:
+            missing = "shift_labels" if labels is None else "num_items_in_batch"
+            raise WeightsNotAppliedError(
+                f"the trainer has cut its rows over ranks and calls the model without {missing}; set cp_size to 1"
+            )
+        return labels
 
     def _read_by_reference(
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Any, codes: Any, step: Step
@@ -262,7 +278,7 @@ class WeightedHead:
         alone: bool = False,
     ) -> MicroBatch:
         """The micro-batch of a call; `alone`, its tokens as they are, for nobody's strategies."""
-        codes, spans = self._align(codes, labels, num_logits).to(device), None if alone else step.spans
+        codes, spans = self._align(codes, labels, num_logits, step.shifted).to(device), None if alone else step.spans
         if spans is not None:
             spans = torch.nn.functional.pad(spans.to(device), (codes.shape[1] - spans.shape[1], 0))
         batch = MicroBatch(
@@ -275,6 +291,7 @@ class WeightedHead:
             response_metrics=self.adapter.response_metrics,
             drawing=(step.number, step.seed) if step.training else None,
             group_factors=None if alone else step.group_factors,
+            shifted=step.shifted,
         )
         if not alone and self._reference_nll is not None:
             batch.compare(self._reference_nll.to(device))
@@ -283,14 +300,14 @@ class WeightedHead:
             batch.look_up(torch.nn.functional.pad(scores, (codes.shape[1] - scores.shape[1], 0)))
         return batch
 
-    def _align(self, codes: torch.Tensor, labels: torch.Tensor, num_logits: int) -> torch.Tensor:
+    def _align(self, codes: torch.Tensor, labels: torch.Tensor, num_logits: int, shifted: bool) -> torch.Tensor:
         """Put virtual tokens (prompt-learning PEFT) in front of the codes, where PEFT has put them before the labels.
 
         Raises:
             WeightsNotAppliedError: if codes, labels and logits do not belong together.
         """
         codes = codes.to(labels.device)
-        if labels.shape[1] > codes.shape[1]:
+        if labels.shape[1] > codes.shape[1] and not shifted:
             virtual = labels.shape[1] - codes.shape[1]
             codes = torch.nn.functional.pad(codes, (virtual, 0), value=IGNORE_INDEX)
         # Comparing values makes the device wait, so once is enough: the first batch of a run.

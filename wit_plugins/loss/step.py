@@ -27,6 +27,8 @@ class Step:
             folder; set by the head.
         group_factors (`torch.Tensor | None`): `[G]`, what the tokens of each group are multiplied by, so that each has
             a denominator of its own.
+        shifted (`bool`): whether the codes, the spans and `shift_labels` stand where their tokens are predicted already
+            (rows that are cut over ranks).
         number (`int`): how many optimizer steps were taken before.
         number_of_steps (`int`): how many the run has.
         seed (`int`): the run's.
@@ -40,6 +42,7 @@ class Step:
     aux_loss_coefficient: float = 0.0
     aux_loss_scale: float = 1.0
     group_factors: torch.Tensor | None = None
+    shifted: bool = False
     number: int = 0
     number_of_steps: int = 1
     seed: int = 0

@@ -49,6 +49,7 @@ class MicroBatch:
     Args:
         codes (`torch.Tensor`): int64 `[B, L]`, see `wit_plugins.tokens.transport`, on the device that computes. Token t
             of a row is predicted at position t - 1; the first one of a row by nothing.
+        shifted (`bool`): the codes and spans stand where their tokens are predicted already: t at position t.
         strategies ([`ActiveStrategies`]): for the dynamic weights, and how many spans are logged.
         spans (`torch.Tensor`, *optional*): int64 `[B, L]`, see `wit_plugins.tokens.span_bits`; needed if any are.
         normalization (`str`): `nonzero_tokens` or `weight_sum`; used if `num_items` is `None`.
@@ -71,9 +72,11 @@ class MicroBatch:
         response_metrics: bool = False,
         drawing: tuple[int, int] | None = None,
         group_factors: torch.Tensor | None = None,
+        shifted: bool = False,
     ) -> None:
         self.batch_size, length = codes.shape
-        targets, roles, weights = (part[:, 1:] for part in decode(codes))  # [B, L - 1]
+        first = 0 if shifted else 1
+        targets, roles, weights = (part[:, first:] for part in decode(codes))  # [B, L - 1], or [B, L] if shifted
         is_response = roles == RESPONSE
         if every_role:
             wanted = roles != 0
@@ -84,7 +87,7 @@ class MicroBatch:
         self.row, column = torch.nonzero(wanted, as_tuple=True)
         self.positions = self.row * length + column  # [N], of [B, L]: the position that predicts the token
         self.targets, self.roles, self.weights = (x[self.row, column] for x in (targets, roles, weights))  # [N]
-        self.spans = None if spans is None else spans[:, 1:][self.row, column]  # [N]
+        self.spans = None if spans is None else spans[:, first:][self.row, column]  # [N]
         self.labels_count = is_response.sum()
         self.denominator = safe(denominator(codes, normalization) if num_items is None else num_items.to(codes.device))
         self.strategies, self.every_role, self.metrics = strategies, every_role, response_metrics
@@ -92,9 +95,9 @@ class MicroBatch:
         self._located: dict[str, torch.Tensor] = {}
         if strategies.has_dynamic_weights and strategies.locating:
             located = zip(("documents", "positions"), locate(codes), strict=True)
-            self._located = {name: values[:, 1:][self.row, column] for name, values in located}
+            self._located = {name: values[:, first:][self.row, column] for name, values in located}
         self.nll = self.weights.new_zeros(0)  # [N], once the loss was asked for
-        self.column, self._chance = column + 1, None
+        self.column, self._chance = column + first, None
         if drawing is not None and strategies.draws_targets:
             self._chance = Chance(codes, *drawing)
 

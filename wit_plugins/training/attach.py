@@ -29,6 +29,7 @@ from wit_plugins.tokens.transport import MAX_VOCAB_SIZE
 from wit_plugins.training.adapter import TrainerAdapter
 from wit_plugins.training.attachment import ATTRIBUTE, Attachment, unwrapped
 from wit_plugins.training.changes import Changes
+from wit_plugins.training.context import check_parallelism
 from wit_plugins.training.group_losses import check_evaluates
 from wit_plugins.training.metrics import RoleMetrics
 from wit_plugins.training.trainer import WeightedTrainerMixin
@@ -68,6 +69,7 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
     check_evaluates(trainer, strategies.groups)
     adapter.check_data(trainer, config)
     model = causal_lm(trainer)
+    check_parallelism(trainer, adapter, strategies, model)
     if strategies.referring and strategies.reference is None:
         check_base_model(model, strategies.referring)
     aux_loss_sums = adapter.aux_loss_sums(trainer)  # before it is changed
@@ -214,12 +216,6 @@ def _check_trainer(trainer: Trainer) -> None:
         raise WITConfigError(
             "average_tokens_across_devices = False: with several processes the loss would be normalised on each rank "
             "alone; set it to True"
-        )
-    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
-    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-        raise WITConfigError(
-            "context and sequence parallelism are not supported: they shard the labels after the weights are "
-            "attached; set cp_size and sp_size to 1"
         )
 
 

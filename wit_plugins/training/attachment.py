@@ -42,6 +42,7 @@ class Attachment:
     group_weights: torch.Tensor | None = None  # [G], what each group's mean weighs until the next evaluation
     group_factors: torch.Tensor | None = None  # [G], what the tokens of each group are multiplied by in this step
     verified: bool = False
+    cut_to: int | None = None  # while rows are cut over ranks: the length of this one's share, of shifted codes
     prediction_loss_only: bool = True
     reads_log: bool = False  # whether the training loop, on all ranks, is about to log
 

@@ -48,17 +48,18 @@ class RoleMetrics:
         """Add one micro-batch of this rank."""
         self._add(result.role_sums.sum(dim=0))
 
-    def add_gathered(self, result: WeightedLoss, accelerator: Accelerator, replicas: int = 1) -> None:
+    def add_gathered(self, result: WeightedLoss, accelerator: Accelerator, replicas: int = 1, parts: int = 1) -> None:
         """Add one evaluation batch of all ranks. A collective: every rank must call it.
 
         Args:
             result ([`WeightedLoss`]): this rank's rows.
             accelerator (`Accelerator`): for gathering.
-            replicas (`int`): how many ranks in a row are given the same batch (tensor parallelism).
+            replicas (`int`): how many ranks in a row compute the same (tensor parallelism).
+            parts (`int`): how many such groups in a row have computed a part of the same rows (context parallelism).
         """
         rows = result.role_sums
         if accelerator.num_processes > 1:
-            rows = _gather_rows(rows, accelerator, replicas)
+            rows = _gather_rows(rows, accelerator, replicas, parts)
             state = accelerator.gradient_state
             if self._examples is not None:
                 rows = rows[: max(0, self._examples - self._rows)]
@@ -130,13 +131,15 @@ def role_metrics(sums: torch.Tensor, spans: Sequence[str] = ()) -> dict[str, flo
     return metrics
 
 
-def _gather_rows(rows: torch.Tensor, accelerator: Accelerator, replicas: int) -> torch.Tensor:
-    """The rows `[B, R]` of all ranks, one rank after the other; the ranks' B may differ."""
+def _gather_rows(rows: torch.Tensor, accelerator: Accelerator, replicas: int, parts: int) -> torch.Tensor:
+    """The rows `[B, R]` of all ranks, one rank after the other, parts of rows added up; the ranks' B may differ."""
     counts = accelerator.gather(torch.tensor([len(rows)], device=accelerator.device)).tolist()
     padded = rows.new_zeros(max(counts), rows.shape[1], device=accelerator.device)
     padded[: len(rows)] = rows
     gathered = accelerator.gather(padded[None])  # [ranks, max B, R]
-    return torch.cat([gathered[rank, : counts[rank]] for rank in range(0, len(counts), replicas)])
+    alike = replicas * parts
+    whole = gathered.unflatten(0, (-1, alike))[:, ::replicas].sum(dim=1)
+    return torch.cat([whole[group, : counts[group * alike]] for group in range(len(whole))])
 
 
 def _num_examples(dataloader: Any) -> int | None:

@@ -25,6 +25,7 @@ from wit_plugins.tokens.collator import CODES_KEY
 from wit_plugins.tokens.dataset_check import locate_bad_example
 from wit_plugins.training import records
 from wit_plugins.training.attachment import Attachment, unwrapped
+from wit_plugins.training.context import check_same_batch, cp_size, cut_too, lengthen_and_shift
 from wit_plugins.training.group_losses import group_weights, weighed_groups
 from wit_plugins.training.recorder import RunRecorder, recorder
 
@@ -84,16 +85,17 @@ class WeightedTrainerMixin(_Base):
             return counted
         across = self.args.average_tokens_across_devices and self.args.world_size > 1
         wit = self._wit
+        same = self.get_tp_size() * cp_size(self.accelerator)  # ranks that are given the same batch
         groups = weighed_groups(wit.head.strategies.groups)
         if groups is not None:
             own = group_denominators(batch_samples, normalization, wit.head.strategies.group_bits, device)
             if across:
-                own = self.accelerator.gather(own[None]).sum(dim=0) / self.get_tp_size()
+                own = self.accelerator.gather(own[None]).sum(dim=0) / same
             if wit.group_weights is None:
                 wit.group_weights = group_weights(groups, self.state.log_history, device)
             wit.group_factors = group_factors(wit.group_weights, own)
         if across:
-            total = self.accelerator.gather(total).sum() / self.get_tp_size()
+            total = self.accelerator.gather(total).sum() / same
         return total
 
     def compute_loss(
@@ -114,6 +116,12 @@ class WeightedTrainerMixin(_Base):
             if num_items_in_batch is None:
                 raise WeightsNotAppliedError("the trainer counts no denominator, so groups have none; take them out")
             step.group_factors = wit.group_factors
+        step.shifted = wit.cut_to is not None
+        if step.shifted and inputs[CODES_KEY].shape[1] != wit.cut_to:
+            raise WeightsNotAppliedError(
+                f"cp_size = {cp_size(self.accelerator)}: rows of {inputs[CODES_KEY].shape[1]} tokens reach the model "
+                f"where {wit.cut_to} are this rank's share, so they were not cut; set cp_size to 1"
+            )
         if num_items_in_batch is not None:  # else the trainer averages whole losses, as it does without weights
             step.aux_loss_scale = self._aux_loss_scale(training) / self._loss_scale()
         try:
@@ -128,7 +136,7 @@ class WeightedTrainerMixin(_Base):
                 "it reads the logits, which the fused head never holds; set loss_impl: logits"
             ) from error
         finally:
-            wit.head.step = None
+            wit.head.step, wit.cut_to = None, None
         if step.result is None:
             raise WeightsNotAppliedError(
                 "the model's forward was called without the weights, so this run would train unweighted: something "
@@ -142,8 +150,24 @@ class WeightedTrainerMixin(_Base):
         if training:
             wit.training.add(step.result)
         else:
-            wit.evaluation.add_gathered(step.result, self.accelerator, self.get_tp_size())
+            # A trainer that does not cut the rows of an evaluation computes all of them on every rank of a group.
+            parts = cp_size(self.accelerator)
+            replicas = self.get_tp_size() * (1 if step.shifted else parts)
+            wit.evaluation.add_gathered(step.result, self.accelerator, replicas, parts if step.shifted else 1)
         return loss
+
+    def _prepare_context_parallel_inputs(self, model: Any, inputs: Any) -> Any:
+        """The trainer's own: what is cut over ranks, and the context in which it is; the codes are cut with it."""
+        parts = cp_size(self.accelerator)
+        if parts == 1 or CODES_KEY not in inputs:
+            return super()._prepare_context_parallel_inputs(model, inputs)
+        if not self._wit.verified:
+            check_same_batch(inputs[CODES_KEY], self.accelerator, parts)
+        cut_to = lengthen_and_shift(inputs, parts)
+        context, inputs = super()._prepare_context_parallel_inputs(model, inputs)
+        context = cut_too(context, inputs, self.accelerator)
+        self._wit.cut_to = cut_to
+        return context, inputs
 
     def _loss_scale(self) -> int:
         """What the trainer multiplies a normalised loss by, to undo that the ranks' gradients are averaged."""

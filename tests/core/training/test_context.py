@@ -1,0 +1,173 @@
+"""Rows that are cut over ranks, as far as one process shows it; `tests/ranks` has the ranks."""
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import ParallelismConfig
+from support import documents, llama, mixtral
+from torch.nn import functional
+from trainkit import CONFIG, make_trainer
+
+from wit_plugins import WeightsNotAppliedError, WITConfigError, attach
+from wit_plugins.active import ActiveStrategies
+from wit_plugins.linear_cross_entropy import Head
+from wit_plugins.loss.weighted import MicroBatch
+from wit_plugins.training.adapter import TrainerAdapter
+from wit_plugins.training.context import check_parallelism, cut_too, lengthen_and_shift
+
+FILLING = {"input_ids": 0, "labels": -100, "attention_mask": 0, "weighted_labels": -100}
+WIT = {"prompt_weight": 0.2, "response_weight": 0.8}
+
+
+@pytest.fixture
+def batch(tmp_path):
+    """Rows of several lengths, and what each of their tokens is."""
+    docs = documents(6, seed=3, low=5, high=24)
+    trainer = make_trainer(tmp_path, examples=[doc.example() for doc in docs], per_device_train_batch_size=6)
+    attach(trainer, CONFIG)
+    made = next(iter(trainer.get_train_dataloader()))
+    return {key: made[key] for key in ("input_ids", "labels", "attention_mask", "weighted_labels")}
+
+
+def pieces(rows, parts):
+    """Head-tail: of 2·parts pieces of each row, rank r has the r-th from either end."""
+    cut = rows.chunk(2 * parts, dim=1)
+    return [torch.cat([cut[rank], cut[-1 - rank]], dim=1) for rank in range(parts)]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+def test_the_shares_of_the_ranks_add_up_to_whole_rows(batch, parts):
+    """Loss, gradient, roles' losses and counts: no token is lost at a border, none is counted twice."""
+    torch.manual_seed(0)
+    whole = batch["weighted_labels"]
+    hidden = torch.randn(*whole.shape, 8, dtype=torch.float64, requires_grad=True)
+    head = Head(torch.randn(61, 8, dtype=torch.float64, requires_grad=True))
+    options = {"num_items": torch.tensor(17), "every_role": True, "response_metrics": True}
+    expected = MicroBatch(whole, ActiveStrategies({"wit": WIT}), **options).from_hidden(hidden, head)
+    gradient = torch.autograd.grad(expected.loss, hidden)[0]
+
+    share = lengthen_and_shift(batch, parts)
+    missing = batch["weighted_labels"].shape[1] - whole.shape[1]
+    assert share * parts == batch["weighted_labels"].shape[1] == batch["input_ids"].shape[1]
+    assert missing < 2 * parts
+    longer = functional.pad(hidden, (0, 0, 0, missing))
+    made = [
+        MicroBatch(codes, ActiveStrategies({"wit": WIT}), shifted=True, **options).from_hidden(states, head)
+        for codes, states in zip(pieces(batch["weighted_labels"], parts), pieces(longer, parts), strict=True)
+    ]
+    loss = sum(part.loss for part in made)
+    assert torch.allclose(loss, expected.loss, rtol=1e-12)
+    assert torch.allclose(torch.autograd.grad(loss, hidden)[0], gradient, rtol=1e-9)
+    assert torch.allclose(sum(part.role_sums for part in made), expected.role_sums, rtol=1e-9)
+    for count in ("labels_count", "correct", "entropy"):
+        assert sum(getattr(part, count) for part in made) == pytest.approx(getattr(expected, count).item())
+
+
+def test_what_is_put_behind_a_row_is_no_token(batch):
+    length = batch["input_ids"].shape[1]
+    missing = -length % 14
+    assert missing
+    assert lengthen_and_shift(batch, 7) * 7 == length + missing
+    assert (batch["labels"][:, length:] == -100).all()
+    assert (batch["weighted_labels"][:, length - 1 :] == -100).all()
+    assert not batch["attention_mask"][:, length:].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows | {k: v.reshape(1, -1) for k, v in rows.items()}, r"several documents; switch packing"),
+        (
+            lambda rows: {k: functional.pad(v, (1, 0), value=FILLING[k]) for k, v in rows.items()},
+            r"padding in front of tokens.*pad on the right",
+        ),
+        (lambda rows: rows | {"shift_labels": rows["labels"]}, r"the collator has shifted the labels already"),
+    ],
+    ids=["flattened", "padded on the left", "shifted"],
+)
+def test_rows_that_cannot_be_cut_are_refused(batch, change, message):
+    with pytest.raises(WITConfigError, match=message):
+        lengthen_and_shift(change(dict(batch)), 2)
+
+
+class Accelerator:
+    """What is asked of accelerate's."""
+
+    def maybe_context_parallel(self):
+        raise AssertionError
+
+    def another(self):
+        raise AssertionError
+
+
+def test_a_context_that_is_not_known_stops_the_run(batch):
+    """transformers has to list what is cut, and to hand it to accelerate: otherwise the codes would stay whole."""
+    accelerator = Accelerator()
+    inputs = {**batch, "shift_labels": batch["labels"].clone()}
+    listed = [inputs["input_ids"], inputs["shift_labels"]]
+    known = {"buffers": listed, "buffer_seq_dims": [1, 1], "no_restore_buffers": set(listed)}
+    made = cut_too(functools.partial(accelerator.maybe_context_parallel, **known), inputs, accelerator)
+    assert [id(buffer) for buffer in made.keywords["buffers"]] == [*map(id, listed), id(inputs["weighted_labels"])]
+    assert made.keywords["buffer_seq_dims"] == [1, 1, 1]
+    assert made.keywords["no_restore_buffers"] == {*listed, inputs["weighted_labels"]}
+    for context in (
+        torch.no_grad,
+        functools.partial(accelerator.another, **known),
+        functools.partial(accelerator.maybe_context_parallel, **known, new=1),
+        functools.partial(accelerator.maybe_context_parallel, **known | {"buffers": listed[:1]}),
+    ):
+        with pytest.raises(WeightsNotAppliedError, match=r"in a way that is not known.*set cp_size to 1"):
+            cut_too(context, inputs, accelerator)
+
+
+def test_rows_that_were_not_cut_stop_the_run(tmp_path):
+    trainer = make_trainer(tmp_path)
+    attach(trainer, CONFIG)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer._wit.cut_to = batch["input_ids"].shape[1] // 2
+    with pytest.raises(WeightsNotAppliedError, match="are this rank's share, so they were not cut"):
+        trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(9))
+
+
+class Elsewhere(TrainerAdapter):
+    framework, context_parallel = "Elsewhere 1.0", False
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes", "message"),
+    [
+        ({"sp_size": 2}, {}, r"sp_size = 2: DeepSpeed's sequence parallelism.*set sp_size to 1 \(cp_size, with FSDP2"),
+        ({"cp_size": 2}, {"adapter": Elsewhere()}, r"cp_size = 2: .*not shown to be exact with Elsewhere 1.0"),
+        ({"cp_size": 2}, {"fsdp2": False}, r"cp_size = 2: .*it needs FSDP2.*set cp_size to 1"),
+        ({"cp_size": 2, "tp_size": 2}, {}, r"cp_size = 2: .*not shown to be exact together with tp_size = 2"),
+        (
+            {"cp_size": 2},
+            {"strategies": {"eaft": {}, "masked_thought": {"mask_token_id": 0}}},
+            r"strategies: masked_thought looks at",
+        ),
+        (
+            {"cp_size": 2},
+            {"strategies": {"rho1": {"share": 0.5}, "dft": {}}},
+            r"strategies: rho1 looks at more than one token",
+        ),
+        ({"cp_size": 2}, {"model": mixtral}, r"the auxiliary loss of a mixture of experts.*output_router_logits=False"),
+        ({"cp_size": 2}, {"prepares": False}, r"only torch's, by a transformers that prepares its inputs"),
+        ({"cp_size": 2}, {"strategies": {"dft": {}, "eaft": {}}}, None),
+        ({}, {"strategies": {"rho1": {"share": 0.5}}, "fsdp2": False}, None),
+    ],
+    ids=["sp", "framework", "DDP", "tp", "inputs", "selection", "experts", "transformers", "taken", "off"],
+)
+def test_what_is_refused_with_cut_rows(sizes, changes, message):
+    accelerator = SimpleNamespace(parallelism_config=ParallelismConfig(**sizes), is_fsdp2=changes.get("fsdp2", True))
+    trainer = SimpleNamespace(accelerator=accelerator)
+    if changes.get("prepares", True):
+        trainer._prepare_context_parallel_inputs = None
+    adapter, model = changes.get("adapter", TrainerAdapter()), changes.get("model", llama)()
+    strategies = ActiveStrategies({"wit": WIT, **changes.get("strategies", {})})
+    if message is None:
+        check_parallelism(trainer, adapter, strategies, model)
+        return
+    with pytest.raises(WITConfigError, match=message):
+        check_parallelism(trainer, adapter, strategies, model)

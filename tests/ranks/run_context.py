@@ -1,0 +1,120 @@
+"""One of torchrun's processes: trains and evaluates every case, with rows that are cut over `cp_size` ranks.
+
+run_context.py FOLDER CP_SIZE DEVICE CASES
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import ring_on_cpu
+import torch
+import torch.distributed as dist
+from context_cases import EVALUATED, LEARNING_RATE, LORA, documents_of, model_of
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+from words import tokenizer
+
+from wit_plugins import WITConfig, WITError, attach
+
+FOLDER, PARTS, DEVICE = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+WORLD = int(os.environ["WORLD_SIZE"])
+
+
+def trainer_of(case: dict[str, Any]) -> Any:
+    rows = Dataset.from_list([doc.example() for doc in documents_of(case)])
+    given = case.get("args", {})
+    settings = {
+        # All documents are one step.
+        "per_device_train_batch_size": len(rows) * PARTS // WORLD // given.get("gradient_accumulation_steps", 1),
+        "per_device_eval_batch_size": 3,
+        "max_steps": 1,
+        "learning_rate": LEARNING_RATE,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "weight_decay": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": DEVICE == "cpu",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        **given,
+    }
+    stream = rows.to_iterable_dataset() if case.get("stream") else rows
+    data = {"train_dataset": stream, "eval_dataset": rows.select(range(EVALUATED)), "processing_class": tokenizer()}
+    folder = str(FOLDER / "out")
+    if case.get("trainer") == "transformers":
+        collator = DataCollatorForSeq2Seq(tokenizer(), padding=True)
+        collator.tokenizer.padding_side = case.get("side", "right")
+        return Trainer(model_of(case), TrainingArguments(folder, **settings), data_collator=collator, **data)
+    settings = {"bf16": False, "gradient_checkpointing": False, "max_length": 64, **settings}
+    lora = {"peft_config": LoraConfig(**LORA)} if case.get("lora") else {}
+    return SFTTrainer(model_of(case), SFTConfig(folder, **settings), **data, **lora)
+
+
+def whole(model: Any) -> dict[str, torch.Tensor]:
+    """The trained parameters, gathered."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    return {n: getattr(p, "full_tensor", lambda p=p: p)().detach().cpu().clone() for n, p in trained.items()}
+
+
+def run(case: dict[str, Any], index: int) -> None:
+    torch.manual_seed(0)
+    trainer = trainer_of(case)
+    if case.get("lora"):  # the second factor starts at zero, under which the first has no gradient
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in sorted(trainer.model.named_parameters()):
+            if "lora_B" in name:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 10)
+    before = whole(trainer.model)
+    lengths: dict[str, set[int]] = {"training": set(), "evaluation": set()}
+
+    def record(module: Any, arguments: Any) -> None:
+        lengths["training" if trainer.model.training else "evaluation"].add(arguments[0].shape[1])
+
+    trainer.accelerator.unwrap_model(trainer.model).get_input_embeddings().register_forward_pre_hook(record)
+    prompt_weight, response_weight = case.get("weights", (0.2, 0.8))
+    settings = {"prompt_weight": prompt_weight, "response_weight": response_weight, **case.get("settings", {})}
+    try:
+        attach(trainer, WITConfig(**settings))
+        trainer.train()
+    except WITError as error:
+        if trainer.is_world_process_zero():
+            (FOLDER / f"case-{index}.json").write_text(json.dumps({"error": str(error)}))
+        return
+    assert trainer.state.global_step == 1
+    after = whole(trainer.model)
+    evaluation = trainer.evaluate()
+    result = {
+        "logs": trainer.state.log_history,
+        "evaluation": evaluation,
+        "lengths": {when: sorted(seen) for when, seen in lengths.items()},
+        "sharded": any(hasattr(p, "full_tensor") for p in trainer.model.parameters()),
+        "mesh": dict(
+            zip(
+                trainer.accelerator.torch_device_mesh.mesh_dim_names,
+                trainer.accelerator.torch_device_mesh.shape,
+                strict=True,
+            )
+        ),
+        "chosen": trainer._wit.head.chosen,
+        "rings": dict(ring_on_cpu.calls) if DEVICE == "cpu" else None,
+    }
+    if trainer.is_world_process_zero():
+        torch.save({"before": before, "after": after}, FOLDER / f"case-{index}.pt")
+        (FOLDER / f"case-{index}.json").write_text(json.dumps(result))
+
+
+if DEVICE == "cpu":
+    ring_on_cpu.install()
+for number, one in enumerate(json.loads(sys.argv[4])):
+    run(one, number)
+dist.destroy_process_group()
