@@ -216,6 +216,14 @@ def ranks(session: nox.Session) -> None:
 
 
 @nox.session
+def context_oldest(session: nox.Session) -> None:
+    """Rows that are cut over ranks, with the oldest TRL (`ranks` has the newest). Not a default session."""
+    binaries, env = install(session, "trl-1.9")
+    paths = session.posargs or ["tests/ranks/test_ranks_context.py"]
+    session.run(str(binaries / "pytest"), *paths, env=env, external=True)
+
+
+@nox.session
 def zero3(session: nox.Session) -> None:
     """The head under DeepSpeed's ZeRO-3. Not a default session: DeepSpeed is built from source."""
     pip = [str(environment(session, "zero3") / "pip"), "install", "--quiet", "--disable-pip-version-check", "--no-deps"]

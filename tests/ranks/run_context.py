@@ -93,10 +93,12 @@ def run(case: dict[str, Any], index: int) -> None:
     assert trainer.state.global_step == 1
     after = whole(trainer.model)
     evaluation = trainer.evaluate()
+    seen: list[Any] = [None] * WORLD
+    dist.all_gather_object(seen, lengths)
     result = {
         "logs": trainer.state.log_history,
         "evaluation": evaluation,
-        "lengths": {when: sorted(seen) for when, seen in lengths.items()},
+        "lengths": {when: sorted(set().union(*(of[when] for of in seen))) for when in lengths},
         "sharded": any(hasattr(p, "full_tensor") for p in trainer.model.parameters()),
         "mesh": dict(
             zip(

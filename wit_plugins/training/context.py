@@ -14,6 +14,8 @@ from collections.abc import Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
+from packaging.version import Version
 
 from wit_plugins.active import ActiveStrategies
 from wit_plugins.errors import WeightsNotAppliedError, WITConfigError
@@ -35,6 +37,7 @@ _FILLING = {
     CODES_KEY: IGNORE_INDEX,
     SPANS_KEY: 0,
 }
+_SINCE = Version("5.16")  # of transformers: what is shown to be exact
 _EXPECTED = ("buffers", "buffer_seq_dims", "no_restore_buffers")
 
 
@@ -62,8 +65,8 @@ def check_parallelism(trainer: Trainer, adapter: TrainerAdapter, strategies: Act
     if getattr(parallelism, "sp_enabled", False):
         raise WITConfigError(
             f"sp_size = {parallelism.sp_size}: DeepSpeed's sequence parallelism is not supported: its data loader cuts "
-            "the rows before the step's denominator is counted, and transformers then averages micro-batches one by "
-            "one; set sp_size to 1 (cp_size, with FSDP2, is supported)"
+            "the rows, and takes the labels out, before the step's denominator is counted, and transformers then "
+            "averages micro-batches one by one; set sp_size to 1 (cp_size, with FSDP2, is supported)"
         )
     size = cp_size(trainer.accelerator)
     if size == 1:
@@ -71,8 +74,8 @@ def check_parallelism(trainer: Trainer, adapter: TrainerAdapter, strategies: Act
     reason = None
     if not adapter.context_parallel:
         reason = f"it is not shown to be exact with {adapter.framework}"
-    elif not hasattr(trainer, "_prepare_context_parallel_inputs") or parallelism.cp_backend != "torch":
-        reason = "only torch's, by a transformers that prepares its inputs (>= 5.16), is supported"
+    elif Version(transformers.__version__) < _SINCE or parallelism.cp_backend != "torch":
+        reason = f"only torch's, as transformers prepares it since {_SINCE}, is supported; upgrade transformers"
     elif not trainer.accelerator.is_fsdp2:
         reason = "it needs FSDP2, which sums the gradients of the ranks that share a row"
     elif parallelism.tp_enabled:

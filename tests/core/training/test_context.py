@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import ParallelismConfig
+from packaging.version import Version
 from support import documents, llama, mixtral
 from torch.nn import functional
 from trainkit import CONFIG, make_trainer
@@ -14,6 +15,7 @@ from wit_plugins import WeightsNotAppliedError, WITConfigError, attach
 from wit_plugins.active import ActiveStrategies
 from wit_plugins.linear_cross_entropy import Head
 from wit_plugins.loss.weighted import MicroBatch
+from wit_plugins.training import context
 from wit_plugins.training.adapter import TrainerAdapter
 from wit_plugins.training.context import check_parallelism, cut_too, lengthen_and_shift
 
@@ -112,14 +114,14 @@ def test_a_context_that_is_not_known_stops_the_run(batch):
     assert [id(buffer) for buffer in made.keywords["buffers"]] == [*map(id, listed), id(inputs["weighted_labels"])]
     assert made.keywords["buffer_seq_dims"] == [1, 1, 1]
     assert made.keywords["no_restore_buffers"] == {*listed, inputs["weighted_labels"]}
-    for context in (
+    for unknown in (
         torch.no_grad,
         functools.partial(accelerator.another, **known),
         functools.partial(accelerator.maybe_context_parallel, **known, new=1),
         functools.partial(accelerator.maybe_context_parallel, **known | {"buffers": listed[:1]}),
     ):
         with pytest.raises(WeightsNotAppliedError, match=r"in a way that is not known.*set cp_size to 1"):
-            cut_too(context, inputs, accelerator)
+            cut_too(unknown, inputs, accelerator)
 
 
 def test_rows_that_were_not_cut_stop_the_run(tmp_path):
@@ -153,17 +155,16 @@ class Elsewhere(TrainerAdapter):
             r"strategies: rho1 looks at more than one token",
         ),
         ({"cp_size": 2}, {"model": mixtral}, r"the auxiliary loss of a mixture of experts.*output_router_logits=False"),
-        ({"cp_size": 2}, {"prepares": False}, r"only torch's, by a transformers that prepares its inputs"),
+        ({"cp_size": 2}, {"since": "99.0"}, r"only torch's, as transformers prepares it since 99.0, is"),
         ({"cp_size": 2}, {"strategies": {"dft": {}, "eaft": {}}}, None),
         ({}, {"strategies": {"rho1": {"share": 0.5}}, "fsdp2": False}, None),
     ],
     ids=["sp", "framework", "DDP", "tp", "inputs", "selection", "experts", "transformers", "taken", "off"],
 )
-def test_what_is_refused_with_cut_rows(sizes, changes, message):
+def test_what_is_refused_with_cut_rows(monkeypatch, sizes, changes, message):
     accelerator = SimpleNamespace(parallelism_config=ParallelismConfig(**sizes), is_fsdp2=changes.get("fsdp2", True))
     trainer = SimpleNamespace(accelerator=accelerator)
-    if changes.get("prepares", True):
-        trainer._prepare_context_parallel_inputs = None
+    monkeypatch.setattr(context, "_SINCE", Version(changes.get("since", "5.16")))
     adapter, model = changes.get("adapter", TrainerAdapter()), changes.get("model", llama)()
     strategies = ActiveStrategies({"wit": WIT, **changes.get("strategies", {})})
     if message is None:
