@@ -199,6 +199,23 @@ def coba(history: Sequence[Sequence[float]], warmup: int, length: int, tau: floa
     return [w * (1 - tasks * lowest) + lowest for w in weights] if min(weights) < lowest else weights
 
 
+def coba_losses(log: Sequence[dict[str, float]], warmup: int, length: int, tau: float) -> list[float]:
+    """Each step's loss at weights (0, 1), from the tasks' own losses in the same log and the evaluations before it."""
+    history, made = [], []
+    for entry in log:
+        if "eval_loss" in entry:
+            history.append([entry[f"eval_response_loss/{name}"] for name in TASKS])
+        elif "loss" in entry:
+            weights = coba(history, warmup, length, tau) if history else [1 / len(TASKS)] * len(TASKS)
+            own = [
+                (w, entry[f"response_loss/{n}"])
+                for w, n in zip(weights, TASKS, strict=True)
+                if f"response_loss/{n}" in entry
+            ]
+            made.append(sum(w * loss for w, loss in own) / sum(w for w, _ in own))
+    return made
+
+
 METHODS: dict[str, tuple[Callable[..., torch.Tensor], dict[str, Any]]] = {
     "eaft": (eaft, {"alpha": 0.7, "top_k": 5, "divisor": 2.0}),
     "masked_thought": (plain, {"mask_token_id": 2, "probability": 0.4}),

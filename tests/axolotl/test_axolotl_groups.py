@@ -52,6 +52,22 @@ def test_loss_and_step_are_the_formula_s(workplace, layout):
         assert run.logged(f"response_tokens/{name}") == [sum(sum(doc.is_response[1:]) for doc in own)]
 
 
+def test_coba_weighs_by_the_evaluations_so_far(workplace):
+    """What the log says of each step's and each evaluation's tasks is what its loss is made of."""
+    options = {"coba_warmup_steps": 2, "coba_history_length": 3, "coba_tau": 2}
+    strategies = {"coba": {"groups": list(literature.TASKS), **options}}
+    run = workplace.train(
+        wit={"prompt_weight": 0.0, "response_weight": 1.0, "strategies": strategies},
+        dataset=own_data(workplace),
+        test_datasets=[{**own_data(workplace), "ds_type": "json", "split": "train"}],
+        micro_batch_size=4,
+        num_epochs=3,
+        eval_steps=1,
+    )
+    assert len(run.losses) == 6
+    assert run.losses == pytest.approx(literature.coba_losses(run.trainer.state.log_history, 2, 3, 2), rel=1e-5)
+
+
 def test_a_prepared_dataset_is_one_s_own_for_each_key_and_list_of_groups(workplace):
     """And not for other weights of the groups."""
     folders = []

@@ -45,3 +45,13 @@ def test_mistakes_are_problems(tmp_path, capsys):
     code, out, err = wit("check", path, "--set", "strategies={mftcoder: {groups: [code]}}", capsys=capsys)
     assert code == 1
     assert "mftcoder: groups = ['code']: needs all tasks" in " ".join((out + err).split())
+
+
+def test_coba_needs_an_evaluation(tmp_path, capsys):
+    strategies = {"coba": {"groups": ["code", "chat", "math"]}}
+    rows = dataset("conversational").add_column("task", TASKS)
+    path = workplace(tmp_path, rows, evaluation=True, strategies=strategies, eval_strategy="epoch")
+    assert wit("check", path, capsys=capsys)[0] == 0
+    code, out, err = wit("check", path, "--set", "eval_strategy=no", capsys=capsys)
+    assert code == 1
+    assert "but this run evaluates nothing while it trains" in " ".join((out + err).split())

@@ -49,6 +49,18 @@ def test_loss_and_step_are_the_formula_s(workplace, tmp_path, layout):
         assert recorder.logged(f"response_tokens/{name}") == [sum(sum(doc.is_response[1:]) for doc in own)]
 
 
+def test_coba_weighs_by_the_evaluations_so_far(workplace, tmp_path):
+    """What the log says of each step's and each evaluation's tasks is what its loss is made of."""
+    options = {"coba_warmup_steps": 2, "coba_history_length": 3, "coba_tau": 2}
+    strategies = {"coba": {"groups": list(literature.TASKS), **options}}
+    args = {"eval_dataset": "tasks", "eval_strategy": "steps", "eval_steps": 1, "num_train_epochs": 3.0}
+    config = workplace.config(output_dir=str(tmp_path), per_device_train_batch_size=4, **args)
+    recorder = run(config, {"prompt_weight": 0.0, "response_weight": 1.0, "strategies": strategies})
+    losses = literature.coba_losses(recorder.state.log_history, 2, 3, 2)
+    assert len(losses) == 6
+    assert recorder.logged() == pytest.approx(losses, **LOSS)
+
+
 def test_what_was_tokenised_with_other_groups_is_refused(workplace, tmp_path):
     config = workplace.config(
         output_dir=str(tmp_path / "out"), tokenized_path=str(tmp_path / "cache"), overwrite_output_dir=True

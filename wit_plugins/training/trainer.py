@@ -59,6 +59,7 @@ class WeightedTrainerMixin(_Base):
         """The trainer's own: a step's micro-batches. Bad examples are named; a stream's first ones are looked at."""
         with self._bad_examples_of(self.train_dataset, "training"):
             samples = super().get_batch_samples(*args, **kwargs)
+        self._weigh_groups(samples[0])
         check = self._wit.stream_check
         for batch in samples[0] if check is not None else ():
             if check is not None and not check.settled and CODES_KEY in batch:
@@ -79,24 +80,29 @@ class WeightedTrainerMixin(_Base):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | int | None:
         """The whole step's denominator: all micro-batches, all ranks."""
         counted = super()._get_num_items_in_batch(batch_samples, device)
-        normalization = self._wit.config.normalization
-        total = step_denominator(batch_samples, normalization, device)
+        total = step_denominator(batch_samples, self._wit.config.normalization, device)
         if counted is None or total is None:
             return counted
-        across = self.args.average_tokens_across_devices and self.args.world_size > 1
-        wit = self._wit
-        same = self.get_tp_size() * cp_size(self.accelerator)  # ranks that are given the same batch
-        groups = weighed_groups(wit.head.strategies.groups)
-        if groups is not None:
-            own = group_denominators(batch_samples, normalization, wit.head.strategies.group_bits, device)
-            if across:
-                own = self.accelerator.gather(own[None]).sum(dim=0) / same
-            if wit.group_weights is None:
-                wit.group_weights = group_weights(groups, self.state.log_history, device)
-            wit.group_factors = group_factors(wit.group_weights, own)
-        if across:
-            total = self.accelerator.gather(total).sum() / same
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            total = self.accelerator.gather(total).sum() / self._ranks_of_a_batch()
         return total
+
+    def _ranks_of_a_batch(self) -> int:
+        """How many ranks are given the same batch, and count the same tokens."""
+        return self.get_tp_size() * cp_size(self.accelerator)
+
+    def _weigh_groups(self, batch_samples: list[Any]) -> None:
+        """Each group's denominator over the whole step. Evaluation, whose batches are counted too, has none."""
+        wit, device = self._wit, self.args.device
+        groups = weighed_groups(wit.head.strategies.groups)
+        if groups is None or not batch_samples or not all(CODES_KEY in batch for batch in batch_samples):
+            return  # without codes there is no step
+        own = group_denominators(batch_samples, wit.config.normalization, wit.head.strategies.group_bits, device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            own = self.accelerator.gather(own[None]).sum(dim=0) / self._ranks_of_a_batch()
+        if wit.group_weights is None:
+            wit.group_weights = group_weights(groups, self.state.log_history, device)
+        wit.group_factors = group_factors(wit.group_weights, own)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
