@@ -93,6 +93,23 @@ def test_the_configuration_s_own_model_and_all_its_datasets(tmp_path, capsys):
     assert wit("check", path, capsys=capsys)[0] == 0
 
 
+def test_check_looks_every_document_up(tmp_path, capsys, monkeypatch):
+    """Of which training looks at some before it starts; here at the first and the last."""
+    folder = tmp_path / "scores"
+    path = workplace(tmp_path, strategies={"rho1": {"share": 0.5, "reference": str(folder)}})
+    assert wit("score", path, "--output", folder, capsys=capsys)[0] == 0
+    monkeypatch.setattr("wit_plugins.tokens.dataset_check._READ", 2)
+    assert wit("check", path, capsys=capsys)[0] == 0
+    ids = documents_of(path)[3].input_ids
+    index = np.load(folder / "documents.npy")
+    (document,) = scored_documents(ExampleReader()({"input_ids": ids, "labels": ids}))
+    high = int.from_bytes(document.fingerprint[:8], "little")
+    np.save(folder / "documents.npy", index[index["high"] != np.uint64(high)])
+    code, out, _ = wit("check", path, capsys=capsys)
+    assert code == 1
+    assert "dataset train, row 3 (from 0): there are no scores of this document" in " ".join(out.split())
+
+
 def test_a_document_that_comes_twice_is_scored_once(tmp_path, capsys):
     rows = dataset("conversational", 4).to_list()
     path = workplace(tmp_path, Dataset.from_list(rows * 3))

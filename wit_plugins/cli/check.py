@@ -35,7 +35,7 @@ def check(driver: FrameworkDriver, job: Job, strict: bool, limit: int | None = N
     Returns:
         `int`: the exit code: 1 if there is a problem (or, if strict, a warning).
     """
-    from wit_plugins.cli.preview.command import prepare, summarise_split
+    from wit_plugins.cli.preview.command import look_up, prepare, summarise_split
     from wit_plugins.cli.preview.summary import warnings
     from wit_plugins.cli.quiet import quiet
 
@@ -54,6 +54,8 @@ def check(driver: FrameworkDriver, job: Job, strict: bool, limit: int | None = N
             assert prepared is not None
             try:
                 summary = summarise_split(prepared, name, split, limit, screen)
+                if not prepared.problems:
+                    look_up(prepared, name, limit, screen)
             except WITConfigError as error:
                 problems.append(str(error))
                 continue

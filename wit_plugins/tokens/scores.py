@@ -108,7 +108,7 @@ class Scores:
         if not about.get("complete"):
             raise WITConfigError(f"the scores in {self.folder!r} are not complete; {make} goes on where it stopped")
         try:
-            self._index = np.load(Path(self.folder, INDEX_NAME), mmap_mode="r")
+            self._index = _mapped(Path(self.folder, INDEX_NAME))
         except (OSError, ValueError) as error:
             raise self._damaged(error) from None
         self.about = about
@@ -146,7 +146,7 @@ class Scores:
 
     def _shard(self, number: int) -> Any:
         if number not in self._shards:
-            self._shards[number] = np.load(Path(self.folder, f"{number:05}.log_probs.npy"), mmap_mode="r")
+            self._shards[number] = _mapped(Path(self.folder, f"{number:05}.log_probs.npy"))
         return self._shards[number]
 
     def _damaged(self, reason: object) -> WITConfigError:
@@ -237,6 +237,11 @@ class ScoresWriter:
         entries = np.concatenate(self._entries) if self._entries else np.zeros(0, dtype=_ENTRY)
         _write(self.folder / INDEX_NAME, entries[np.lexsort((entries["low"], entries["high"]))])
         write_json(self.folder / ABOUT_NAME, {**self._about, **(more or {}), "complete": True})
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """The array in a file, read where it is looked at; as a plain array, whose items are found faster."""
+    return np.asarray(np.load(path, mmap_mode="r"))
 
 
 def _fingerprints(entries: np.ndarray) -> Iterator[bytes]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -17,7 +17,7 @@ from rich.text import Text
 from wit_plugins.cli.console import console, print_messages
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split
 from wit_plugins.cli.preview.documents import scale_of, view
-from wit_plugins.cli.preview.rows import first_rows
+from wit_plugins.cli.preview.rows import blocks, first_rows, row_errors
 from wit_plugins.cli.preview.summary import Summary, summarise, warnings
 from wit_plugins.cli.preview.terminal import print_legend, print_rows, print_summary
 from wit_plugins.cli.quiet import quiet
@@ -165,6 +165,33 @@ def summarise_split(
     twice = ", before and after truncation" if split.uncut is not None and prepared.max_length is not None else ""
     with progress(f"Reading the dataset{twice}", total, screen, say_rate) as advance:
         return summarise(prepared, split, limit, advance, name)
+
+
+def look_up(prepared: Prepared, name: str, limit: int | None, screen: TextIO) -> None:
+    """Make sure that there are scores of every document of a dataset, if strategies compare with some.
+
+    Args:
+        prepared ([`Prepared`]): the data.
+        name (`str`): which dataset.
+        limit (`int | None`): how many rows to read at most.
+        screen (`TextIO`): where a bar is shown.
+
+    Raises:
+        WITConfigError: if there are none of one: which row, and the way out.
+    """
+    if prepared.collator.scores is None:
+        return
+    split, number = prepared.splits[name], 0
+    rows: Any = split.rows if split.examples is None else split.examples
+    total = min(len(rows), limit or len(rows)) if hasattr(rows, "__len__") else limit
+    with progress("Looking the scores up", total, screen) as advance:
+        for block in blocks(rows, limit):
+            for example in (inner for row in block for inner in (row if isinstance(row, list) else [row])):
+                with row_errors(f"dataset {name}, row {number} (from 0)", example):
+                    found = prepared.collator.log_probs(example)
+                number += 1
+                advance(0, len(found))
+            advance(len(block), 0)
 
 
 @contextmanager
