@@ -241,7 +241,7 @@ def test_what_the_table_of_methods_says_to_paste_trains(tmp_path):
         if "fait" in strategies:  # which reads a column of the data
             rows = dataset("plain").add_column("wrong", ["w01 w02"] * 8)
             data = prepare_dataset(rows, tokenizer(), SFTConfig(str(tmp_path), use_cpu=True), strategies=strategies)
-        trainer = sft_trainer(tmp_path, data, literature.adapted() if "rho1" in strategies else None)
+        trainer = sft_trainer(tmp_path, data, literature.adapted() if strategies.keys() & {"rho1", "sstoken"} else None)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*key tokens: matches nothing")
             trainer.add_callback(WITCallback(trainer, prompt_weight=0.3, strategies=strategies))

@@ -77,7 +77,8 @@ class WeightedTrainerMixin(_Base):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | int | None:
         """The whole step's denominator: all micro-batches, all ranks."""
         counted = super()._get_num_items_in_batch(batch_samples, device)
-        total = step_denominator(batch_samples, self._wit.config.normalization, device)
+        share = self._wit.head.strategies.share_of_responses
+        total = step_denominator(batch_samples, self._wit.config.normalization, device, share)
         if counted is None or total is None:
             return counted
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
