@@ -4,13 +4,14 @@
 
 A small decoder is trained on the demo's conversations, built and read as everywhere in this repository, and then asked
 about one that it has not seen. Factors are those of the strategies themselves, by the hooks that a run calls. The
-reference of Rho-1 is the model of half the steps before. One tiny model: it shows how the methods differ, not which
-is best.
+reference of Rho-1 and ssToken is the model of half the steps before; beside Q-Tuning's sample stand three others, and
+the wrong answer of FAIT is written here. One tiny model: it shows how the methods differ, not which is best.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 from pathlib import Path
@@ -31,6 +32,8 @@ from wit_plugins.linear_cross_entropy.problem import entropy_of_top
 from wit_plugins.strategies import masked_thought
 from wit_plugins.tokens.chance import Chance
 from wit_plugins.tokens.collator import WeightedCollator
+from wit_plugins.tokens.roles import RESPONSE
+from wit_plugins.tokens.text import TokenText
 from wit_plugins.tokens.transport import decode
 
 WIT = {"prompt_weight": 0.2, "response_weight": 0.8}
@@ -41,7 +44,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "eaft": {"wit": ONE, "eaft": {}},
     "otr, K = 8, β = 0": {"wit": ONE, "otr": {"samples": 8, "beta": 0.0, "temperature": 1.0}},
     "rho1, 0.6": {"wit": ONE, "rho1": {"share": 0.6}},
+    "sstoken, 0.6": {"wit": ONE, "sstoken": {}},
+    "qtuning, 1 / 0.7": {"wit": ONE, "qtuning": {"r_sample": 1.0, "r_token": 0.7}},
+    "fait, 2": {"wit": ONE, "fait": {"wrong_key": "wrong", "weight": 2.0}},
 }
+WRONG = "Hockey, cooking and rowing."
+BESIDE = 3  # samples beside the one that is shown, for what compares samples
 
 
 def example(messages: list[dict[str, str]], tokenizer: Any) -> dict[str, list[int]]:
@@ -73,23 +81,56 @@ def train(model: Any, rows: list[dict[str, list[int]]], steps: int, seed: int) -
 
 
 def weighed(
-    strategies: dict[str, Any], row: dict[str, list[int]], logits: torch.Tensor, reference: torch.Tensor
-) -> Any:
-    """What each token but the first weighs, `[T - 1]`, by the hooks that a run calls with the same facts."""
+    strategies: dict[str, Any], rows: list[dict[str, list[int]]], models: list[Any], tokenizer: Any
+) -> np.ndarray:
+    """What each token but the first of the first row weighs, `[T - 1]`, by the hooks that a run calls."""
     active = ActiveStrategies(strategies)
-    codes = torch.from_numpy(WeightedCollator(lambda rows: rows, active).codes(row))[None]
-    targets, roles, weights = (part[0, 1:] for part in decode(codes))
-    log_probs = logits[:-1].log_softmax(dim=-1)
-    own, known = log_probs.gather(-1, targets[:, None])[:, 0], {"weights": weights}
+    rows = rows if "qtuning" in strategies else rows[:1]
+    facts = [known(active, row, models, number, tokenizer) for number, row in enumerate(rows)]
+    codes, probabilities, targets = facts[0].pop("codes"), facts[0].pop("probabilities"), facts[0].pop("targets")
+    roles, weights = facts[0]["roles"], facts[0]["weights"]
     if active.draws_targets:  # at β = 0 the coefficients' sum is the share of draws that were the data's token
         random = Chance(codes, step=0, seed=42)
-        drawn = active.draw_targets(log_probs.exp(), targets, roles, lambda draws: random(draws)[0, 1:])
+        drawn = active.draw_targets(probabilities, targets, roles, lambda draws: random(draws)[0, 1:])
         assert drawn is not None
         return (weights * drawn[1].sum(dim=-1)).numpy()
-    entropies = {k: entropy_of_top(logits[:-1], k or logits.shape[-1], 1.0, None) for k in active.entropies}
-    known["reference_log_probs"] = reference[:-1].log_softmax(dim=-1).gather(-1, targets[:, None])[:, 0]
-    factors = active.dynamic_weights(own, roles, entropies=entropies, **known)
-    return (weights if factors is None else weights * factors).numpy()
+    entropies = {k: torch.cat([each["entropies"][k] for each in facts]) for k in active.entropies}
+    names = facts[0].keys() - {"entropies"}
+    factors = active.dynamic_weights(
+        **{name: torch.cat([each[name] for each in facts]) for name in names}, entropies=entropies
+    )
+    return (weights if factors is None else weights * factors[: len(weights)]).numpy()
+
+
+def known(
+    active: ActiveStrategies, row: dict[str, list[int]], models: list[Any], number: int, tokenizer: Any
+) -> dict[str, Any]:
+    """All that strategies may ask of the tokens but the first of a row, `[T - 1]` each."""
+    codes = torch.from_numpy(WeightedCollator(lambda rows: rows, active).codes(row))[None]
+    targets, roles, weights = (part[0, 1:] for part in decode(codes))
+    if active.reading_raw:
+        ids, all_roles = np.array(row["input_ids"]), decode(codes)[1][0].numpy()
+        text, offsets = TokenText(tokenizer).decode(row["input_ids"])
+        said = active.static_weights(ids, all_roles, row, tokenizer, text, offsets, raw_example={"wrong": WRONG})
+        weights = weights * torch.from_numpy(said[1:])
+    with torch.no_grad():
+        ids = torch.tensor([row["input_ids"]])
+        before, now = models[0](input_ids=ids), models[1](input_ids=ids, output_attentions=True)
+    logits, attention = now.logits[0, :-1], now.attentions[-1][0].mean(dim=0)
+    log_probs = logits.log_softmax(dim=-1)
+    return {
+        "codes": codes,
+        "targets": targets,
+        "probabilities": log_probs.exp(),
+        "roles": roles,
+        "weights": weights,
+        "log_probs": log_probs.gather(-1, targets[:, None])[:, 0],
+        "reference_log_probs": before.logits[0, :-1].log_softmax(dim=-1).gather(-1, targets[:, None])[:, 0],
+        "prompt_attention": (attention * (decode(codes)[1][0] != RESPONSE)).sum(dim=-1)[1:],
+        "documents": torch.full_like(targets, number),
+        "positions": torch.arange(1, len(targets) + 1),
+        "entropies": {k: entropy_of_top(logits, k or logits.shape[-1], 1.0, None) for k in active.entropies},
+    }
 
 
 def read(row: dict[str, list[int]], mask_token_id: int) -> torch.Tensor:
@@ -104,9 +145,9 @@ def draw(texts: list[str], labels: list[int], rows: dict[str, Any], hidden: Any,
     """One line a method, one column a token."""
     values = np.stack(list(rows.values()))
     figure, axes = plt.subplots(figsize=(0.36 * len(texts) + 2, 0.5 * len(rows) + 2.2), layout="constrained")
-    image = axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    image = axes.imshow(values, cmap="Blues", vmin=0, vmax=2, aspect="auto")
     for (line, column), value in np.ndenumerate(values):
-        dark = "white" if value > 0.6 else "black"
+        dark = "white" if value > 1.2 else "black"
         axes.text(column, line, f"{value:.1f}".lstrip("0") or "0", ha="center", va="center", fontsize=7, color=dark)
     for column in np.flatnonzero(hidden):
         axes.text(column, len(rows), "hidden", rotation=90, ha="center", va="center", fontsize=7)
@@ -131,12 +172,13 @@ def main() -> None:
     tokenizer = byte_tokenizer(message["content"] for messages in conversations for message in messages)
     rows = [example(messages, tokenizer) for messages in conversations[1:]]
     shown = example(conversations[0][:2], tokenizer)
-    model, logits = small_llama(len(tokenizer), 64, 2), []
+    model, models = small_llama(len(tokenizer), 64, 2), []
     for part in range(2):
         train(model, rows, arguments.steps // 2, seed=part)
-        with torch.no_grad():
-            logits.append(model(input_ids=torch.tensor([shown["input_ids"]])).logits[0])
-    weights = {name: weighed(strategies, shown, logits[1], logits[0]) for name, strategies in METHODS.items()}
+        models.append(copy.deepcopy(model).eval())
+    models[1].set_attn_implementation("eager")  # the one that says its attention
+    batch = [shown, *rows[:BESIDE]]
+    weights = {name: weighed(strategies, batch, models, tokenizer) for name, strategies in METHODS.items()}
     texts = [tokenizer.decode([token]).replace("\n", "\\n") for token in shown["input_ids"][1:]]
     changed = read(shown, tokenizer.pad_token_id).numpy() != np.array(shown["input_ids"][1:])
     draw(texts, shown["labels"][1:], weights, changed, arguments.out)

@@ -289,6 +289,39 @@ def rho1_step(
     return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
+def sstoken_step(
+    model: Any, batches: Sequence[Sequence[Document]], weights: tuple[float, float], rho=0.6, gamma=0.5
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Σ λ nll over the prompt and the kept / their number; kept: of each response the ⌈ρ R⌉ with the highest scores.
+
+    γ minmax(nll_reference - nll) + (1 - γ) Σ_prompt attention; by the eager attention of transformers, one by one.
+    """
+    model.get_base_model().set_attn_implementation("eager")
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for doc in (doc for docs in batches for doc in docs):
+        ids = torch.tensor([doc.input_ids])
+        out = model(input_ids=ids, output_attentions=True)
+        own, attention = out.logits[0].log_softmax(-1), out.attentions[-1][0].mean(0)
+        with torch.no_grad(), model.disable_adapter():
+            reference = model(input_ids=ids).logits[0].log_softmax(-1)
+        found, scores = {}, {}
+        for t in range(1, len(doc.input_ids)):
+            weight, target = float(np.float32(weights[doc.is_response[t]])), doc.input_ids[t]
+            found[t] = -weight * own[t - 1, target]
+            if doc.is_response[t] and weight:
+                moved = (own[t - 1, target] - reference[t - 1, target]).item()
+                to_prompt = sum(attention[t, j].item() for j in range(t + 1) if not doc.is_response[j])
+                scores[t] = (moved, to_prompt)
+        low, high = (how((moved for moved, _ in scores.values()), default=0) for how in (min, max))
+        final = {t: gamma * (m - low) / ((high - low) or 1) + (1 - gamma) * a for t, (m, a) in scores.items()}
+        kept = sorted(final, key=lambda t: -final[t])[: math.ceil(rho * len(final))]
+        kept += [t for t in found if not doc.is_response[t] and weights[0]]
+        total, count = total + sum(found[t] for t in kept), count + len(kept)
+    loss = total / count
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
 def tl_training_weights(
     written: Any, tools: Sequence[str], prompt_weight: float, response_weight: float, most: float
 ) -> list[float]:

@@ -45,14 +45,17 @@ def entropy_of_top(k: int, option: str | None = None) -> Callable[[_Function], _
     return mark
 
 
-def share_kept(option: str) -> Callable[[_Function], _Function]:
+def share_kept(
+    option: str, default: float | None = None, of_each_response: bool = False
+) -> Callable[[_Function], _Function]:
     """Say which option of the strategy is the share of the tokens that `select_tokens` keeps.
 
-    The step's denominator is multiplied by it.
+    The step's denominator is multiplied by it. With `of_each_response` that share, rounded up, of each document's
+    response tokens is kept, and all of its prompt tokens; the denominator counts just these.
     """
 
     def mark(function: _Function) -> _Function:
-        function.wit_share = option  # type: ignore[attr-defined]
+        function.wit_share = (option, default, of_each_response)  # type: ignore[attr-defined]
         return function
 
     return mark
@@ -104,6 +107,7 @@ def dynamic_weights(
     documents: torch.Tensor,
     positions: torch.Tensor,
     reference_log_probs: torch.Tensor,
+    prompt_attention: torch.Tensor,
     options: Mapping[str, Any] | Sequence[Any],
 ) -> torch.Tensor | None:
     """Factors `[N]` ≥ 0 for the `N` predicted tokens of a micro-batch, from what is known of each, detached.
@@ -122,6 +126,7 @@ def select_tokens(
     documents: torch.Tensor,
     positions: torch.Tensor,
     reference_log_probs: torch.Tensor,
+    prompt_attention: torch.Tensor,
     options: Mapping[str, Any] | Sequence[Any],
 ) -> torch.Tensor | None:
     """Which of the `N` predicted tokens of a micro-batch are trained on, bool `[N]`, with all of them in view."""

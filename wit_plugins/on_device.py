@@ -26,7 +26,7 @@ def without_references() -> Iterator[None]:
         _references.reset(token)
 
 
-_BY_DOCUMENT = ("documents", "positions", "random")  # arguments that tell documents of a batch apart
+_BY_DOCUMENT = ("documents", "positions", "random", "prompt_attention")  # arguments that tell documents apart
 
 
 class HooksOnDevice:
@@ -74,9 +74,20 @@ class HooksOnDevice:
         return next(iter(folders.values()), None)
 
     @property
+    def attending(self) -> list[str]:
+        """Which strategies ask how much a token attends to its prompt."""
+        return [strategy.name for strategy in self._dynamic if strategy.asks_for("prompt_attention")]
+
+    @property
+    def share_of_responses(self) -> float | None:
+        """The share of each document's response tokens that is kept, where it is a share of these."""
+        shares = [strategy.share for strategy in self._dynamic if strategy.shares_each_response]
+        return shares[0] if shares else None
+
+    @property
     def locating(self) -> list[str]:
-        """Which strategies ask for the document of a token, or for its position there."""
-        return [s.name for s in self._strategies if any(s.asks_for(a) for a in _BY_DOCUMENT)]
+        """Which strategies ask for the document of a token, or for something that takes finding it."""
+        return [s.name for s in self._strategies if s.shares_each_response or any(map(s.asks_for, _BY_DOCUMENT))]
 
     @property
     def per_token(self) -> bool:
@@ -102,15 +113,16 @@ class HooksOnDevice:
     def dynamic_weights(self, log_probs: torch.Tensor, roles: torch.Tensor, **known: Any) -> torch.Tensor | None:
         """The product of the strategies' factors, shaped like `log_probs` `[N]`, or `None` if there is none.
 
-        A token that is not selected has the factor 0, the others one over the share that is kept.
+        A token that is not selected has the factor 0, the others one over the share that is kept (1 where what is kept
+        is counted).
 
         Args:
             log_probs (`torch.Tensor`): detached log-probabilities of the targets, `[N]`, float32 or float64: all of a
                 micro-batch, or any of its tokens if `per_token`.
             roles (`torch.Tensor`): uint8 `[N]`.
             known: what else strategies ask for: `weights` `[N]`, `entropies` (see the property; a mapping from k to
-                `[N]`), `documents` and `positions`, int64 `[N]`, if any of them is `locating`, and
-                `reference_log_probs` `[N]`, if any is `referring`.
+                `[N]`), `documents` and `positions`, int64 `[N]`, if any of them is `locating`,
+                `reference_log_probs` `[N]`, if any is `referring`, and `prompt_attention` `[N]`, if any is `attending`.
 
         Raises:
             ValueError: if a strategy returns the wrong shape, or, in its first answer, factors that are negative or
@@ -136,7 +148,7 @@ class HooksOnDevice:
                 if hook == "select_tokens":
                     if own.dtype != torch.bool:
                         raise ValueError(f"strategy {strategy.name!r} returned {what} of {own.dtype}, not torch.bool")
-                    factor = own.to(log_probs.dtype) / strategy.share
+                    factor = own.to(log_probs.dtype) / (1.0 if strategy.shares_each_response else strategy.share)
                 else:
                     factor = own.detach().to(log_probs.dtype)
                     if strategy.name not in self._seen and len(factor):  # once, since looking makes the device wait

@@ -35,6 +35,7 @@ DEFAULT_STRATEGIES = {
     "qtuning": "wit_plugins.strategies.qtuning",
     "rho1": "wit_plugins.strategies.rho1",
     "spans": "wit_plugins.strategies.spans",
+    "sstoken": "wit_plugins.strategies.sstoken",
     "tl_training": "wit_plugins.strategies.tl_training",
 }
 HOOKS_OF_A_STRATEGY = (

@@ -89,10 +89,11 @@ class Strategy:
         Raises:
             WITConfigError: if the option that says so is no share.
         """
-        option = self.mark("select_tokens", "wit_share")
-        if option is None:
+        mark = self.mark("select_tokens", "wit_share")
+        if mark is None:
             return 1.0
-        share = self.options.get(option) if isinstance(self.options, Mapping) else None
+        option, default, _ = mark
+        share = self.options.get(option, default) if isinstance(self.options, Mapping) else None
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise WITConfigError(f"strategies: {self.name}: {option} = {share!r}: is a share above 0 and at most 1")
         return float(share)
@@ -111,3 +112,9 @@ class Strategy:
                 f"strategies: {self.name}: {options[0]} = {folder!r}: is the name of a folder that `wit score` wrote"
             )
         return folder
+
+    @property
+    def shares_each_response(self) -> bool:
+        """Whether that share is of each document's response tokens, rounded up, so that what is kept can be counted."""
+        mark = self.mark("select_tokens", "wit_share")
+        return mark is not None and bool(mark[2])

@@ -134,6 +134,8 @@ def weigh(
             )
         if active.referring:
             raise ValueError(f"{', '.join(active.referring)} compares with a reference model, and there is none here")
+        if active.attending:
+            raise ValueError(f"{', '.join(active.attending)} asks for a model's attention, and there is none here")
         if active.entropies and (entropies is None or len(entropies) != len(log_probs)):
             raise ValueError(
                 f"a strategy asks for the entropy; give entropies, as many as log_probs ({len(log_probs)})"

@@ -42,18 +42,26 @@ def test_eaft_within_wit_equals_use_eaft(workplace):
     assert all_relative_error(weighted.taken, own.taken) < 1e-4
 
 
-def test_rho1_compares_with_the_model_below_its_adapter(workplace):
+COMPARING = {  # with the model below its adapter
+    "rho1": (literature.rho1_step, {"share": literature.SHARE}, {}),
+    "sstoken": (literature.sstoken_step, {}, {"sample_packing": True, "micro_batch_size": 1, "sequence_len": 256}),
+}
+
+
+@pytest.mark.parametrize("method", COMPARING)
+def test_the_model_below_its_adapter_is_the_reference(workplace, method):
     """LoRA that was trained before, and goes on: at its start it would be no adapter, and nothing in excess."""
     folder = workplace.folder / "adapter"
     literature.adapted(llama(vocab_size=64)).save_pretrained(folder)
-    wit = {"prompt_weight": 0.2, "response_weight": 0.8, "strategies": {"rho1": {"share": literature.SHARE}}}
+    reference, options, args = COMPARING[method]
+    wit = {"prompt_weight": 0.2, "response_weight": 0.8, "strategies": {method: options}}
     lora = {"adapter": "lora", "lora_model_dir": str(folder), "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
     # Axolotl's kernels, on by default, would change the attention's class for all tests that follow in this process.
     lora |= {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")}
-    run = workplace.train(wit=wit, **lora)
+    run = workplace.train(wit=wit, **lora, **args)
     with run.at_start() as model:
         copy = plain_copy(model).train()
-    loss, grads = literature.rho1_step(copy, [run.docs], (0.2, 0.8))
+    loss, grads = reference(copy, [run.docs], (0.2, 0.8))
     assert run.losses[0] == pytest.approx(loss, rel=1e-5)
     assert all_relative_error(run.taken, grads) < 1e-4
 

@@ -6,6 +6,8 @@ from lfkit import LLAMAFACTORY, LOSS, Version, alone, chatml, place, run, tokeni
 from span_reference import from_ids, weighted_loss
 from support import Document, all_relative_error
 
+from wit_plugins import WeightsNotAppliedError
+
 EAFT = pytest.mark.skipif(Version("0.9.5") > LLAMAFACTORY, reason="0.9.4 has no EAFT of its own to compare with")
 
 
@@ -38,19 +40,31 @@ def test_eaft_within_wit_equals_use_eaft_loss(workplace, tmp_path):
     assert all_relative_error(weighted.after, own.after) < 1e-5
 
 
-def test_rho1_compares_with_the_model_below_its_adapter(workplace, tmp_path):
+def on_an_adapter(workplace, tmp_path, method, options, **args):
     """LoRA that was trained before, and goes on: at its start it would be no adapter, and nothing in excess."""
     adapter = tmp_path / "adapter"
     literature.adapted(workplace.model()).save_pretrained(adapter)
-    config = workplace.config(
-        output_dir=str(tmp_path / "out"), finetuning_type="lora", adapter_name_or_path=str(adapter), lora_dropout=0.0
-    )
-    wit = {"prompt_weight": 0.4, "response_weight": 0.6, "strategies": {"rho1": {"share": literature.SHARE}}}
-    recorder = run(config, wit)
+    lora = {"finetuning_type": "lora", "adapter_name_or_path": str(adapter), "lora_dropout": 0.0}
+    config = workplace.config(output_dir=str(tmp_path / "out"), **lora, **args)
+    return run(config, {"prompt_weight": 0.4, "response_weight": 0.6, "strategies": {method: options}})
+
+
+@pytest.mark.parametrize(
+    ("method", "reference", "options"),
+    [("rho1", literature.rho1_step, {"share": literature.SHARE}), ("sstoken", literature.sstoken_step, {})],
+)
+def test_the_model_below_its_adapter_is_the_reference(workplace, tmp_path, method, reference, options):
+    recorder = on_an_adapter(workplace, tmp_path, method, options)
     docs = [Document(doc.input_ids, doc.is_response) for doc in chatml()]
-    loss, grads = literature.rho1_step(recorder.initial.train(), [docs], (0.4, 0.6))
+    loss, grads = reference(recorder.initial.train(), [docs], (0.4, 0.6))
     assert recorder.logged() == [pytest.approx(loss, **LOSS)]
     assert all_relative_error(recorder.taken, grads) < 1e-4
+
+
+def test_sstoken_refuses_documents_that_attend_to_each_other(workplace, tmp_path):
+    """`packing` without `neat_packing` has them read what stands before them in their row."""
+    with pytest.raises(WeightsNotAppliedError, match="documents of a packed row attend to each other"):
+        on_an_adapter(workplace, tmp_path, "sstoken", {}, packing=True, cutoff_len=128)
 
 
 def test_tl_training_reads_the_text(workplace, tmp_path):

@@ -14,6 +14,7 @@ import inspect
 import logging
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import nn
 
 from wit_plugins.active import ActiveStrategies
 from wit_plugins.errors import WeightsNotAppliedError, WITConfigError
+from wit_plugins.loss.attention import PromptAttention
 from wit_plugins.loss.base_model import without_adapters
 from wit_plugins.loss.fused import FusedHead, LossForLogits, uncompiled
 from wit_plugins.loss.step import OutputFormat, Step
@@ -69,6 +71,7 @@ class WeightedHead:
         self.normalization = normalization
         self.step: Step | None = None
         self._reference_nll: torch.Tensor | None = None
+        self.attention = PromptAttention(model, strategies.attending) if strategies.attending else None
         self._aligned = False
         self.loss_impl = loss_impl
         self.fused = None if loss_impl == "logits" else FusedHead(model)
@@ -151,12 +154,13 @@ class WeightedHead:
             kwargs["input_ids"] = self._changed_inputs(kwargs.get("input_ids"), codes, step)
         self._reference_nll = self._read_by_reference(model, args, kwargs, labels, codes, step)
         output = None
-        if self.fused is not None and not self.adapter.reads_logits(step):
-            output = self._run_fused(model, args, kwargs, labels, codes, step)
-        if output is None:
-            output = self._original_of(model)(*args, **kwargs)
-            batch = self._micro_batch(codes, labels, step, output.logits.shape[1], output.logits.device)
-            step.result = batch.from_logits(output.logits)
+        with nullcontext() if self.attention is None else self.attention.watching(codes):
+            if self.fused is not None and not self.adapter.reads_logits(step):
+                output = self._run_fused(model, args, kwargs, labels, codes, step)
+            if output is None:
+                output = self._original_of(model)(*args, **kwargs)
+                batch = self._micro_batch(codes, labels, step, output.logits.shape[1], output.logits.device)
+                step.result = batch.from_logits(output.logits)
         assert step.result is not None
         aux_loss = output.get("aux_loss")
         if aux_loss is not None:
@@ -298,6 +302,8 @@ class WeightedHead:
         if not alone and step.scores is not None:
             scores = step.scores.to(device)
             batch.look_up(torch.nn.functional.pad(scores, (codes.shape[1] - scores.shape[1], 0)))
+        if not alone and self.attention is not None:
+            batch.attend(self.attention)
         return batch
 
     def _align(self, codes: torch.Tensor, labels: torch.Tensor, num_logits: int, shifted: bool) -> torch.Tensor:

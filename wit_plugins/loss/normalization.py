@@ -6,14 +6,15 @@ If groups have denominators of their own, it is one number for each of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
 
 from wit_plugins.tokens.collator import CODES_KEY
-from wit_plugins.tokens.roles import IGNORE_INDEX
+from wit_plugins.tokens.roles import IGNORE_INDEX, RESPONSE
 from wit_plugins.tokens.span_bits import SPANS_KEY, inside
-from wit_plugins.tokens.transport import decode
+from wit_plugins.tokens.transport import decode, locate
 
 
 def predicted_weights(codes: torch.Tensor) -> torch.Tensor:
@@ -21,32 +22,54 @@ def predicted_weights(codes: torch.Tensor) -> torch.Tensor:
     return decode(codes[..., 1:])[2]
 
 
-def denominator(codes: torch.Tensor, normalization: str) -> torch.Tensor:
+def denominator(codes: torch.Tensor, normalization: str, share: float | None = None) -> torch.Tensor:
     """A batch's share of the denominator, a scalar on the codes' device.
 
     Args:
         codes (`torch.Tensor`): int64 `[B, L]`, see `wit_plugins.tokens.transport`.
         normalization (`str`): `nonzero_tokens` (an int64 count) or `weight_sum` (a float64 sum).
+        share (`float`, *optional*): of each document's response tokens, rounded up, that will be trained on; a float64
+            sum. The weights that are summed are then those of an average token, since which it will be is not known.
     """
     weights = predicted_weights(codes)
+    wide = torch.float32 if weights.device.type == "mps" else torch.float64  # MPS has no float64
+    if share is not None:
+        weights = weights.to(wide)
+        counted = (weights != 0).to(wide) if normalization == "nonzero_tokens" else weights
+        return (counted * _kept(codes, share).to(wide)).sum()
     if normalization == "nonzero_tokens":
         return torch.count_nonzero(weights)
-    # MPS has no float64.
-    return weights.sum(dtype=torch.float32 if weights.device.type == "mps" else torch.float64)
+    return weights.sum(dtype=wide)
 
 
-def step_denominator(batches: Iterable[Any], normalization: str, device: torch.device) -> torch.Tensor | None:
+def _kept(codes: torch.Tensor, share: float) -> torch.Tensor:
+    """For each predicted token which share of those of its kind is kept, `[B, L - 1]`: ⌈share · R⌉ / R, or 1."""
+    _, roles, weights = (part[:, 1:] for part in decode(codes))
+    responding = (weights != 0) & (roles == RESPONSE)
+    documents = torch.where(responding, locate(codes)[0][:, 1:], 0)
+    sizes = torch.zeros(codes.numel(), dtype=torch.int64, device=codes.device)
+    sizes.index_add_(0, documents.flatten(), responding.flatten().long())
+    exact = Fraction(str(share))
+    kept = -(-sizes * exact.numerator // exact.denominator) / sizes.clamp(min=1)
+    return torch.where(responding, kept[documents], 1)
+
+
+def step_denominator(
+    batches: Iterable[Any], normalization: str, device: torch.device, share: float | None = None
+) -> torch.Tensor | None:
     """Sum of the micro-batches' denominators on this rank, or `None` if any of them carries no weights."""
     total: torch.Tensor | None = None
     for batch in batches:
         if CODES_KEY not in batch:
             return None
-        own = denominator(batch[CODES_KEY].to(device), normalization)
+        own = denominator(batch[CODES_KEY].to(device), normalization, share)
         total = own if total is None else total + own
     return total
 
 
-def group_denominators(batches: Iterable[Any], normalization: str, bits: Sequence[int], device: Any) -> torch.Tensor:
+def group_denominators(
+    batches: Iterable[Any], normalization: str, bits: Sequence[int], device: Any, share: float | None = None
+) -> torch.Tensor:
     """The same for each group, `[G]`: the sums of all of them are the whole denominator.
 
     Args:
@@ -54,12 +77,13 @@ def group_denominators(batches: Iterable[Any], normalization: str, bits: Sequenc
         normalization (`str`): as for [`denominator`].
         bits (`Sequence[int]`): of each group, the number of the span that it is.
         device (`torch.device`): where it is counted.
+        share (`float`, *optional*): as for [`denominator`].
     """
     total: torch.Tensor | None = None
     for batch in batches:
         codes, spans = batch[CODES_KEY].to(device), batch[SPANS_KEY].to(device)
         parts = [torch.where(inside(spans, bit), codes, IGNORE_INDEX) for bit in bits]
-        own = torch.stack([denominator(part, normalization) for part in parts])
+        own = torch.stack([denominator(part, normalization, share) for part in parts])
         total = own if total is None else total + own
     assert total is not None
     return total

@@ -10,6 +10,7 @@ import torch
 
 from wit_plugins.active import ActiveStrategies
 from wit_plugins.linear_cross_entropy import Head, TokenNLL, Tokens, linear_nll, logits_nll
+from wit_plugins.loss.attention import PromptAttention
 from wit_plugins.loss.normalization import denominator, safe
 from wit_plugins.tokens.chance import Chance
 from wit_plugins.tokens.roles import PROMPT, RESPONSE
@@ -89,7 +90,9 @@ class MicroBatch:
         self.targets, self.roles, self.weights = (x[self.row, column] for x in (targets, roles, weights))  # [N]
         self.spans = None if spans is None else spans[:, first:][self.row, column]  # [N]
         self.labels_count = is_response.sum()
-        self.denominator = safe(denominator(codes, normalization) if num_items is None else num_items.to(codes.device))
+        if num_items is None:
+            num_items = denominator(codes, normalization, strategies.share_of_responses)
+        self.denominator = safe(num_items.to(codes.device))
         self.strategies, self.every_role, self.metrics = strategies, every_role, response_metrics
         self._group_factors = None if group_factors is None else group_factors.to(codes.device)
         self._located: dict[str, torch.Tensor] = {}
@@ -158,6 +161,10 @@ class MicroBatch:
         """Take what a reference makes of each token: int64 `[B, L]`, the bits of its log-probability in float32."""
         bits = scores[self.row, self.column].to(torch.int32)
         self._located["reference_log_probs"] = bits.view(torch.float32)
+
+    def attend(self, attention: PromptAttention) -> None:
+        """Take how much the `N` tokens attend to the prompt, for the strategies."""
+        self._located["prompt_attention"] = attention.of(self.row, self.column).to(self.weights.device)
 
     def _sum(self, tokens: TokenNLL) -> WeightedLoss:
         self.nll = tokens.nll

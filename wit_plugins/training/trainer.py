@@ -80,7 +80,8 @@ class WeightedTrainerMixin(_Base):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | int | None:
         """The whole step's denominator: all micro-batches, all ranks."""
         counted = super()._get_num_items_in_batch(batch_samples, device)
-        total = step_denominator(batch_samples, self._wit.config.normalization, device)
+        share = self._wit.head.strategies.share_of_responses
+        total = step_denominator(batch_samples, self._wit.config.normalization, device, share)
         if counted is None or total is None:
             return counted
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
@@ -97,7 +98,10 @@ class WeightedTrainerMixin(_Base):
         groups = weighed_groups(wit.head.strategies.groups)
         if groups is None or not batch_samples or not all(CODES_KEY in batch for batch in batch_samples):
             return  # without codes there is no step
-        own = group_denominators(batch_samples, wit.config.normalization, wit.head.strategies.group_bits, device)
+        strategies = wit.head.strategies
+        own = group_denominators(
+            batch_samples, wit.config.normalization, strategies.group_bits, device, strategies.share_of_responses
+        )
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             own = self.accelerator.gather(own[None]).sum(dim=0) / self._ranks_of_a_batch()
         if wit.group_weights is None:
