@@ -226,12 +226,14 @@ def with_deepspeed(session: nox.Session, name: str, env: dict[str, str]) -> dict
 
 RANKS = {
     "trl-1.16": ["tests/ranks/test_ranks_trl.py"],
+    "axolotl-0.19": ["tests/ranks/test_ranks_axolotl.py"],
+    "llamafactory-0.9.5": ["tests/ranks/test_ranks_llamafactory.py"],
 }
 
 
 @nox.session
 def ranks(session: nox.Session) -> None:
-    """DDP, FSDP2 and DeepSpeed on one, two and four CPU processes. Not a default session.
+    """DDP, FSDP2 and DeepSpeed on one, two and four CPU processes, in all three frameworks. Not a default session.
 
     The cases of a launch are run one after the other, and launches with four processes are enough for a machine.
     Arguments go to pytest: `nox -s ranks -- -k "ddp and 2-"`.

@@ -137,9 +137,10 @@ def _process_group_stays() -> Iterator[None]:
 def _on_cpu(parallel: str) -> Iterator[None]:
     """Let accelerate start on a CPU what it starts on GPUs only, over gloo: it asks which device there is, no more.
 
-    All that is changed is the answer to that question. `ACCELERATE_TORCH_DEVICE` says where the model is.
+    All that is changed is the answer to that question. `ACCELERATE_TORCH_DEVICE` says where the model is. Axolotl goes
+    by the answer too, and would choose a GPU.
     """
-    own = PartialState._prepare_backend
+    own, set_device = PartialState._prepare_backend, torch.cuda.set_device
 
     def prepare(self: Any, cpu: bool = False, *args: Any, **kwargs: Any) -> tuple[str, DistributedType]:
         assert not cpu
@@ -147,11 +148,11 @@ def _on_cpu(parallel: str) -> Iterator[None]:
         return "gloo", DistributedType.MULTI_GPU
 
     if parallel != "ddp":
-        PartialState._prepare_backend = prepare
+        PartialState._prepare_backend, torch.cuda.set_device = prepare, lambda *args: None
     try:
         yield
     finally:
-        PartialState._prepare_backend = own
+        PartialState._prepare_backend, torch.cuda.set_device = own, set_device
 
 
 def world_size() -> int:

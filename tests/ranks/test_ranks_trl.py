@@ -50,6 +50,12 @@ def test_zero(launches: Launches, stage: int, ranks: int, case: str) -> None:
     assert_case(launches, case, f"zero{stage}", ranks)
 
 
+@pytest.mark.parametrize("case", list(TABLE))
+def test_two_nodes(launches: Launches, case: str) -> None:
+    """Two launchers with one rendezvous and two ranks each, as on two machines."""
+    assert_case(launches, case, "ddp", ranks=4, nodes=2)
+
+
 def test_the_table_would_see_a_wrong_denominator() -> None:
     """Each rank's own mean, which is what a step without the global count would take, is another loss."""
     docs: Any = documents_of({})

@@ -59,5 +59,5 @@ def test_the_weights_add_a_handful_of_small_messages(tmp_path):
         ("all_gather", 4 * 8): STEPS // LOG_EVERY,  # nll and tokens of both roles, float64
         ("all_gather", BATCH * 4 * 8): batches,  # the same for each row, of as many rows as the fullest rank has
         ("all_gather", "object"): 1,  # the settings, to be the same on all ranks
-        ("all_reduce", 8): STEPS,  # whether to stop, at no more than a hundred steps of a run
+        ("all_reduce", 8): STEPS,  # whether to stop, at fewer than two hundred steps of a run
     }
