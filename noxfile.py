@@ -65,7 +65,9 @@ PINS = {
 GPU_EXTRAS = ["cut-cross-entropy==25.1.1", "bitsandbytes==0.50.2", "einops==0.8.2", "flash-attn", "flash-attn-3"]
 GPU = {"trl": "trl-1.16", "axolotl": "axolotl-0.19", "llamafactory": "llamafactory-0.9.5"}
 
-PINS["zero3"] = [*PINS["core"], "einops==0.8.2", "hjson==3.1.0", "ninja==1.13.2", "msgpack==1.2.4", "py-cpuinfo==9.0.0"]
+# No environment of its own but a folder beside one: without its kernels DeepSpeed is Python, the same for any torch.
+PINS["deepspeed"] = ["deepspeed==0.19.8", "einops==0.8.2", "hjson==3.1.0", "ninja==1.13.2"]
+PINS["deepspeed"] += ["msgpack==1.2.4", "py-cpuinfo==9.0.0"]
 
 # What TRL does not bring: this project's own requirements, and what its tests need.
 NEWEST = ["pluggy", "pydantic", "regex", "rich", "matplotlib", "pytest", "pytest-xdist", "hypothesis"]
@@ -205,14 +207,41 @@ def llamafactory_oldest(session: nox.Session) -> None:
     pytest(session, "llamafactory-0.9.4", "tests/llamafactory")
 
 
+def with_deepspeed(session: nox.Session, name: str, env: dict[str, str]) -> dict[str, str]:
+    """The variables with which DeepSpeed is importable in an environment, too; built from source if it is not there."""
+    folder = environment_folder("deepspeed")
+    if not (folder / "complete").is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        pip = [str(environment(session, name) / "pip"), "install", "--quiet", "--disable-pip-version-check"]
+        pip += ["--no-deps", "--no-build-isolation", "--target", str(folder)]
+        built = {"DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}
+        session.run(*pip, *PINS["deepspeed"], env=built, external=True)
+        (folder / "complete").touch()
+    # It compiles a part of itself for this torch when it is first used.
+    compiled = {"TORCH_EXTENSIONS_DIR": str(environment_folder(name) / "torch-extensions")}
+    path = [str(environment_folder(name) / "bin"), os.environ.get("PATH", os.defpath)]
+    paths = {"PATH": os.pathsep.join(path), "PYTHONPATH": os.pathsep.join([env["PYTHONPATH"], str(folder)])}
+    return {**env, **compiled, **paths}
+
+
+RANKS = {
+    "trl-1.16": ["tests/ranks/test_ranks_trl.py"],
+    "axolotl-0.19": ["tests/ranks/test_ranks_axolotl.py"],
+    "llamafactory-0.9.5": ["tests/ranks/test_ranks_llamafactory.py"],
+}
+
+
 @nox.session
 def ranks(session: nox.Session) -> None:
-    """DDP on one, two and four CPU processes, in TRL. Not a default session.
+    """DDP, FSDP2 and DeepSpeed on one, two and four CPU processes, in all three frameworks. Not a default session.
 
     The cases of a launch are run one after the other, and launches with four processes are enough for a machine.
+    Arguments go to pytest: `nox -s ranks -- -k "ddp and 2-"`.
     """
-    binaries, env = install(session, "trl-1.16")
-    session.run(str(binaries / "pytest"), *(session.posargs or ["tests/ranks"]), env=env, external=True)
+    for name, paths in RANKS.items():
+        binaries, env = install(session, name)
+        command = [str(binaries / "pytest"), "--durations", "15", *paths, *session.posargs]
+        session.run(*command, env=with_deepspeed(session, name, env), success_codes=[0, 5], external=True)
 
 
 @nox.session
@@ -225,11 +254,10 @@ def context_oldest(session: nox.Session) -> None:
 
 @nox.session
 def zero3(session: nox.Session) -> None:
-    """The head under DeepSpeed's ZeRO-3. Not a default session: DeepSpeed is built from source."""
-    pip = [str(environment(session, "zero3") / "pip"), "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    env = {"DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}
-    session.run(*pip, "--no-build-isolation", "deepspeed==0.19.8", env=env, external=True)
-    pytest(session, "zero3", "tests/zero3")
+    """The head under DeepSpeed's ZeRO-3, where no framework is installed. Not a default session."""
+    binaries, env = install(session, "core")
+    command = [str(binaries / "pytest"), *(session.posargs or ["tests/zero3"])]
+    session.run(*command, env=with_deepspeed(session, "core", env), external=True)
 
 
 @nox.session

@@ -197,6 +197,37 @@ def rows(kind: str, count: int = 8, seed: int = 0) -> list[dict[str, Any]]:
 CHAT = {"type": "chat_template", "chat_template": "tokenizer_default", "field_messages": "messages"}
 
 
+def configuration(workplace: Path, dataset: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """For one plain SGD step over a dataset, with the model of a workplace; `None` takes a key out."""
+    values = {
+        "base_model": str(workplace / "model"),
+        "plugins": ["axokit.Recorder", "wit_axolotl.WITPlugin"],
+        "wit": {"prompt_weight": 0.2, "response_weight": 0.8},
+        "datasets": [dataset],
+        "dataset_prepared_path": str(workplace / "prepared"),
+        "sequence_len": 64,
+        "gradient_accumulation_steps": 1,
+        "num_epochs": 1,
+        "learning_rate": LEARNING_RATE,
+        "optimizer": "sgd",
+        "lr_scheduler": "constant",
+        "max_grad_norm": 0.0,
+        "weight_decay": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "bf16": False,
+        "tf32": False,
+        "attn_implementation": "sdpa",
+        "sdpa_varlen": False,  # a kernel that Axolotl 0.18 takes on a CPU too, where it does not run
+        "special_tokens": {"pad_token": "<pad>"},
+        "dataset_num_proc": 1,
+        "dataloader_num_workers": 0,
+        "seed": 7,
+        **settings,
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
 class Workplace:
     """A folder as a user would have it. Axolotl's cache of prepared datasets is shared between its runs."""
 
@@ -217,36 +248,13 @@ class Workplace:
             dataset = CHAT if kind in ("chat", "multi_turn", "weighted_turns") else {"type": kind}
         folder = self.folder / f"run-{next(self.runs)}"
         folder.mkdir()
-        config = {
-            "base_model": str(self.folder / "model"),
-            "plugins": ["axokit.Recorder", "wit_axolotl.WITPlugin"],
-            "wit": {"prompt_weight": 0.2, "response_weight": 0.8},
-            "datasets": [{"path": str(self.data(kind, count)), "ds_type": "json", **dataset}],
-            "dataset_prepared_path": str(self.folder / "prepared"),
-            "output_dir": str(folder / "out"),
-            "sequence_len": 64,
-            "micro_batch_size": count,
-            "gradient_accumulation_steps": 1,
-            "num_epochs": 1,
-            "learning_rate": LEARNING_RATE,
-            "optimizer": "sgd",
-            "lr_scheduler": "constant",
-            "max_grad_norm": 0.0,
-            "weight_decay": 0.0,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "bf16": False,
-            "tf32": False,
-            "attn_implementation": "sdpa",
-            "sdpa_varlen": False,  # a kernel that Axolotl 0.18 takes on a CPU too, where it does not run
-            "special_tokens": {"pad_token": "<pad>"},
-            "dataset_num_proc": 1,
-            "dataloader_num_workers": 0,
-            "seed": 7,
-            **settings,
-        }
+        values = configuration(
+            self.folder,
+            {"path": str(self.data(kind, count)), "ds_type": "json", **dataset},
+            **{"output_dir": str(folder / "out"), "micro_batch_size": count, **settings},
+        )
         path = folder / "config.yaml"
-        path.write_text(yaml.safe_dump({k: v for k, v in config.items() if v is not None}))
+        path.write_text(yaml.safe_dump(values))
         return path
 
     def train(self, *args: str, **settings: Any) -> Recorded:

@@ -1,4 +1,5 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "trl"))  # the trainers of TRL's tests
+for name in ("trl", "axolotl", "llamafactory"):  # the kits of the frameworks' own tests
+    sys.path.insert(0, str(Path(__file__).parents[1] / name))

@@ -1,0 +1,69 @@
+"""What a rank runs of the table in Axolotl: `axolotl train` on a configuration, in this process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"  # before Axolotl is imported: it reports to its makers otherwise
+
+import rankskit
+import yaml
+from axokit import CHAT, configuration, train
+
+UNPACKED, PACKED = 8, 24  # documents
+LORA: dict[str, Any] = {
+    "adapter": "lora",
+    **{f"lora_{name}": value for name, value in rankskit.LORA.items()},
+    # on by default, and classes stay patched for the process
+    **{f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")},
+}
+# How Axolotl says what `rankskit.parallel_arguments` says.
+PARALLEL: dict[str, dict[str, Any]] = {
+    "ddp": {"plugins": ["axokit.UseCPU", "axokit.Recorder", "wit_axolotl.WITPlugin"]},
+    "fsdp2": {
+        "fsdp_version": 2,
+        "fsdp_config": {
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+            "reshard_after_forward": True,
+        },
+    },
+    "zero2": {"deepspeed": rankskit.zero(2)},
+    "zero3": {"deepspeed": rankskit.zero(3)},
+}
+
+
+def run(workplace: Path, case: dict[str, Any], parallel: str, folder: Path) -> None:
+    ranks, accumulate = rankskit.world_size(), case.get("accumulate", 1)
+    weights = dict(zip(("prompt_weight", "response_weight"), rankskit.WEIGHTS, strict=True))
+    changes: dict[str, Any] = {
+        **PARALLEL[parallel],
+        "base_model": str(workplace / ("tied" if case.get("tied") else "model")),
+        "wit": {**weights, **case.get("wit", {})},
+        "output_dir": str(folder / "out"),
+        "micro_batch_size": UNPACKED // (ranks * accumulate),
+        "gradient_accumulation_steps": accumulate,
+    }
+    count = UNPACKED
+    if case.get("packed"):
+        count = PACKED
+        changes |= {"sample_packing": True, "micro_batch_size": 1, "sequence_len": 80, "pad_to_sequence_len": True}
+        changes["gradient_accumulation_steps"] = rankskit.PACKED_ROWS // ranks
+    if case.get("lora"):
+        changes |= {"lora_model_dir": str(workplace / "adapter"), **LORA}
+    if case.get("evaluated"):
+        held_out = {"path": str(workplace / "held_out.jsonl"), "ds_type": "json", "split": "train", **CHAT}
+        changes |= {"test_datasets": [held_out], "eval_strategy": "epoch", "eval_batch_size": 1}
+    name = f"{'silent' if case.get('silent') else 'chat'}-{count}.jsonl"
+    dataset = {"path": str(workplace / name), "ds_type": "json", **CHAT}
+    path = folder / f"rank-{os.environ['RANK']}.yaml"
+    path.write_text(yaml.safe_dump(configuration(workplace, dataset, **changes)))
+    trainer = train(path).trainer
+    assert len(trainer.train_dataset) == count
+    rankskit.keep(trainer, parallel, folder)
+
+
+if __name__ == "__main__":
+    rankskit.run_cases(run)

@@ -1,0 +1,59 @@
+"""Axolotl on one, two and four ranks: loss, gradients and the parameters after the step are those of one process.
+
+On the CPU over gloo. Not in `make test`, which has a cross-section (`tests/axolotl/test_axolotl_runs.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"  # before Axolotl is imported: it reports to its makers otherwise
+
+import pytest
+from axokit import rows
+from rankskit import CASES, HELD_OUT, RANKS, Launches, write_models
+from run_axolotl import PACKED, UNPACKED
+from support import Document
+from words import tokenizer
+
+TABLE = CASES
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
+    made = Launches(tmp_path_factory.mktemp("axolotl"), "run_axolotl.py", TABLE)
+    write_models(made.workplace, tokenizer(), vocab_size=64)
+
+    def write(name: str, data: list[dict[str, object]]) -> None:
+        (made.workplace / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+
+    for count in (UNPACKED, PACKED):
+        write(f"chat-{count}", rows("chat", count))
+        write(f"silent-{count}", [{**row, "weight": float(i == 0)} for i, row in enumerate(rows("chat", count))])
+    write("held_out", rows("chat", HELD_OUT, seed=9))
+    return made
+
+
+def documents(count: int, seed: int = 0) -> list[Document]:
+    """The rows as the template of these tests writes them; Axolotl trains on the answer without what ends it."""
+    made, encode = [], tokenizer()
+    for row in rows("chat", count, seed):
+        question, answer = (encode(message["content"])["input_ids"] for message in row["messages"])
+        user, assistant, end = encode.convert_tokens_to_ids(["<u>", "<a>", "<end>"])
+        ids = [user, *question, end, assistant, *answer, end]
+        made.append(Document(ids, [False] * (len(question) + 3) + [True] * len(answer) + [False]))
+    return made
+
+
+def assert_case(launches: Launches, name: str, parallel: str, ranks: int, nodes: int = 1) -> None:
+    case, folder = launches.of(name, parallel, ranks, nodes)
+    docs = documents(PACKED if case.get("packed") else UNPACKED)[: 1 if case.get("silent") else None]
+    launches.assert_step(case, folder, docs, documents(HELD_OUT, seed=9))
+
+
+@pytest.mark.parametrize("case", list(TABLE))
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_so_many_ranks_take_the_step_of_one(launches: Launches, parallel: str, ranks: int, case: str) -> None:
+    assert_case(launches, case, parallel, ranks)
