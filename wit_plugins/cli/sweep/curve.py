@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from wit_plugins.cli.sweep.heatmap import save
-from wit_plugins.cli.sweep.metrics import Metric
-from wit_plugins.cli.sweep.outcomes import Outcome, candidates, cost, spread
+from wit_plugins.cli.sweep.metrics import UNITS, Metric
+from wit_plugins.cli.sweep.outcomes import candidates, cost, spread
+from wit_plugins.cli.sweep.results import Outcome
 from wit_plugins.cli.sweep.space import position
 from wit_plugins.cli.text import visible
 
 # Of Okabe and Ito, which colour-blind readers can tell apart; each kind has a shape of its own as well.
 _TRIAL, _REFERENCE, _BEST = "#0072B2", "#D55E00", "#E69F00"
 _TICKS = (0, 0.01, 0.03, 0.1, 0.25, 0.5, 1)
-_UNITS = {"eval_response_loss": "nats per token", "eval_prompt_loss": "nats per token"}
 
 
 def draw_curve(path: Path, outcomes: Sequence[Outcome], metric: Metric, title: str) -> None:
@@ -115,7 +115,7 @@ def draw_curve(path: Path, outcomes: Sequence[Outcome], metric: Metric, title: s
         axis.set_xlim(-0.05, position(1) + 0.05)
         axis.set_xticks([position(t) for t in _TICKS], [f"{t:g}" for t in _TICKS])
         axis.set_xlabel("λp / λr (logarithmic above 0.01, down to 0)")
-        unit = f", {_UNITS[metric.name]}" if metric.name in _UNITS else ""
+        unit = f", {UNITS[metric.name]}" if metric.name in UNITS else ""
         axis.set_ylabel(f"{visible(metric.name)}{unit} ({metric.better})")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
