@@ -35,6 +35,7 @@ def draw_curve(path: Path, outcomes: Sequence[Outcome], metric: Metric, title: s
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.patheffects import withStroke
 
     found = candidates(outcomes, metric)
     means = [candidate.mean for candidate in found]
@@ -101,11 +102,14 @@ def draw_curve(path: Path, outcomes: Sequence[Outcome], metric: Metric, title: s
         for candidate in references:
             x = place(candidate.outcome)
             label = "({}, {})".format(*candidate.outcome.cell.texts)
-            side: dict[str, Any] = {"ha": "left"} if x < 0.2 else {"ha": "right"} if x > 1.8 else {"ha": "center"}
-            shift = 8 if x < 0.2 else -8 if x > 1.8 else 0
+            # Over the side on which the curve is lower, and within the axes.
+            at = ordered.index(candidate)
+            falls = 0 < at < len(ordered) - 1 and ordered[at - 1].mean > ordered[at + 1].mean
+            side, shift = ("left", 8) if x < 0.2 or (falls and x < 1.8) else ("right", -8)
             axis.annotate(
-                label, (x, candidate.mean), xytext=(shift, 13), textcoords="offset points", color=_REFERENCE, **side
-            )
+                label, (x, candidate.mean), xytext=(shift, 13), textcoords="offset points", color=_REFERENCE, ha=side,
+                zorder=6, path_effects=[withStroke(linewidth=4, foreground="white")],
+            )  # fmt: skip
         if found:
             axis.plot(
                 [place(found[0].outcome)], [found[0].mean], "*", color=_BEST, markeredgecolor="black", markersize=18,
