@@ -184,18 +184,19 @@ def test_an_older_folder_is_gone_on_with(tmp_path, capsys):
     checkpoint.mkdir()
     (checkpoint / "scheduler.pt").touch()
     (checkpoint / "trainer_state.json").write_text("{}")
-    older_files = [path.read_bytes() for path in sorted(runs.rglob("*.json"))]
+    kept = {path: path.read_bytes() for path in [runs / "sweep.json", *runs.glob("*/cell.json")]}
     assert report(runs) == 1  # one has failed
     assert "(0.4, 1) failed: boom" in capsys.readouterr().out
     states = [result.status for result in collect(runs)]
     assert states == ["finished", "diverged", "failed", "interrupted", "interrupted"]
     assert not (runs / "study.journal").exists()  # looking at it changes nothing
     assert made_up(tmp_path, prompts="0,0.2,0.4,0.6,1") == 0
-    again = [(name, resume.rpartition("/")[2]) for name, resume, *_ in order(tmp_path)[5:]]
-    assert again == [("p0.4_r1", ""), ("p0.6_r1", "checkpoint-2"), ("p1_r1", "")]
+    again = {(name, resume.rpartition("/")[2]) for name, resume, *_ in order(tmp_path)[5:]}
+    assert len(order(tmp_path)) == 5 + 3
+    assert again == {("p0.4_r1", ""), ("p0.6_r1", "checkpoint-2"), ("p1_r1", "")}
     after = [(result.cell, result.status, result.metrics) for result in collect(runs)]
     assert after == before
-    assert set(older_files) <= {path.read_bytes() for path in runs.rglob("*.json")}
+    assert kept == {path: path.read_bytes() for path in kept}
     with pytest.raises(WITConfigError, match="differing: a: 1 → 2"):
         made_up(tmp_path, prompts="0", values={"a": 2})
     (runs / "study.journal").rename(tmp_path / "journal")

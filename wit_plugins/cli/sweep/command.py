@@ -66,10 +66,11 @@ def sweep(driver: FrameworkDriver, job: Job, plan: Grid | Space, options: SweepO
     record = {"framework": driver.name, "settings": _settings(job), "config": job.name, **plan.record()}
     record |= {"metric": metric.name, "direction": metric.direction}
     with _file_errors(options.output):
+        if not options.dry_run:
+            options.output.mkdir(parents=True, exist_ok=True)
         known = _known(options, record)
         if options.dry_run:
             return _dry_run(out, driver, job, plan, known, options)
-        options.output.mkdir(parents=True, exist_ok=True)
         with terminable():
             queued = {str(notes["key"]) for _, notes in first[: options.trials]}
             left = queued - {k for k, t in known.items() if t.user_attrs.get("result", {}).get("status") in TRAINED}
