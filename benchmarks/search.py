@@ -132,12 +132,12 @@ def grid(folder: Path) -> dict[str, Any]:
 
 def searched(folder: Path, pruner: str, trials: int) -> dict[str, Any]:
     """One search, and what its report says."""
-    from wit_plugins.cli.sweep.search import search
+    from wit_plugins.cli.sweep.command import sweep
     from wit_plugins.cli.sweep.space import Space
 
     begun = time.perf_counter()
     options = SweepOptions(folder, check=False, trials=trials, pruner=pruner)
-    search(Planted(), Job(None, {"seed": 0}), Space(), options)
+    sweep(Planted(), Job(None, {"seed": 0}), Space(), options)
     told = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     steps = sum(cell["details"]["steps"] for cell in told["cells"])
     seconds = round(time.perf_counter() - begun)

@@ -10,8 +10,9 @@ import time
 
 from wit_plugins.cli.driver import FrameworkDriver, Job
 from wit_plugins.cli.sweep.command import sweep
-from wit_plugins.cli.sweep.grid import cells, parse_weights
+from wit_plugins.cli.sweep.grid import Grid, cells, parse_weights
 from wit_plugins.cli.sweep.options import SweepOptions
+from wit_plugins.cli.sweep.results import read_outcomes
 
 
 def short(value):
@@ -56,10 +57,17 @@ class MadeUp(FrameworkDriver):
         return [sys.executable, "-c", self.script, *weights, str(output), *more]
 
 
-def made_up(tmp_path, body="", prompts="0,0.4,1", responses="1", values=None, **options):
-    job = Job(None, {"a": 1, **(values or {})})
+def made_up(tmp_path, body="", prompts="0,0.4,1", responses="1", values=None, driver=None, path=None, **options):
+    job = Job(path, {"a": 1, **(values or {})})
     options = {"check": False, **options}  # there is no data to look at
-    return sweep(MadeUp(body), job, grid(prompts, responses), SweepOptions(tmp_path / "runs", **options))
+    return sweep(
+        driver or MadeUp(body), job, Grid(grid(prompts, responses)), SweepOptions(tmp_path / "runs", **options)
+    )
+
+
+def collect(runs):
+    """The cells of a sweep's folder, as its report sees them."""
+    return read_outcomes(runs)[1]
 
 
 def order(tmp_path):
@@ -111,24 +119,35 @@ def lowest(ratio):
 
 def searched(tmp_path, body=None, response=None, params=(), values=None, driver=None, **options):
     """A search over made-up runs."""
-    from wit_plugins.cli.sweep.search import search
     from wit_plugins.cli.sweep.space import Space
 
     job = Job(None, {"a": 1, **(values or {})})
     options = {"check": False, "trials": 6, **options}
     made = driver or MadeUp(curve() if body is None else body)
-    return search(made, job, Space.parse(response, params), SweepOptions(tmp_path / "runs", **options))
+    return sweep(made, job, Space.parse(response, params), SweepOptions(tmp_path / "runs", **options))
 
 
-def worker(tmp_path, body, before="", **options):
-    """A process that takes part in such a search."""
+def worker(tmp_path, body, before="", call="searched", **options):
+    """A process that takes part in such a search, or by `made_up` in a grid."""
     from support import subprocess_env  # with torch, which the worker itself does without
 
-    call = f"sys.exit(searched(pathlib.Path({str(tmp_path)!r}), {body!r}, **{options!r}))"
-    code = f"import pathlib, sys\nfrom sweepkit import searched\n{before}{call}"
+    code = f"sys.exit({call}(pathlib.Path({str(tmp_path)!r}), {body!r}, **{options!r}))"
+    code = f"import pathlib, sys\nfrom sweepkit import made_up, searched\n{before}{code}"
     paths = os.pathsep.join([os.path.dirname(__file__), subprocess_env()["PYTHONPATH"]])
     env = subprocess_env(PYTHONPATH=paths)
     return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def older(runs):
+    """A grid's folder as it was before grids were studies: what is known stands in `sweep.json` and `cell.json`."""
+    record, found = read_outcomes(runs)
+    for outcome in found:
+        state = {"status": outcome.status, "seconds": outcome.seconds, "attempts": 1, "command": ["run"], "error": []}
+        (outcome.cell.folder(runs) / "cell.json").write_text(json.dumps({**state, "evaluation": None}))
+    kept = {name: record[name] for name in ("framework", "config", "settings")}
+    cells = [[str(outcome.cell.prompt), str(outcome.cell.response)] for outcome in found]
+    (runs / "sweep.json").write_text(json.dumps({**kept, "cells": cells}))
+    (runs / "study.journal").unlink()
 
 
 def trials(tmp_path, url=None):

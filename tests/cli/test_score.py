@@ -1,5 +1,6 @@
 """`wit score`: each document's log-probabilities, by any model; killed anywhere it goes on; wrong folders stop."""
 
+import fcntl
 import re
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from trlkit import dataset, tokenizer
 from wit_trl.driver import TRLDriver
 
 from wit_plugins.cli.driver import Job
-from wit_plugins.cli.sweep.processes import locked
 from wit_plugins.errors import WITConfigError
 from wit_plugins.loss.document_scores import DocumentScorer
 from wit_plugins.tokens.reader import ExampleReader
@@ -207,7 +207,8 @@ def test_another_model_s_or_another_dataset_s_folder_is_refused(tmp_path, capsys
 def test_one_at_a_time(tmp_path, capsys):
     path, output = workplace(tmp_path), tmp_path / "scores"
     output.mkdir()
-    with locked(output):
+    with open(output / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         code, _, err = wit("score", path, "--output", output, capsys=capsys)
     assert code == 2
     assert "another `wit score` is running there" in err

@@ -4,12 +4,12 @@ import json
 import sys
 
 import pytest
-from sweepkit import grid, made_up, order
+from sweepkit import collect, grid, made_up, order
 
 from wit_plugins import WITConfigError
 from wit_plugins.cli.sweep.evaluation import evaluation_script
 from wit_plugins.cli.sweep.metrics import numbers
-from wit_plugins.cli.sweep.results import choose_metrics, collect
+from wit_plugins.cli.sweep.results import choose_metrics
 
 LM_EVAL = {
     "results": {

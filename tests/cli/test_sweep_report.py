@@ -8,12 +8,11 @@ import sys
 
 import pytest
 from clikit import read_json, wit
-from sweepkit import grid, made_up
+from sweepkit import collect, grid, made_up
 
 from wit_plugins.cli.sweep.heatmap import colour_limits
-from wit_plugins.cli.sweep.metrics import Metric, by_name
+from wit_plugins.cli.sweep.metrics import Metric, by_name, format_value
 from wit_plugins.cli.sweep.report import report
-from wit_plugins.cli.sweep.results import collect, format_value
 from wit_plugins.runfiles import write_json
 
 
@@ -41,7 +40,7 @@ def test_results_in_every_form(tmp_path, capsys):
     assert "1.050 *" in lines[0]
     assert "lower is better" in out
     assert "These cells differ only in scale: (0, 0.5) (0, 1)" in " ".join(out.split())
-    assert "No heat map" not in out
+    assert "No picture" not in out
     header = (runs / "heatmap.png").read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n"
     assert min(struct.unpack(">II", header[16:24])) > 300
@@ -52,7 +51,7 @@ def test_without_matplotlib_there_is_everything_but_the_picture(tmp_path, capsys
         monkeypatch.setattr(f"wit_plugins.cli.sweep.{module}.can_draw", lambda: False)
     assert made_up(tmp_path) == 0
     out = capsys.readouterr().out
-    assert out.index("No heat map: matplotlib is missing") < out.index("(0.4, 1)")
+    assert out.index("No picture: matplotlib is missing") < out.index("(0.4, 1)")
     assert (tmp_path / "runs" / "results.csv").is_file()
     assert not (tmp_path / "runs" / "heatmap.png").exists()
 

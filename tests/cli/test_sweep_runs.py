@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 from clikit import processes_of, read_json, run, start, wit, workplace
 from support import subprocess_env
-from sweepkit import GRID, REAL, grid, made_up, order, short, wait_for
+from sweepkit import GRID, REAL, collect, contents, grid, made_up, order, short, trials, wait_for
 
 from wit_plugins import WITConfigError
 from wit_plugins.cli.sweep.folders import last_checkpoint
 from wit_plugins.cli.sweep.grid import Cell
 from wit_plugins.cli.sweep.logs import log_reason, log_tail
-from wit_plugins.cli.sweep.progress import Run, show
-from wit_plugins.cli.sweep.results import collect
+from wit_plugins.cli.sweep.runs import Run, show
 from wit_plugins.runfiles import MetricsReader, read_metrics
 
 
@@ -32,9 +31,9 @@ def test_a_failing_cell_is_recorded_and_the_rest_go_on(tmp_path, capsys):
     """
     assert made_up(tmp_path, body) == 1
     captured = capsys.readouterr()
-    state = read_json(tmp_path / "runs" / "p0.4_r1" / "cell.json")
-    assert (state["status"], state["returncode"], len(state["error"])) == ("failed", 3, 20)
-    assert state["error"][-1] == "boom: \x1b[2J no memory"
+    trial = trials(tmp_path)["p0.4_r1"]
+    error = trial.user_attrs["result"]["error"]
+    assert (trial.state.name, len(error), error[-1]) == ("FAIL", 20, "boom: \x1b[2J no memory")
     assert "failed: exit code 3: boom: ␛[2J no memory" in captured.err
     assert "(0.4, 1) failed: exit code 3: boom: ␛[2J no memory" in captured.out
     assert "line 49" not in captured.out  # the log has it
@@ -79,16 +78,6 @@ def test_two_configurations_do_not_share_a_folder(tmp_path):
     assert [r.cell.label for r in collect(tmp_path / "runs")] == ["(0, 1)", "(0.4, 1)"]
 
 
-def test_one_sweep_a_folder_at_a_time(tmp_path):
-    import fcntl
-
-    (tmp_path / "runs").mkdir()
-    with open(tmp_path / "runs" / ".lock", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(WITConfigError, match="another `wit sweep` is running there"):
-            made_up(tmp_path)
-
-
 def test_unique_ratios_runs_one_of_those_alike(tmp_path):
     made_up(tmp_path, prompts="0,0.5,1", responses="0.5,1", unique_ratios=True)
     assert sorted(name for name, *_ in order(tmp_path)) == ["p0.5_r1", "p0_r1", "p1_r0.5", "p1_r1"]
@@ -117,7 +106,7 @@ def test_interrupted_it_stops_its_runs_and_goes_on_later(tmp_path, monkeypatch):
     process.send_signal(signal.SIGTERM)
     process.wait()
     assert processes_of(folder) == []
-    assert read_json(folder / "cell.json")["status"] == "interrupted"
+    assert [result.status for result in collect(tmp_path / "runs")] == ["interrupted"]
     assert made_up(tmp_path, body, "0") == 0
     assert order(tmp_path)[-1][1].endswith("checkpoint-2")
     # What was logged after the checkpoint is logged again, and not counted twice.
@@ -173,7 +162,7 @@ def test_the_parent_reads_only_what_is_new(tmp_path):
     (tmp_path / "progress.json").write_text('{"step": 3, "max_steps": 9}')
     size = path.stat().st_size
     with Progress(disable=True) as bars:
-        run = Run(grid("0", "1")[0], 0, None, None, bars.add_task("cell"), 0.0, MetricsReader(path))
+        run = Run(grid("0", "1")[0], None, 0, None, None, bars.add_task("cell"), 0.0, MetricsReader(path))
         before = bytes_read()
         for step in range(50):
             show(bars, tmp_path, run)
@@ -206,7 +195,7 @@ def test_a_sweep_checks_once_before_it_starts(tmp_path, capfd):
     assert code == 2, out + err
     assert "nothing was started" in out
     assert "problem" in out.split("nothing was started")[0]
-    assert [path.name for path in runs.iterdir()] == [".lock"]  # so that the mended configuration may have the folder
+    assert list(runs.iterdir()) == []  # so that the mended configuration may have the folder
 
 
 LAUNCHER = """
@@ -280,17 +269,16 @@ def test_a_sweep_that_is_killed_goes_on(tmp_path):
     finally:
         process.kill()
         process.communicate()
-    assert read_json(first / "cell.json")["status"] == "finished"
-    assert read_json(second / "cell.json")["status"] == "running"
-    finished = (first / "cell.json").read_text()
+    assert [trial.state.name for trial in trials(tmp_path).values()] == ["COMPLETE", "RUNNING"]
+    finished = contents(first)
 
     done = run(*args, cwd=tmp_path)
     assert done.returncode == 0, done.stderr + (second / "log.txt").read_text()[-3000:]
     assert "1 of 2 cells are finished already" in done.stderr
     assert "(1, 1): goes on from checkpoint-" in done.stderr
-    assert (first / "cell.json").read_text() == finished
-    state = read_json(second / "cell.json")
-    assert (state["status"], state["attempts"]) == ("finished", 2)
+    assert contents(first) == finished
+    trial = trials(tmp_path)["p1_r1"]
+    assert (trial.state.name, trial.user_attrs["attempt"]) == ("COMPLETE", 2)
 
     undisturbed = run("sweep", "sft.yaml", "--prompt-weight", "1", *GRID[2:], "--output", "alone", cwd=tmp_path)
     assert undisturbed.returncode == 0

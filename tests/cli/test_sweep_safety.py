@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 from clikit import read_json, wit, workplace
 from support import subprocess_env
-from sweepkit import GRID, contents, made_up, order, short
+from sweepkit import GRID, collect, contents, made_up, older, order, short, trials
 
 from wit_plugins import WITConfigError
 from wit_plugins.cli.sweep.report import report
-from wit_plugins.cli.sweep.results import collect
 from wit_plugins.runfiles import write_json
 
 
@@ -22,9 +21,11 @@ from wit_plugins.runfiles import write_json
     "damage", ["", "{", "null", "[]", '{"status": "made up"}', '{"status": ["finished"]}', "[" * 9999, None], ids=short
 )
 def test_a_model_without_its_cell_json_is_kept(tmp_path, capsys, damage):
-    """Empty after a power cut, cut off, of another kind, lost: the folder is moved and named, and the cell trained."""
+    """Of an older folder. Empty after a power cut, cut off, of another kind, lost: the folder is moved and named, and
+    the cell trained."""
     made_up(tmp_path, "(output / 'model.safetensors').write_text('weights')", prompts="0,1")
     runs = tmp_path / "runs"
+    older(runs)
     path = runs / "p0_r1" / "cell.json"
     path.unlink()
     if damage is not None:
@@ -54,11 +55,12 @@ def test_a_foreign_folder_in_a_cell_s_place_is_kept(tmp_path, capsys):
     assert collect(tmp_path / "runs")[0].metrics["lowest_eval_response_loss"] > 1
     real.mkdir()
     (real / "model.safetensors").write_text("mine")
-    foreign.rename(tmp_path / "runs" / "gone")
-    foreign.symlink_to(real)
-    made_up(tmp_path, prompts="0")
+    made_up(tmp_path, "sys.exit(1)", prompts="1")
+    (tmp_path / "runs" / "p0.4_r1").symlink_to(real)
+    made_up(tmp_path, prompts="0.4,1")
     assert contents(real) == {Path("model.safetensors"): b"mine"}
-    assert (tmp_path / "runs" / "p0_r1.old-2").is_symlink()
+    assert (tmp_path / "runs" / "p0.4_r1.old-1").is_symlink()
+    assert not (tmp_path / "runs" / "p1_r1.old-1").exists()  # which is its own
 
 
 def test_what_an_attempt_without_a_checkpoint_left_is_kept(tmp_path, capsys):
@@ -85,7 +87,7 @@ def test_a_cell_that_diverges_is_recorded_and_the_sweep_goes_on(tmp_path, capsys
     captured = capsys.readouterr()
     assert "(0.4, 1): diverged in" in captured.err
     runs = tmp_path / "runs"
-    assert read_json(runs / "p0.4_r1" / "cell.json")["status"] == "diverged"
+    assert trials(tmp_path)["p0.4_r1"].state.name == "PRUNED"  # it has no value, so it cannot be complete
     assert [result.status for result in collect(runs)] == ["finished", "diverged", "finished"]
     assert collect(runs)[1].metrics["lowest_eval_response_loss"] == 1.5
     lines = [line for line in captured.out.splitlines() if line.startswith("(")]
@@ -110,8 +112,10 @@ def test_a_cell_that_diverges_is_recorded_and_the_sweep_goes_on(tmp_path, capsys
         '{"\\ud800": 1.0, "eval_\\ud800": 1.0, "eval_$x^$ \\u001b[2J": 1e308}\n',
     ], ids=short)  # fmt: skip
 def test_damaged_metrics_cost_what_stood_in_them(tmp_path, capsys, damage):
+    """Of an older folder, whose metrics stand in nothing else."""
     made_up(tmp_path)
     runs = tmp_path / "runs"
+    older(runs)
     for name in ("metrics.jsonl", "progress.json"):
         path = runs / "p0.4_r1" / name
         whole = path.read_bytes() if path.exists() else b""
@@ -128,21 +132,83 @@ def test_damaged_metrics_cost_what_stood_in_them(tmp_path, capsys, damage):
     "damage", ["", "{", "[]", "{}", '{"framework": "madeup", "settings": {"a": 1}, "cells": [["x", 1]]}']
 )
 def test_a_damaged_sweep_json_is_refused_with_the_way_out(tmp_path, damage):
+    """Of an older folder."""
     made_up(tmp_path)
+    older(tmp_path / "runs")
     path = tmp_path / "runs" / "sweep.json"
     whole = path.read_text()
     path.write_text(damage)
+    before = contents(tmp_path / "runs")
     for again in (lambda: report(tmp_path / "runs"), lambda: made_up(tmp_path)):
-        with pytest.raises(WITConfigError, match=r"damaged.*delete that file and start the same `wit sweep` again"):
+        with pytest.raises(WITConfigError, match=r"damaged.*give another --output, or put a copy of that file back"):
             again()
-    path.unlink()  # the way out
+    assert contents(tmp_path / "runs") == before
+    path.write_text(whole)  # the way out
     assert made_up(tmp_path) == 0
-    assert path.read_text() == whole
     assert len(order(tmp_path)) == 3
 
 
+@pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"op_code": 4}', '{"op_code": 99, "worker_id": "x"}', "\0" * 9])
+def test_a_damaged_study_is_refused_with_the_way_out(tmp_path, capsys, damage):
+    """A line in the middle of the journal; what is lost with it are words, and no models."""
+    made_up(tmp_path, "(output / 'model.safetensors').write_text('weights')", prompts="0,1")
+    runs = tmp_path / "runs"
+    path = runs / "study.journal"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:9], damage, *lines[9:], ""]))
+    before = contents(runs)
+    for again in (lambda: report(runs), lambda: made_up(tmp_path, prompts="0,1")):
+        with pytest.raises(WITConfigError, match=r"study.journal: is damaged .*Put a copy of that file back; or re"):
+            again()
+    assert contents(runs) == before
+    path.rename(runs / "damaged")  # the second way out
+    assert made_up(tmp_path, prompts="0,1") == 0
+    assert (runs / "p0_r1.old-1" / "model" / "model.safetensors").read_text() == "weights"
+
+
+def test_an_older_folder_is_gone_on_with(tmp_path, capsys):
+    """Finished and diverged cells stay; others are run again, from a checkpoint if there is one."""
+    body = """
+    if prompt == 0.2:
+        log(step=4, loss=float("nan"), eval_response_loss=float("nan"))
+        sys.exit(0)
+    """
+    made_up(tmp_path, body, prompts="0,0.2,0.4,0.6,1")
+    runs = tmp_path / "runs"
+    before = [(result.cell, result.status, result.metrics) for result in collect(runs)]
+    older(runs)
+    for name, status in (("p0.4_r1", "failed"), ("p0.6_r1", "interrupted"), ("p1_r1", "running")):
+        path = runs / name / "cell.json"
+        path.write_text(json.dumps({**read_json(path), "status": status, "reason": "boom", "evaluation": None}))
+    checkpoint = runs / "p0.6_r1" / "model" / "checkpoint-2"
+    checkpoint.mkdir()
+    (checkpoint / "scheduler.pt").touch()
+    (checkpoint / "trainer_state.json").write_text("{}")
+    kept = {path: path.read_bytes() for path in [runs / "sweep.json", *runs.glob("*/cell.json")]}
+    assert report(runs) == 1  # one has failed
+    assert "(0.4, 1) failed: boom" in capsys.readouterr().out
+    states = [result.status for result in collect(runs)]
+    assert states == ["finished", "diverged", "failed", "interrupted", "interrupted"]
+    assert not (runs / "study.journal").exists()  # looking at it changes nothing
+    assert made_up(tmp_path, prompts="0,0.2,0.4,0.6,1") == 0
+    again = {(name, resume.rpartition("/")[2]) for name, resume, *_ in order(tmp_path)[5:]}
+    assert len(order(tmp_path)) == 5 + 3
+    assert again == {("p0.4_r1", ""), ("p0.6_r1", "checkpoint-2"), ("p1_r1", "")}
+    after = [(result.cell, result.status, result.metrics) for result in collect(runs)]
+    assert after == before
+    assert kept == {path: path.read_bytes() for path in kept}
+    with pytest.raises(WITConfigError, match="differing: a: 1 → 2"):
+        made_up(tmp_path, prompts="0", values={"a": 2})
+    (runs / "study.journal").rename(tmp_path / "journal")
+    with pytest.raises(WITConfigError, match="differing: a: 1 → 2"):  # also before it is a study
+        made_up(tmp_path, prompts="0", values={"a": 2})
+    assert not (runs / "study.journal").exists()
+
+
 def test_a_state_with_damaged_parts_is_read_as_far_as_it_goes(tmp_path):
+    """Of an older folder."""
     made_up(tmp_path)
+    older(tmp_path / "runs")
     path = tmp_path / "runs" / "p0.4_r1" / "cell.json"
     state = {**read_json(path), "seconds": "long", "attempts": None, "error": 3, "evaluation": {"metrics": [1]}}
     path.write_text(json.dumps(state))
@@ -169,6 +235,7 @@ FULL = """
 import resource, sys, pathlib
 from sweepkit import MadeUp, grid
 from wit_plugins.cli.sweep.command import sweep
+from wit_plugins.cli.sweep.grid import Grid
 from wit_plugins.cli.sweep.options import SweepOptions
 from wit_plugins.cli.sweep.report import report
 from wit_plugins.cli.driver import Job
@@ -180,7 +247,7 @@ if sys.argv[3] == "report":
     print("code", report(runs))
 else:
     try:
-        sweep(MadeUp(), Job(None, {"a": 1}), grid("0,1", "1"), SweepOptions(runs, check=False))
+        sweep(MadeUp(), Job(None, {"a": 1}), Grid(grid("0,1", "1")), SweepOptions(runs, check=False))
     except WITConfigError as error:
         print("refused:", error)
 """
@@ -191,7 +258,7 @@ def test_a_full_disk(tmp_path, room):
     """In a process whose files cannot grow: one line that says what to do, and the state before it stays readable."""
     made_up(tmp_path, prompts="0")
     runs = tmp_path / "runs"
-    before = (runs / "sweep.json").read_bytes(), (runs / "p0_r1" / "cell.json").read_bytes()
+    before = contents(runs / "p0_r1")
 
     def limited(what):
         arguments = [sys.executable, "-c", FULL, str(runs), str(room), what]
@@ -206,8 +273,8 @@ def test_a_full_disk(tmp_path, room):
     done = limited("sweep")
     assert "refused: --output = " in done.stdout or (room and "failed: " in done.stderr), done.stderr
     assert "Traceback" not in done.stderr
-    assert (runs / "p0_r1" / "cell.json").read_bytes() == before[1]
-    assert read_json(runs / "sweep.json")["framework"] == "madeup"
+    assert contents(runs / "p0_r1") == before
+    assert trials(tmp_path)["p0_r1"].state.name == "COMPLETE"
     assert not list(runs.rglob(".*.json.*"))
     assert made_up(tmp_path, prompts="0,1") == 0  # with room again, it goes on
     assert [result.status for result in collect(runs)] == ["finished", "finished"]

@@ -18,8 +18,9 @@ from wit_plugins import WITConfigError
 from wit_plugins.cli.driver import Job
 from wit_plugins.cli.sweep.grid import Cell
 from wit_plugins.cli.sweep.metrics import Metric
-from wit_plugins.cli.sweep.outcomes import Outcome, candidates, spread, verdict
-from wit_plugins.cli.sweep.search import SearchRunner
+from wit_plugins.cli.sweep.outcomes import candidates, spread, verdict
+from wit_plugins.cli.sweep.results import Outcome
+from wit_plugins.cli.sweep.runner import Runner
 from wit_plugins.cli.sweep.space import POSITION, Space, TrialCell, position, ratio_at
 
 FIRST = ["p0_r1", "p0.2_r0.8", "p1_r1", "ratio-0.03", "ratio-0.09", "ratio-0.5"]
@@ -65,6 +66,11 @@ def test_a_reference_is_never_stopped(tmp_path, pruner):
     assert (reference.state.name, reference.last_step) == ("COMPLETE", 10)
 
 
+def is_word(entry):
+    """Whether a line of a journal is a value of a step (7), or the end of a trial (6, and not its beginning)."""
+    return entry["op_code"] == 7 or (entry["op_code"] == 6 and entry["state"] != 0)
+
+
 @pytest.mark.parametrize("pruner", ["percentile", "halving", "median"])
 def test_evaluations_that_come_late_are_judged_at_their_own_step(tmp_path, pruner):
     """All at once, and those of references that another worker trained: the cell is judged at the first look.
@@ -74,7 +80,10 @@ def test_evaluations_that_come_late_are_judged_at_their_own_step(tmp_path, prune
     shape = "bottom = 1 + (place - 1.0) ** 2 + (2 if prompt == 0.03 and step < 4 else 0)"
     body = curve("pass").replace("    log(step", f"    {shape}\n    log(step")
     assert searched(tmp_path, body, trials=3, pruner=pruner) == 0
-    (tmp_path / "runs" / "study.journal").unlink()  # the references are told to a new study, as from their folders
+    journal = tmp_path / "runs" / "study.journal"  # as if their worker had died before it could say a word of them
+    lines = [line for line in journal.read_text().splitlines(True) if not is_word(json.loads(line))]
+    journal.write_text("".join(lines))
+    assert searched(tmp_path, "raise SystemExit('run again')", trials=3, pruner=pruner) == 0
     assert searched(tmp_path, body, trials=4, pruner=pruner) == 0
     assert len(order(tmp_path)) == 4
     assert (tmp_path / "runs" / "ratio-0.03" / "stop").exists()
@@ -195,7 +204,7 @@ SEARCH = ["--output", "runs", "--trials", "4"]
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--output", "runs"], "--prompt-weight is missing; give the weights of a grid, or search with --trials 12"),
+        (["--output", "runs"], "--prompt-weight is missing; give the weights of a grid, or search with --trials 8"),
         ([*SEARCH[:2], "--prompt-weight", "0", "--response-weight", "1", "--seeds", "3"], "--seeds is for a search"),
         ([*SEARCH, "--prompt-weight", "0,1"], "--prompt-weight is a grid's"),
         ([*SEARCH, "--response-weight", "1:0.5"], "--response-weight = '1:0.5': a search takes one above 0, or a"),
@@ -238,7 +247,7 @@ def test_when_the_time_is_up_nothing_more_is_started(tmp_path, monkeypatch):
     assert searched(tmp_path, trials=None, hours=1e-9) == 0
     assert not (tmp_path / "runs" / "order.txt").exists()
     # What runs goes on to its end.
-    monkeypatch.setattr(SearchRunner, "observed", lambda self, *_: setattr(self, "deadline", 0.0))
+    monkeypatch.setattr(Runner, "_observe", lambda self, *_: setattr(self, "deadline", 0.0))
     assert searched(tmp_path, trials=None, hours=9) == 0
     assert [name for name, *_ in order(tmp_path)] == ["p0_r1"]
     assert trials(tmp_path)["p0_r1"].user_attrs["result"]["status"] == "finished"
@@ -258,20 +267,21 @@ def test_folders_of_another_kind_are_refused_with_the_way_out(tmp_path):
     assert len(order(tmp_path / "other")) == 3
 
 
-def test_without_optuna_a_search_says_what_to_install_and_a_grid_runs(tmp_path):
+def test_without_optuna_a_sweep_says_what_to_install(tmp_path):
     workplace(tmp_path, evaluation=True, eval_strategy="epoch")
     code = """
 import sys
 sys.modules["optuna"] = None  # importing it is an ImportError
 from wit_plugins.cli.main import main
-grid = main(["sweep", "sft.yaml", "--prompt-weight", "0", "--response-weight", "1", "--output", "runs", "--dry-run"])
+grid = main(["sweep", "sft.yaml", "--prompt-weight", "0", "--response-weight", "1", "--output", "runs"])
 sys.exit(10 * grid + main(["sweep", "sft.yaml", "--trials", "4", "--output", "runs"]))
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=subprocess_env(), capture_output=True, text=True
     )
-    assert done.returncode == 2, done.stderr
-    assert 'wit: a search needs Optuna; pip install "wit-plugins[cli]"' in done.stderr
+    assert done.returncode == 22, done.stderr
+    assert done.stderr.count('wit: a sweep needs Optuna; pip install "wit-plugins[cli]"') == 2
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_dry_run_of_a_search(tmp_path, monkeypatch, capsys):
@@ -287,8 +297,8 @@ def test_a_dry_run_of_a_search(tmp_path, monkeypatch, capsys):
 class Named(MadeUp):
     """Runs that take no time, under the name of a framework."""
 
-    def __init__(self, name):
-        super().__init__(curve(between="pass"))
+    def __init__(self, name, body=None):
+        super().__init__(curve(between="pass") if body is None else body)
         self.name, self.block = name, "" if name == "trl" else "wit"
 
 
@@ -312,13 +322,12 @@ def test_the_best_cell_as_it_stands_in_a_configuration(tmp_path, capsys, name):
 
 
 def test_the_best_cell_of_a_grid(tmp_path, capsys):
-    made_up(tmp_path, prompts="0,0.4,1")
-    sweep = read_json(tmp_path / "runs" / "sweep.json")
-    (tmp_path / "runs" / "sweep.json").write_text(json.dumps({**sweep, "framework": "axolotl", "config": "c.yaml"}))
+    (tmp_path / "c.yaml").touch()
+    made_up(tmp_path, prompts="0,0.4,1", driver=Named("axolotl", ""), path=tmp_path / "c.yaml")
     code, out, _ = wit("best", tmp_path / "runs", capsys=capsys)
     assert code == 0
     assert yaml.safe_load(out) == {"wit": {"prompt_weight": 0.4, "response_weight": 1.0}}
-    assert "axolotl train c.yaml" in out
+    assert f"axolotl train {tmp_path / 'c.yaml'}" in out
     code, _, err = wit("best", tmp_path, capsys=capsys)
     assert code == 2
     assert "holds no sweep" in err

@@ -1,4 +1,4 @@
-"""Several workers on one search: nothing is lost, and nothing is run twice."""
+"""Several workers on one sweep: nothing is lost, and nothing is run twice."""
 
 import json
 import os
@@ -9,8 +9,9 @@ import pytest
 from clikit import processes_of, read_json
 from sweepkit import curve, lowest, order, searched, trials, wait_for, worker
 
-from wit_plugins.cli.sweep import study, workers
-from wit_plugins.cli.sweep.study import open_storage, read_trials
+from wit_plugins.cli.sweep import storage, study, workers
+from wit_plugins.cli.sweep.storage import open_storage
+from wit_plugins.cli.sweep.study import read_study
 from wit_plugins.cli.sweep.workers import Workers
 
 # One cell saves a checkpoint half-way, says so, and stays there until it is gone on with.
@@ -54,9 +55,9 @@ def test_each_trial_is_taken_by_one_worker(tmp_path, url):
 
 # A database's worker is dead after two minutes of silence; here after fifteen seconds.
 IMPATIENT = """
-from wit_plugins.cli.sweep import search, study
-study.BEAT = search.BEAT = 1
-study.GRACE = 15
+from wit_plugins.cli.sweep import runner, storage
+storage.BEAT = runner.BEAT = 1
+storage.GRACE = 15
 """
 
 
@@ -82,7 +83,32 @@ def test_a_killed_worker_s_trial_is_finished_by_another_one(tmp_path, url):
     assert {trial.state.name for trial in found.values()} == {"COMPLETE"}
     assert found["p0.2_r0.8"].value == pytest.approx(lowest(0.25))
     assert processes_of(stopped) == []  # what the killed worker had left running
-    assert read_json(stopped / "cell.json")["attempts"] == 2
+    assert found["p0.2_r0.8"].user_attrs["attempt"] == 2
+
+
+@pytest.mark.parametrize("url", [None, "sqlite:///{}/study.db"])
+def test_two_workers_share_a_grid_and_one_of_them_is_killed(tmp_path, url):
+    """SIGKILL in the middle of a cell: the other one goes on from its checkpoint, and runs the rest once."""
+    url = url and url.format(tmp_path)
+    options = {"prompts": "0,0.2,0.4,0.6,1", "responses": "1", "storage": url, "call": "made_up", "before": IMPATIENT}
+    stopped = tmp_path / "runs" / "p0.2_r1"
+    first = worker(tmp_path, CHECKPOINT, **options)
+    wait_for((stopped / "progress.json").exists, first)
+    second = worker(tmp_path, CHECKPOINT, **options)
+    wait_for(lambda: any(name == "p0.4_r1" for name, *_ in order(tmp_path)), second)
+    first.kill()
+    first.communicate()
+    said = ended(second)
+    assert "1 of 5 cells are finished already" in said
+    assert "(0.2, 1): goes on from checkpoint-5" in said
+    found = trials(tmp_path, url)
+    assert Counter(name for name, *_ in order(tmp_path)) == {**dict.fromkeys(found, 1), "p0.2_r1": 2}
+    assert list(found) == ["p0_r1", "p0.2_r1", "p0.4_r1", "p0.6_r1", "p1_r1"]
+    assert {trial.state.name for trial in found.values()} == {"COMPLETE"}
+    for trial in found.values():
+        assert trial.value == pytest.approx((trial.params["prompt_weight"] - 0.4) ** 2 + 1.1)
+    assert processes_of(stopped) == []  # what the killed worker had left running
+    assert "1.100 *" in said
 
 
 def test_an_interrupted_search_goes_on(tmp_path):
@@ -117,10 +143,11 @@ def test_a_database_s_trial_comes_back_when_its_worker_is_silent(tmp_path, monke
     """By Optuna's heartbeats; the one that was silent may not speak of it any more."""
     from optuna.exceptions import UpdateFinishedTrialError
 
-    monkeypatch.setattr(study, "BEAT", 1)
-    monkeypatch.setattr(study, "GRACE", 1)
+    monkeypatch.setattr(storage, "BEAT", 1)
+    monkeypatch.setattr(storage, "GRACE", 1)
     (tmp_path / "runs").mkdir()
-    arguments = tmp_path / "runs", f"sqlite:///{tmp_path}/study.db", {"direction": "min"}, [({}, {"key": "a"})], 1
+    record = {"settings": {}, "space": [], "metric": "loss", "direction": "min"}
+    arguments = tmp_path / "runs", f"sqlite:///{tmp_path}/study.db", record, [({}, {"key": "a"})], 1
     silent, other = study.SharedStudy(*arguments), study.SharedStudy(*arguments)
     taken, came_back = silent.take(), []
     assert study.key_of(taken) == "a"
@@ -161,7 +188,7 @@ def test_a_line_that_was_cut_off_costs_itself(tmp_path):
     journal = tmp_path / "runs" / "study.journal"
     whole = journal.read_bytes()
     journal.write_bytes(whole + b'{"op_code": 4, "worker_')
-    assert len(read_trials(tmp_path / "runs", None)[1]) == 3
+    assert len(read_study(tmp_path / "runs", None)[1]) == 3
     assert searched(tmp_path, trials=4) == 0
     assert journal.read_bytes().startswith(whole)
     assert [json.loads(line) for line in journal.read_text().splitlines()]
@@ -177,7 +204,6 @@ def test_a_full_disk_stops_a_search_and_loses_nothing(tmp_path):
     output = process.communicate()[0].decode()
     assert process.returncode == 1
     assert "make room and start the same command again" in output.splitlines()[-1]
-    assert read_json(tmp_path / "runs" / "sweep.json")["search"] == {"storage": None}
     before = Counter(name for name, *_ in order(tmp_path))
     assert searched(tmp_path, curve(between="pass"), trials=6, pruner="none") == 0
     found = trials(tmp_path)

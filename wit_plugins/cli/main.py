@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import importlib.util
 import logging
@@ -219,25 +220,19 @@ def _run_score(options: argparse.Namespace) -> int:
 
 
 def _run_sweep(options: argparse.Namespace) -> int:
-    import copy
+    from wit_plugins.cli.sweep.arguments import make_options, make_plan
+    from wit_plugins.cli.sweep.command import sweep
 
-    from wit_plugins.cli.sweep.arguments import make_options, make_space, run_sweep
-    from wit_plugins.cli.sweep.grid import parse_weights
-
-    if make_options(options).searches:  # what is wrong here needs no framework to be said
-        make_space(options)
-    else:
-        for name in ("prompt_weight", "response_weight"):
-            parse_weights(getattr(options, name), f"--{name.replace('_', '-')}")
+    made, plan = make_options(options), make_plan(options)  # what is wrong here needs no framework to be said
     one_run = copy.copy(options)
     one_run.prompt_weight = one_run.response_weight = None  # the sweep's, and not one run's
-    return run_sweep(options, *_job(one_run))
+    return sweep(*_job(one_run), plan, made)
 
 
 def _run_report(options: argparse.Namespace) -> int:
-    from wit_plugins.cli.sweep.arguments import run_report
+    from wit_plugins.cli.sweep.report import report
 
-    return run_report(options)
+    return report(options.output, options.metric, options.storage)
 
 
 def _run_best(options: argparse.Namespace) -> int:

@@ -15,7 +15,6 @@ from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared
 from wit_plugins.cli.preview.command import prepare, progress, reasons
 from wit_plugins.cli.preview.rows import blocks, row_errors
 from wit_plugins.cli.quiet import quiet
-from wit_plugins.cli.sweep.processes import locked
 from wit_plugins.cli.text import visible
 from wit_plugins.errors import WITConfigError
 from wit_plugins.loss.document_scores import DocumentScorer
@@ -64,7 +63,7 @@ def score(
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise WITConfigError(f"--output = {str(output)!r}: cannot be written ({error}); name another") from None
-        with locked(output, "wit score"):
+        with _locked(output):
             writer = ScoresWriter(output, about)
             count, before = len(todo), len(todo & writer.written)
             if before < count:
@@ -209,3 +208,19 @@ class _Source:
             yield
         except Exception as error:
             raise WITConfigError(f"the reference {self.name!r} cannot be loaded: {reasons(error)}") from error
+
+
+@contextlib.contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """One command a folder at a time. The system lets go of the lock when the process ends, however it does."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    with open(output / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise WITConfigError(f"{output}: another `wit score` is running there; wait for it") from None
+        yield

@@ -12,7 +12,7 @@ from wit_plugins.cli.sweep.options import SweepOptions
 from wit_plugins.errors import WITConfigError
 
 if TYPE_CHECKING:
-    from wit_plugins.cli.driver import FrameworkDriver, Job
+    from wit_plugins.cli.sweep.grid import Grid
     from wit_plugins.cli.sweep.space import Space
 
 _PRUNERS = ("percentile", "halving", "median", "none")
@@ -29,7 +29,7 @@ def sweep_arguments(command: argparse.ArgumentParser) -> None:
     )
     grid.add_argument("--unique-ratios", action="store_true", help="of cells that differ only in scale, run one")
     search = command.add_argument_group("a search")
-    search.add_argument("--trials", type=positive, metavar="N", help="search, with N cells in all (12 is a start)")
+    search.add_argument("--trials", type=positive, metavar="N", help="search, with N cells in all (8 is a start)")
     search.add_argument("--hours", type=hours, metavar="H", help="search; after H hours no new run is started here")
     search.add_argument(
         "--param",
@@ -44,7 +44,7 @@ def sweep_arguments(command: argparse.ArgumentParser) -> None:
     search.add_argument(
         "--seeds", type=positive, metavar="N", help="run the best cells and the references with N seeds in all"
     )
-    storage_argument(search)
+    storage_argument(command)
     command.add_argument("--jobs", type=positive, metavar="N", help="cells side by side (default: one a device)")
     command.add_argument(
         "--devices", metavar="0,1", help="GPUs: each cell gets one; 0+1,2+3 gives each cell two (default: all to each)"
@@ -70,7 +70,7 @@ def result_arguments(command: argparse.ArgumentParser) -> None:
 def storage_argument(command: argparse._ActionsContainer) -> None:
     """`--storage`."""
     command.add_argument(
-        "--storage", metavar="URL", help="a search's study in a database, e.g. postgresql://…, not in the folder"
+        "--storage", metavar="URL", help="the study in a database, e.g. postgresql://…, and not in the folder"
     )
 
 
@@ -101,14 +101,13 @@ def make_options(options: argparse.Namespace) -> SweepOptions:
         options.storage,
     )  # fmt: skip
     if not made.searches:
-        asked = {"--param": options.param, "--pruner": options.pruner, "--seeds": options.seeds}
-        for name, value in {**asked, "--storage": options.storage}.items():
+        for name, value in {"--param": options.param, "--pruner": options.pruner, "--seeds": options.seeds}.items():
             if value:
-                raise WITConfigError(f"{name} is for a search; say --trials 12 or --hours 8 with it")
+                raise WITConfigError(f"{name} is for a search; say --trials 8 or --hours 8 with it")
         for name in ("prompt_weight", "response_weight"):
             if getattr(options, name) is None:
                 raise WITConfigError(
-                    f"--{name.replace('_', '-')} is missing; give the weights of a grid, or search with --trials 12"
+                    f"--{name.replace('_', '-')} is missing; give the weights of a grid, or search with --trials 8"
                 )
         return made
     if options.prompt_weight is not None:
@@ -122,44 +121,19 @@ def make_options(options: argparse.Namespace) -> SweepOptions:
     return made
 
 
-def make_space(options: argparse.Namespace) -> Space:
-    """What is searched.
+def make_plan(options: argparse.Namespace) -> Grid | Space:
+    """What is to be trained: a grid's cells, or what a search may vary.
 
     Raises:
         WITConfigError: if it cannot be.
     """
+    from wit_plugins.cli.sweep.grid import Grid, cells, parse_weights
     from wit_plugins.cli.sweep.space import Space
 
+    if options.trials is None and options.hours is None:
+        prompts = parse_weights(options.prompt_weight, "--prompt-weight")
+        return Grid(cells(prompts, parse_weights(options.response_weight, "--response-weight")))
     space = Space.parse(options.response_weight, options.param)
     for name in {parameter.name for parameter in space.parameters} & {key for key, _ in options.set}:
         raise WITConfigError(f"--param {name}: is given by --set too; say one of them")
     return space
-
-
-def run_sweep(options: argparse.Namespace, driver: FrameworkDriver, job: Job) -> int:
-    """The grid, or the search."""
-    made = make_options(options)
-    if made.searches:
-        from wit_plugins.cli.sweep.search import search
-
-        return search(driver, job, make_space(options), made)
-    from wit_plugins.cli.sweep.command import sweep
-    from wit_plugins.cli.sweep.grid import cells, parse_weights
-
-    prompts = parse_weights(options.prompt_weight, "--prompt-weight")
-    responses = parse_weights(options.response_weight, "--response-weight")
-    return sweep(driver, job, cells(prompts, responses), made)
-
-
-def run_report(options: argparse.Namespace) -> int:
-    """Of what is there: a grid, or a search."""
-    from wit_plugins.cli.sweep.results import read_sweep
-
-    sweep = read_sweep(options.output)
-    if "search" in (sweep or {}) or options.storage:
-        from wit_plugins.cli.sweep.search_report import report_search
-
-        return report_search(options.output, options.metric, options.storage)
-    from wit_plugins.cli.sweep.report import report
-
-    return report(options.output, options.metric)

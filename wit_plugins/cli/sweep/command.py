@@ -1,8 +1,4 @@
-"""`wit sweep`: the grid through the framework's own launcher, one process a cell.
-
-Everything that is known about a cell is in its folder (`cell.json`, `log.txt`, `metrics.jsonl`, `model/`), written so
-that a crash leaves the old or the new state. So a sweep that was stopped, or killed, goes on by being started again.
-"""
+"""`wit sweep`: what is refused before anything runs, then a worker of the folder's study, then the report."""
 
 from __future__ import annotations
 
@@ -14,30 +10,27 @@ import multiprocessing
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wit_plugins.cli.console import console, print_messages
 from wit_plugins.cli.sweep.evaluation import evaluation_script
 from wit_plugins.cli.sweep.folders import MODEL_FOLDER, last_checkpoint
-from wit_plugins.cli.sweep.grid import Cell, one_per_ratio, ratio_note
+from wit_plugins.cli.sweep.grid import Cell, Grid, one_per_ratio, ratio_note
+from wit_plugins.cli.sweep.metrics import MAIN_METRIC, asked_for
 from wit_plugins.cli.sweep.options import SweepOptions
-from wit_plugins.cli.sweep.processes import exit_text, locked, terminable
+from wit_plugins.cli.sweep.processes import exit_text, terminable
 from wit_plugins.cli.sweep.report import NO_PICTURE, can_draw, report
-from wit_plugins.cli.sweep.results import (
-    SWEEP_NAME,
-    read_state,
-    read_sweep,
-)
 from wit_plugins.cli.sweep.runner import Runner
+from wit_plugins.cli.sweep.space import REFERENCES, REPEATED, Space
+from wit_plugins.cli.sweep.storage import load_optuna
+from wit_plugins.cli.sweep.study import TRAINED, SharedStudy, check_same, latest, read_study
 from wit_plugins.cli.text import visible
 from wit_plugins.errors import WITConfigError, WITError
-from wit_plugins.runfiles import (
-    write_json,
-)
 
 if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
     from rich.console import Console
 
     from wit_plugins.cli.driver import FrameworkDriver, Job
@@ -45,40 +38,53 @@ if TYPE_CHECKING:
 _CHECKED_ROWS = 1000  # of each dataset, by the check before the sweep
 
 
-def sweep(driver: FrameworkDriver, job: Job, grid: list[Cell], options: SweepOptions) -> int:
-    """Run it; the exit code is 1 if a cell, or its evaluation, failed, and 2 if nothing was started.
+def sweep(driver: FrameworkDriver, job: Job, plan: Grid | Space, options: SweepOptions) -> int:
+    """Take part in a sweep until it is done; the exit code is 1 if something failed, and 2 if nothing was started.
 
     Raises:
-        WITConfigError: if it cannot be run in that folder, or with that evaluation command.
+        WITConfigError: if it cannot be run in that folder, with that storage or evaluation command, or beside what is
+            there.
     """
     from rich.text import Text
 
+    load_optuna()
     out = console()
-    if problems := said_at_once(driver, job, options, grid[0]):
+    if isinstance(plan, Grid):
+        note = ratio_note(plan.cells)
+        if options.unique_ratios:
+            plan, note = Grid(one_per_ratio(plan.cells)), None
+        if note:
+            out.print(Text(note + " --unique-ratios runs one of each."))
+    first = plan.first(job, driver)
+    cell = Cell.of(first[0][1]["weights"])
+    if problems := _said_at_once(driver, job, options, cell):
         print_messages(out, "problem", problems)
         return 2
-    note = ratio_note(grid)
-    if options.unique_ratios:
-        grid, note = one_per_ratio(grid), None
-    if note:
-        out.print(Text(note + " --unique-ratios runs one of each."))
     if not can_draw():
         out.print(Text(NO_PICTURE))
-    if options.dry_run:
-        return _dry_run(out, driver, job, grid, options)
-    with file_errors(options.output):
-        options.output.mkdir(parents=True, exist_ok=True)
-        with locked(options.output), terminable():
-            record = _record(options.output, driver, job, grid)
-            runner = Runner(driver, job, grid, options)
-            if options.check and runner.to_train() and not checked(out, driver, job.with_weights(*grid[0].weights)):
+    metric = asked_for(options.metrics[0] if options.metrics else MAIN_METRIC)
+    record = {"framework": driver.name, "settings": _settings(job), "config": job.name, **plan.record()}
+    record |= {"metric": metric.name, "direction": metric.direction}
+    with _file_errors(options.output):
+        if not options.dry_run:
+            options.output.mkdir(parents=True, exist_ok=True)
+        known = _known(options, record)
+        if options.dry_run:
+            return _dry_run(out, driver, job, plan, known, options)
+        with terminable():
+            queued = {str(notes["key"]) for _, notes in first[: options.trials]}
+            left = queued - {k for k, t in known.items() if t.user_attrs.get("result", {}).get("status") in TRAINED}
+            if options.check and left and not _checked(out, driver, job.with_weights(*cell.weights)):
                 return 2
-            write_json(options.output / SWEEP_NAME, record)
-            runner.run()
-        return report(options.output, options.metrics)
+            shared = SharedStudy(options.output, options.storage, record, first, options.trials)
+            try:
+                Runner(driver, job, plan, shared, options).run()
+            finally:
+                shared.workers.close()
+        return report(options.output, options.metrics, options.storage)
 
 
-def said_at_once(driver: FrameworkDriver, job: Job, options: SweepOptions, cell: Cell) -> list[str]:
+def _said_at_once(driver: FrameworkDriver, job: Job, options: SweepOptions, cell: Cell) -> list[str]:
     """What is wrong and needs no framework to be said.
 
     Raises:
@@ -96,7 +102,22 @@ def said_at_once(driver: FrameworkDriver, job: Job, options: SweepOptions, cell:
     return problems
 
 
-def checked(out: Console, driver: FrameworkDriver, job: Job) -> bool:
+def _known(options: SweepOptions, record: dict[str, Any]) -> dict[str, FrozenTrial]:
+    """The trials that are there already, by key.
+
+    Raises:
+        WITConfigError: if they are another sweep's; two are not mixed.
+    """
+    if options.dry_run and options.storage:
+        return {}  # a database would be written to by being opened
+    before = read_study(options.output, options.storage)
+    if before is None:
+        return {}
+    check_same(options.output, before[0], json.loads(json.dumps(record, default=str)))
+    return latest(before[1])
+
+
+def _checked(out: Console, driver: FrameworkDriver, job: Job) -> bool:
     """Whether `wit check` passes, in a process of its own: frameworks patch what they load, and take memory."""
     sys.stdout.flush()
     process = multiprocessing.get_context("spawn").Process(target=_check, args=(driver, job))
@@ -127,7 +148,7 @@ def _check(driver: FrameworkDriver, job: Job) -> None:
 
 
 @contextlib.contextmanager
-def file_errors(output: Path) -> Iterator[None]:
+def _file_errors(output: Path) -> Iterator[None]:
     """A folder that cannot be written, a full disk: said in one line, with the way out."""
     try:
         yield
@@ -144,36 +165,7 @@ def file_errors(output: Path) -> Iterator[None]:
         raise WITConfigError(f"--output = {output}: {error.strerror or error}{where}; {way_out}") from None
 
 
-def _record(output: Path, driver: FrameworkDriver, job: Job, grid: Sequence[Cell]) -> dict[str, Any]:
-    """What this sweep is, to be noted in its folder.
-
-    Raises:
-        WITConfigError: if the folder holds another one; two are not mixed.
-    """
-    settings = settings_of(job)
-    before = read_sweep(output)
-    listed = {cell.name: cell for cell in grid}
-    if before is not None:
-        if "search" in before:
-            raise WITConfigError(
-                f"{output}: holds a search; go on with it by --trials or --hours, or give the grid another --output"
-            )
-        old = before["settings"]
-        differing = sorted(key for key in {*old, *settings} if old.get(key) != settings.get(key))
-        if before["framework"] != driver.name:
-            differing.insert(0, "framework")
-        if differing:
-            changes = ", ".join(f"{k}: {old.get(k)!r} → {settings.get(k)!r}" for k in differing if k != "framework")
-            raise WITConfigError(
-                f"{output}: holds a sweep of another configuration (differing: {changes or differing[0]}); its cells "
-                "could not be compared with new ones; give another --output"
-            )
-        listed = {**{cell.name: cell for cell in before["cells"]}, **listed}
-    cells = [[str(cell.prompt), str(cell.response)] for cell in listed.values()]
-    return {"framework": driver.name, "config": job.name, "settings": settings, "cells": cells}
-
-
-def settings_of(job: Job) -> dict[str, Any]:
+def _settings(job: Job) -> dict[str, Any]:
     """What all cells have in common, as JSON knows it."""
     settings = {**job.values, **job.overrides}
     for name in ("prompt_weight", "response_weight"):
@@ -182,21 +174,36 @@ def settings_of(job: Job) -> dict[str, Any]:
     return made
 
 
-def _dry_run(out: Console, driver: FrameworkDriver, job: Job, grid: Sequence[Cell], options: SweepOptions) -> int:
+def _dry_run(
+    out: Console, driver: FrameworkDriver, job: Job, plan: Grid | Space, known: dict[str, FrozenTrial],
+    options: SweepOptions,
+) -> int:  # fmt: skip
     from rich.text import Text
 
+    first = [notes for _, notes in plan.first(job, driver)]
+    given = [notes for notes in first if "weights" in notes]
     done = 0
-    for cell in grid:
-        folder = cell.folder(options.output)
-        state = read_state(folder)
-        if state is not None and state["status"] in ("finished", "diverged"):
+    for notes in given:
+        cell, trial = Cell.of(notes["weights"]), known.get(notes["key"])
+        status = trial.user_attrs.get("result", {}).get("status") if trial else None
+        if status in TRAINED:
             done += 1
-            out.print(Text(f"# {cell.label}: {state['status']}, would not be run again"))
+            out.print(Text(f"# {cell.label}: {status}, would not be run again"))
             continue
-        resume = last_checkpoint(folder / MODEL_FOLDER) if state else None
+        model = cell.folder(options.output) / MODEL_FOLDER
+        resume = last_checkpoint(model) if trial and "begun" in trial.user_attrs else None
         out.print(Text(f"# {cell.label}: {f'goes on from {resume.name}' if resume else 'from the start'}"))
-        command = driver.command(job.with_weights(*cell.weights), folder / MODEL_FOLDER, resume)
+        command = driver.command(job.with_weights(*cell.weights), model, resume)
         out.print(Text(visible(shlex.join(command))), soft_wrap=True)
-    side_by_side = f", {options.jobs} side by side" if options.jobs > 1 else ""
-    out.print(Text(f"# {len(grid) - done} of {len(grid)} cells would be run{side_by_side}"))
+    if isinstance(plan, Grid):
+        side_by_side = f", {options.jobs} side by side" if options.jobs > 1 else ""
+        out.print(Text(f"# {len(given) - done} of {len(given)} cells would be run{side_by_side}"))
+        return 0
+    ratios = ", ".join(notes["key"].removeprefix("ratio-") for notes in first if "weights" not in notes)
+    many = "as many as there is time for" if options.trials is None else f"{options.trials - len(REFERENCES)} more"
+    metric = asked_for(options.metrics[0] if options.metrics else MAIN_METRIC)
+    by = f"{metric.name} ({metric.better})"
+    out.print(Text(f"# and {many}: the ratios {ratios} first, then what the search chooses by {by}"))
+    if options.seeds > 1:
+        out.print(Text(f"# then the references and the best {REPEATED} again, with {options.seeds - 1} other seeds"))
     return 0

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from wit_plugins.cli.sweep.heatmap import save
-from wit_plugins.cli.sweep.metrics import Metric
-from wit_plugins.cli.sweep.outcomes import Outcome, candidates, cost, spread
+from wit_plugins.cli.sweep.metrics import UNITS, Metric
+from wit_plugins.cli.sweep.outcomes import candidates, cost, spread
+from wit_plugins.cli.sweep.results import Outcome
 from wit_plugins.cli.sweep.space import position
 from wit_plugins.cli.text import visible
 
 # Of Okabe and Ito, which colour-blind readers can tell apart; each kind has a shape of its own as well.
 _TRIAL, _REFERENCE, _BEST = "#0072B2", "#D55E00", "#E69F00"
 _TICKS = (0, 0.01, 0.03, 0.1, 0.25, 0.5, 1)
-_UNITS = {"eval_response_loss": "nats per token", "eval_prompt_loss": "nats per token"}
 
 
 def draw_curve(path: Path, outcomes: Sequence[Outcome], metric: Metric, title: str) -> None:
@@ -35,6 +35,7 @@ def draw_curve(path: Path, outcomes: Sequence[Outcome], metric: Metric, title: s
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.patheffects import withStroke
 
     found = candidates(outcomes, metric)
     means = [candidate.mean for candidate in found]
@@ -101,11 +102,14 @@ def draw_curve(path: Path, outcomes: Sequence[Outcome], metric: Metric, title: s
         for candidate in references:
             x = place(candidate.outcome)
             label = "({}, {})".format(*candidate.outcome.cell.texts)
-            side: dict[str, Any] = {"ha": "left"} if x < 0.2 else {"ha": "right"} if x > 1.8 else {"ha": "center"}
-            shift = 8 if x < 0.2 else -8 if x > 1.8 else 0
+            # Over the side on which the curve is lower, and within the axes.
+            at = ordered.index(candidate)
+            falls = 0 < at < len(ordered) - 1 and ordered[at - 1].mean > ordered[at + 1].mean
+            side, shift = ("left", 8) if x < 0.2 or (falls and x < 1.8) else ("right", -8)
             axis.annotate(
-                label, (x, candidate.mean), xytext=(shift, 13), textcoords="offset points", color=_REFERENCE, **side
-            )
+                label, (x, candidate.mean), xytext=(shift, 13), textcoords="offset points", color=_REFERENCE, ha=side,
+                zorder=6, path_effects=[withStroke(linewidth=4, foreground="white")],
+            )  # fmt: skip
         if found:
             axis.plot(
                 [place(found[0].outcome)], [found[0].mean], "*", color=_BEST, markeredgecolor="black", markersize=18,
@@ -115,7 +119,7 @@ def draw_curve(path: Path, outcomes: Sequence[Outcome], metric: Metric, title: s
         axis.set_xlim(-0.05, position(1) + 0.05)
         axis.set_xticks([position(t) for t in _TICKS], [f"{t:g}" for t in _TICKS])
         axis.set_xlabel("λp / λr (logarithmic above 0.01, down to 0)")
-        unit = f", {_UNITS[metric.name]}" if metric.name in _UNITS else ""
+        unit = f", {UNITS[metric.name]}" if metric.name in UNITS else ""
         axis.set_ylabel(f"{visible(metric.name)}{unit} ({metric.better})")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from wit_plugins.cli.sweep.grid import Cell
 from wit_plugins.cli.sweep.metrics import numbers
 from wit_plugins.errors import WITConfigError
-from wit_plugins.runfiles import (
-    read_json,
-)
-
-if TYPE_CHECKING:
-    pass
-
+from wit_plugins.runfiles import read_json
 
 EVALUATION_FOLDER = "evaluation"
 

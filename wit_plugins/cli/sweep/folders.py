@@ -8,7 +8,7 @@ from pathlib import Path
 
 from wit_plugins.runfiles import METRICS_NAME, PROGRESS_NAME, read_json, read_metrics, write_text
 
-MODEL_FOLDER = "model"
+MODEL_FOLDER, LOG_NAME, EVALUATION_LOG = "model", "log.txt", "evaluation.txt"
 
 
 def set_aside(path: Path) -> Path | None:

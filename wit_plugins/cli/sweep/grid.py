@@ -9,8 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from wit_plugins.errors import WITConfigError
+
+if TYPE_CHECKING:
+    from optuna.trial import Trial
+
+    from wit_plugins.cli.driver import FrameworkDriver, Job
 
 _LISTED = 6  # cells, or groups of them, that a note names
 
@@ -72,6 +78,41 @@ def to_fraction(text: str) -> Fraction:
     if len(text) > 100 or "_" in text or re.search(r"e[+-]?\d{4}", text, re.IGNORECASE):
         raise ValueError(text)
     return Fraction(text.strip())
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid as the trials of a study; a search has a [`Space`] in its place.
+
+    Attributes:
+        cells (`Sequence[Cell]`): all of them.
+    """
+
+    cells: Sequence[Cell]
+
+    def record(self) -> dict[str, Any]:
+        """What a study of it must have in common: nothing, since a grid may grow."""
+        return {}
+
+    @staticmethod
+    def trial(cell: Cell) -> tuple[dict[str, float], dict[str, Any]]:
+        """A cell's parameters, and what is noted about its trial: its key, and its weights exactly."""
+        both = zip(cell.texts, (cell.prompt, cell.response), strict=True)
+        exact = [text if Fraction(text) == weight else str(weight) for text, weight in both]
+        params = dict(zip(("prompt_weight", "response_weight"), cell.weights, strict=True))
+        return params, {"key": cell.name, "weights": exact}
+
+    def first(self, job: Job, driver: FrameworkDriver) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """All trials."""
+        return [self.trial(cell) for cell in self.cells]
+
+    def cell(self, trial: Trial, key: str, job: Job, driver: FrameworkDriver) -> Cell:
+        """The cell of a trial."""
+        return Cell.of(trial.user_attrs["weights"])
+
+    def job(self, job: Job, cell: Cell) -> Job:
+        """The configuration of a cell's run."""
+        return job.with_weights(*cell.weights)
 
 
 def parse_weights(text: str, key: str) -> list[Fraction]:

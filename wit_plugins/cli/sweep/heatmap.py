@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from wit_plugins.cli.sweep.grid import Cell, weight_text
-from wit_plugins.cli.sweep.metrics import Metric
-from wit_plugins.cli.sweep.results import CellResult, best, format_value
+from wit_plugins.cli.sweep.metrics import UNITS, Metric, format_value
+from wit_plugins.cli.sweep.outcomes import best
+from wit_plugins.cli.sweep.results import Outcome
 from wit_plugins.cli.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_UNITS = {"eval_response_loss": "nats per token", "eval_prompt_loss": "nats per token"}
 _SHARE = 0.2  # of the colours: clipped if less than this were left for all cells but the outliers
 _LARGEST = 30.0  # inches of one panel
 _HUGE = 1e100  # matplotlib cannot count from 0 to 1e308
@@ -45,12 +45,12 @@ def colour_limits(values: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
-def draw(path: Path, results: Sequence[CellResult], metrics: Sequence[Metric], title: str) -> None:
+def draw(path: Path, results: Sequence[Outcome], metrics: Sequence[Metric], title: str) -> None:
     """Draw the heat map and write it as a PNG.
 
     Args:
         path (`Path`): the file.
-        results (`Sequence[CellResult]`): the cells.
+        results (`Sequence[Outcome]`): the cells.
         metrics (`Sequence[Metric]`): one panel each.
         title (`str`): above all panels.
 
@@ -135,7 +135,7 @@ def draw(path: Path, results: Sequence[CellResult], metrics: Sequence[Metric], t
             axis.set_xticks(range(len(prompts)), names, **slanted)
             axis.set_yticks(range(len(responses)), [weight_text(w) for w in responses])
             axis.set(xlabel="prompt weight λp", ylabel="response weight λr")
-            unit = f"{_UNITS[name]}, " if name in _UNITS else ""
+            unit = f"{UNITS[name]}, " if name in UNITS else ""
             found = f"best {winner.cell.label}: {format_value(winner.metrics[name])}" if winner else "no value"
             said = visible(name) if len(name) <= _LONGEST else visible(name)[: _LONGEST - 1] + "…"
             lines = [said, f"{unit}{metric.better}; {found}"]

@@ -1,4 +1,4 @@
-"""Names of metrics: which are results, and which way they are better."""
+"""Metrics: which numbers are results, which way they are better, and what a run has logged."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from wit_plugins.runfiles import number
+from wit_plugins.runfiles import number, read_metrics
+
+MAIN_METRIC = "eval_response_loss"
+UNITS = {MAIN_METRIC: "nats per token", "eval_prompt_loss": "nats per token"}
 
 # By whole words: "answer_accuracy" contains "wer", and is no word error rate.
 _LOWER = {"loss", "perplexity", "ppl", "error", "errors", "nll", "wer", "cer", "ter", "bpb", "toxicity", "mse", "rmse"}
@@ -101,3 +105,29 @@ def asked_for(text: str) -> Metric:
     """What `--metric` names: `name`, `name:min` or `name:max`."""
     name, _, way = text.rpartition(":")
     return Metric(name, "min" if way == "min" else "max") if name and way in ("min", "max") else by_name(text)
+
+
+def run_metrics(path: Path) -> tuple[dict[str, float], bool]:
+    """The results in a run's `metrics.jsonl`, each the last one that it wrote, and whether it diverged.
+
+    It did if a loss is no number at its end. Only finite numbers are returned.
+    """
+    lowest = math.inf
+    losses: dict[str, float] = {}
+    metrics: dict[str, float] = {}
+    for entry in read_metrics(path):
+        losses.update({key: value for key, value in entry.items() if words(key)[-1:] == ["loss"]})
+        metrics.update({key: value for key, value in entry.items() if key.startswith("eval_") and is_result(key)})
+        if math.isfinite(value := entry.get(MAIN_METRIC, math.nan)):
+            lowest = min(lowest, value)
+    metrics = {name: value for name, value in metrics.items() if not is_weighted(name, metrics)}  # not to be compared
+    metrics[f"lowest_{MAIN_METRIC}"] = lowest
+    return {k: v for k, v in metrics.items() if math.isfinite(v)}, not all(map(math.isfinite, losses.values()))
+
+
+def format_value(value: float) -> str:
+    """Four significant digits, and no exponent for ordinary numbers."""
+    if not math.isfinite(value):
+        return str(value)
+    exponent = math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:.4g}" if abs(value) < 1e-3 or abs(value) >= 1e4 else f"{value:.{max(0, 3 - exponent)}f}"

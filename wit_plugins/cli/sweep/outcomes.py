@@ -1,86 +1,19 @@
-"""What came of a search: its trials as results, the seeds of a cell together, and what can be said of the best one."""
+"""What can be said of a sweep's cells: the seeds of one together, which is best, whether that is more than chance."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from wit_plugins.cli.sweep.grid import to_fraction
-from wit_plugins.cli.sweep.metrics import Metric
-from wit_plugins.cli.sweep.results import CellResult, format_value
-from wit_plugins.cli.sweep.space import POSITION, RESPONSE, TrialCell
-from wit_plugins.cli.sweep.study import key_of, read_trials
-
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
+from wit_plugins.cli.sweep.metrics import Metric, format_value
+from wit_plugins.cli.sweep.results import Outcome
 
 BASELINE = "p0_r1"  # conventional instruction tuning, (0, 1)
 PAPER_CELLS = 35  # 0, 0.2 … 1 for both weights, without (0, 0)
 # Student's t at 97.5 % for 1, 2 … degrees of freedom; the last one serves for more, where it is a little too large.
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-
-@dataclass
-class Outcome(CellResult):
-    """A trial and what came of it.
-
-    Attributes:
-        params (`dict`): what it changes in the configuration, by the names of `--param`.
-        seed (`int | None`): the seed, of a repetition.
-        repeats (`str | None`): which cell it repeats.
-        reference (`bool`): whether it is one of those to compare with.
-        trained (`int`): steps.
-        whole (`int`): steps of a run that is not stopped early.
-    """
-
-    params: dict[str, Any] = field(default_factory=dict)
-    seed: int | None = None
-    repeats: str | None = None
-    reference: bool = False
-    trained: int = 0
-    whole: int = 0
-
-
-def read_outcomes(output: Path, url: str | None) -> tuple[dict[str, Any], list[Outcome]]:
-    """What a search is, and its trials that were begun.
-
-    Raises:
-        WITConfigError: if there is no study, or it cannot be read.
-    """
-    record, trials = read_trials(output, url)
-    latest = {key_of(trial): trial for trial in trials if "surplus" not in trial.user_attrs}
-    return record, [_outcome(key, trial) for key, trial in latest.items() if "weights" in trial.user_attrs]
-
-
-def _outcome(key: str, trial: FrozenTrial) -> Outcome:
-    told: Mapping[str, Any] = trial.user_attrs.get("result", {})
-    params = {name: value for name, value in trial.params.items() if name not in (POSITION, RESPONSE)}
-    prompt, response = map(to_fraction, trial.user_attrs["weights"])
-    cell = TrialCell(prompt, response, key, params)
-    names = {"RUNNING": "running", "WAITING": "not run", "COMPLETE": "finished", "PRUNED": "pruned"}
-    status = names.get(trial.state.name, "failed" if "reason" in trial.user_attrs else "interrupted")
-    if status == "pruned":
-        status = str(told.get("status", status))
-    made = Outcome(
-        cell,
-        status,
-        metrics={name: float(value) for name, value in told.get("metrics", {}).items()},
-        seconds=float(told.get("seconds", 0)),
-        reason=str(trial.user_attrs.get("reason", told.get("reason", ""))),
-        params=params,
-        seed=trial.user_attrs.get("seed"),
-        repeats=trial.user_attrs.get("repeats"),
-        reference=bool(trial.user_attrs.get("reference")),
-        trained=int(told.get("step", trial.last_step or 0)),
-        whole=int(told.get("max_steps", 0)),
-    )
-    seed = {} if made.seed is None else {"seed": made.seed}
-    made.details = {"trial": key, **params, **seed, "steps": made.trained}
-    return made
 
 
 @dataclass
@@ -124,6 +57,12 @@ def candidates(outcomes: Sequence[Outcome], metric: Metric) -> list[Candidate]:
             found[outcome.repeats].values[outcome.seed] = value
     sign = 1 if metric.direction == "min" else -1
     return sorted(found.values(), key=lambda c: (-len(c.values), sign * c.mean, c.outcome.cell))
+
+
+def best(outcomes: Sequence[Outcome], metric: Metric) -> Outcome | None:
+    """The best cell by a metric; `None` if none is finished and has it."""
+    found = candidates(outcomes, metric)
+    return found[0].outcome if found else None
 
 
 def spread(found: Sequence[Candidate]) -> float | None:

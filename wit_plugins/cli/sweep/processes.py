@@ -1,4 +1,4 @@
-"""Processes of a sweep: stopped with all their children, alone in their folder."""
+"""Processes of a sweep: stopped with all their children."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wit_plugins.errors import WITConfigError
 from wit_plugins.runfiles import RUN_FOLDER
 
 GRACE = 15.0  # seconds that a stopped run has to leave by itself
@@ -67,22 +66,6 @@ def exit_text(code: int) -> str:
         with contextlib.suppress(ValueError):
             return f"stopped by {signal.Signals(-code).name}"
     return f"exit code {code}"
-
-
-@contextlib.contextmanager
-def locked(output: Path, command: str = "wit sweep") -> Iterator[None]:
-    """One command a folder at a time. The system lets go of the lock when the process ends, however it does."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    with open(output / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise WITConfigError(f"{output}: another `{command}` is running there; wait for it") from None
-        yield
 
 
 @contextlib.contextmanager

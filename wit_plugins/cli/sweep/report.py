@@ -1,32 +1,24 @@
-"""`wit report`, and the end of `wit sweep`: the table in the terminal, the files, the picture."""
+"""`wit report`, and the end of `wit sweep`: the table in the terminal, what can be said, the files, the picture."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wit_plugins.cli.console import console, print_messages
-from wit_plugins.cli.sweep.grid import Cell, ratio_note
-from wit_plugins.cli.sweep.metrics import Metric
-from wit_plugins.cli.sweep.results import (
-    EVALUATION_LOG,
-    LOG_NAME,
-    MAIN_METRIC,
-    CellResult,
-    best,
-    choose_metrics,
-    collect,
-    format_value,
-    write_tables,
-)
+from wit_plugins.cli.sweep.folders import EVALUATION_LOG, LOG_NAME
+from wit_plugins.cli.sweep.grid import ratio_note
+from wit_plugins.cli.sweep.metrics import MAIN_METRIC, Metric, format_value
+from wit_plugins.cli.sweep.outcomes import best, candidates, cost, verdict
+from wit_plugins.cli.sweep.results import Outcome, choose_metrics, read_outcomes, write_tables
 from wit_plugins.cli.text import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-NO_PICTURE = "No heat map: matplotlib is missing; pip install 'wit-plugins[cli]', and `wit report` draws it."
+NO_PICTURE = "No picture: matplotlib is missing; pip install 'wit-plugins[cli]', and `wit report` draws it."
 _ALL_ROWS = 20  # a larger grid's table is its best cells and those to compare with
 _BEST_ROWS = 10
 _REFERENCES = {"p0_r1", "p1_r1"}  # instruction tuning, and language modelling on everything
@@ -38,32 +30,32 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def report(output: Path, asked: Sequence[str] = ()) -> int:
-    """Collect, print and write what is there; the exit code is 1 if something failed or could not be written.
+def report(output: Path, asked: Sequence[str] = (), url: str | None = None) -> int:
+    """Print and write what all workers have done so far; the exit code is 1 if something failed or cannot be written.
 
     Raises:
-        WITConfigError: if no sweep was written there, or it is damaged, or no cell has a metric that was asked for.
+        WITConfigError: if there is no sweep, or it is damaged, or no cell has a metric that was asked for.
     """
     from rich.text import Text
 
     out = console()
-    results = collect(output)
-    metrics = choose_metrics(results, asked)
+    record, outcomes = read_outcomes(output, url)
+    searches = "space" in record
+    metrics = sweep_metrics(record, outcomes, asked)
     out.print()
-    print_table(out, results, metrics)
-    failed = print_failed(out, output, results)
-    note = ratio_note([result.cell for result in results])
-    if note:
-        out.print(Text(f"\n{note}"))
-    if not any(MAIN_METRIC in result.metrics for result in results):
-        out.print(Text(f"\nNo cell has {MAIN_METRIC}: is there an evaluation dataset, and does the run evaluate?"))
+    more = _say_search(out, output, outcomes, metrics[0]) if searches else _say_grid(out, output, outcomes, metrics)
     try:
-        written = write_tables(output, results, metrics)
-        if metrics and can_draw():
+        written = write_tables(output, outcomes, metrics, best, more)
+        if can_draw() and searches and candidates(outcomes, metrics[0]):
+            from wit_plugins.cli.sweep.curve import draw_curve
+
+            draw_curve(output / "curve.png", outcomes, metrics[0], str(output))
+            written.append(output / "curve.png")
+        elif can_draw() and not searches and metrics:
             from wit_plugins.cli.sweep.heatmap import draw
 
-            finished = sum(result.status == "finished" for result in results)
-            draw(output / "heatmap.png", results, metrics, f"{output}: {finished} of {len(results)} cells finished")
+            finished = sum(outcome.status == "finished" for outcome in outcomes)
+            draw(output / "heatmap.png", outcomes, metrics, f"{output}: {finished} of {len(outcomes)} cells finished")
             written.append(output / "heatmap.png")
     except OSError as error:
         out.print()
@@ -73,18 +65,59 @@ def report(output: Path, asked: Sequence[str] = ()) -> int:
     out.print(Text(f"\nWritten: {', '.join(visible(str(path)) for path in written)}"), soft_wrap=True)
     if not can_draw():
         out.print(Text(NO_PICTURE))
-    return 1 if failed else 0
+    return int(any(outcome.status == "failed" or outcome.reason for outcome in outcomes))
 
 
-def print_failed(out: Console, output: Path, results: Sequence[CellResult]) -> bool:
-    """What failed, one line a reason; whether anything did."""
+def sweep_metrics(record: dict[str, str], outcomes: Sequence[Outcome], asked: Sequence[str]) -> list[Metric]:
+    """The metrics that are asked for; else all of a grid, and of a search the one that it went for before all others.
+
+    Raises:
+        WITConfigError: if no cell has one that is asked for.
+    """
+    chosen = choose_metrics(outcomes, asked)
+    if "space" not in record or asked:
+        return chosen
+    searched = Metric(record["metric"], "min" if record["direction"] == "min" else "max")
+    return [searched, *(metric for metric in chosen if metric.name != searched.name)]
+
+
+def _say_grid(out: Console, output: Path, outcomes: Sequence[Outcome], metrics: Sequence[Metric]) -> dict[str, Any]:
     from rich.text import Text
 
-    reasons: dict[str, list[CellResult]] = {}
-    for result in results:
-        if result.status in ("failed", "damaged") or result.reason:
-            what = result.status if result.status in ("failed", "damaged") else "evaluation failed"
-            reasons.setdefault(f"{what}: {result.reason or 'its log says nothing'}", []).append(result)
+    _print_grid(out, outcomes, metrics)
+    _print_failed(out, output, outcomes)
+    if note := ratio_note([outcome.cell for outcome in outcomes]):
+        out.print(Text(f"\n{note}"))
+    if not any(MAIN_METRIC in outcome.metrics for outcome in outcomes):
+        out.print(Text(f"\nNo cell has {MAIN_METRIC}: is there an evaluation dataset, and does the run evaluate?"))
+    return {}
+
+
+def _say_search(out: Console, output: Path, outcomes: Sequence[Outcome], metric: Metric) -> dict[str, Any]:
+    from rich.text import Text
+
+    found = candidates(outcomes, metric)
+    _print_search(out, outcomes, metric)
+    _print_failed(out, output, outcomes)
+    said, paid = verdict(found, metric), cost(outcomes).replace("\n", ": ")
+    out.print(Text(f"\n{visible(said)}\n{paid}."))
+    seeds = {
+        c.outcome.cell.name: {"mean": c.mean, "deviation": c.deviation, "values": list(c.values.values())}
+        for c in found
+        if len(c.values) > 1
+    }
+    return {"verdict": said, "cost": paid, **({"seeds": seeds} if seeds else {})}
+
+
+def _print_failed(out: Console, output: Path, outcomes: Sequence[Outcome]) -> None:
+    """What failed, one line a reason."""
+    from rich.text import Text
+
+    reasons: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        if outcome.status == "failed" or outcome.reason:
+            what = "failed" if outcome.status == "failed" else "evaluation failed"
+            reasons.setdefault(f"{what}: {outcome.reason or 'its log says nothing'}", []).append(outcome)
     if reasons:
         out.print()
     for reason, those in list(reasons.items())[:_REASONS]:
@@ -94,10 +127,9 @@ def print_failed(out: Console, output: Path, results: Sequence[CellResult]) -> b
         out.print(Text(f"   the whole log: {visible(str(log))}"), soft_wrap=True)
     if len(reasons) > _REASONS:
         out.print(Text(f"… and {len(reasons) - _REASONS} other reasons, in {visible(str(output / 'results.json'))}"))
-    return bool(reasons)
 
 
-def print_table(out: Console, results: Sequence[CellResult], metrics: Sequence[Metric]) -> None:
+def _print_grid(out: Console, outcomes: Sequence[Outcome], metrics: Sequence[Metric]) -> None:
     """The cells, the best first by the first metric, as many metrics as the width allows.
 
     Of a large grid, the best cells and the two to compare with; the rest is in `results.csv`.
@@ -109,29 +141,22 @@ def print_table(out: Console, results: Sequence[CellResult], metrics: Sequence[M
     while len(shown) > 1 and 26 + sum(max(9, len(visible(metric.name))) + 2 for metric in shown) > out.width:
         shown.pop()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("weights", no_wrap=True)
-    table.add_column("ratio", justify="right", no_wrap=True)
-    table.add_column("status", no_wrap=True)
+    for name in ("weights", "ratio", "status"):
+        table.add_column(name, justify="right" if name == "ratio" else "left", no_wrap=True)
     for metric in shown:
         table.add_column(Text(visible(metric.name)), justify="right", overflow="fold")
-    winners = {metric.name: best(results, metric) for metric in shown}
-
-    def key(result: CellResult) -> tuple[bool, float, Cell]:
-        value = result.metrics.get(shown[0].name) if shown else None
-        if value is None or value != value or result.status == "diverged":
-            return True, 0.0, result.cell
-        return False, value if shown[0].direction == "min" else -value, result.cell
-
-    ordered = sorted(results, key=key)
+    winners = {metric.name: best(outcomes, metric) for metric in shown}
+    ranked = [candidate.outcome for candidate in candidates(outcomes, shown[0])] if shown else []
+    ordered = [*ranked, *(outcome for outcome in outcomes if outcome not in ranked)]
     if len(ordered) > _ALL_ROWS:
-        wanted = {result.cell for result in winners.values() if result} | {r.cell for r in ordered[:_BEST_ROWS]}
-        ordered = [r for r in ordered if r.cell in wanted or r.cell.name in _REFERENCES]
-    for result in ordered:
-        ratio = "–" if result.cell.ratio is None else f"{float(result.cell.ratio):.3g}"
-        row = [result.cell.label, ratio, result.status]
+        wanted = [winner.cell for winner in winners.values() if winner] + [o.cell for o in ordered[:_BEST_ROWS]]
+        ordered = [o for o in ordered if o.cell in wanted or o.cell.name in _REFERENCES]
+    for outcome in ordered:
+        ratio = "–" if outcome.cell.ratio is None else f"{float(outcome.cell.ratio):.3g}"
+        row = [outcome.cell.label, ratio, outcome.status]
         for metric in shown:
-            value = result.metrics.get(metric.name)
-            star = " *" if winners[metric.name] is result else "  "
+            value = outcome.metrics.get(metric.name)
+            star = " *" if winners[metric.name] is outcome else "  "
             row.append("–  " if value is None else f"{format_value(value)}{star}")
         table.add_row(*row)
     out.print(table)
@@ -145,7 +170,32 @@ def print_table(out: Console, results: Sequence[CellResult], metrics: Sequence[M
     hidden = [visible(metric.name) for metric in metrics[len(shown) :]]
     if hidden:
         out.print(Text(f"Also in results.csv: {', '.join(hidden)}."))
-    if len(ordered) < len(results):
-        counts = {s: sum(r.status == s for r in results) for s in dict.fromkeys(r.status for r in results)}
+    if len(ordered) < len(outcomes):
+        counts = {s: sum(o.status == s for o in outcomes) for s in dict.fromkeys(o.status for o in outcomes)}
         said = ", ".join(f"{count} {status}" for status, count in counts.items())
-        out.print(Text(f"{len(ordered)} of {len(results)} cells are shown ({said}); all of them are in results.csv."))
+        out.print(Text(f"{len(ordered)} of {len(outcomes)} cells are shown ({said}); all of them are in results.csv."))
+
+
+def _print_search(out: Console, outcomes: Sequence[Outcome], metric: Metric) -> None:
+    """The cells with their seeds, the best first; then what was stopped or failed."""
+    from rich.table import Table
+    from rich.text import Text
+
+    found = candidates(outcomes, metric)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    params = sorted({name for outcome in outcomes for name in outcome.params})
+    for name in ("trial", "weights", "ratio", *params, "status", "steps"):
+        table.add_column(Text(visible(name)), no_wrap=True, justify="right" if name in ("ratio", "steps") else "left")
+    table.add_column(Text(visible(metric.name)), overflow="fold")
+    ranked = {candidate.outcome.cell.name: candidate for candidate in found}
+    rest = [o for o in outcomes if o.cell.name not in ranked and (o.repeats is None or o.status == "failed")]
+    for outcome in [*(candidate.outcome for candidate in found), *sorted(rest, key=lambda o: (o.status, o.cell.name))]:
+        values = [f"{v:.4g}" if isinstance(v, float) else visible(str(v)) for v in map(outcome.params.get, params)]
+        row = [outcome.cell.name, "({}, {})".format(*outcome.cell.texts), f"{float(outcome.cell.ratio or 0):.4g}"]
+        row += [*values, outcome.status, f"{outcome.trained:,}" if outcome.trained else "–"]
+        candidate, early = ranked.get(outcome.cell.name), outcome.metrics.get(metric.name)
+        star = " *" if candidate is not None and candidate is found[0] else ""
+        stopped = "–" if early is None else f"{format_value(early)} when stopped"
+        table.add_row(*(Text(cell) for cell in [*row, candidate.text + star if candidate else stopped]))
+    out.print(table)
+    out.print(Text(f"* best. {visible(metric.name)}: {metric.better}."))

@@ -1,273 +1,218 @@
-"""Runs of a sweep, side by side: each a process of the framework's launcher, then the user's evaluation of it."""
+"""A worker of a sweep: takes trials of its study, runs them side by side, and tells what came of them."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from wit_plugins.cli.console import console
-from wit_plugins.cli.sweep.evaluation import EVALUATION_FOLDER, evaluation_numbers, evaluation_script
-from wit_plugins.cli.sweep.folders import MODEL_FOLDER, keep_metrics, last_checkpoint, set_aside
-from wit_plugins.cli.sweep.grid import Cell
-from wit_plugins.cli.sweep.logs import log_reason, log_tail, open_log
-from wit_plugins.cli.sweep.options import SweepOptions
-from wit_plugins.cli.sweep.processes import GRACE, exit_text, free_port, stop_group, stop_leftovers
-from wit_plugins.cli.sweep.progress import Run, is_done, show
-from wit_plugins.cli.sweep.results import (
-    CELL_NAME,
-    EVALUATION_LOG,
-    LOG_NAME,
-    MAIN_METRIC,
-    collect_cell,
-    format_value,
-    read_state,
-)
+from wit_plugins.cli.sweep.folders import MODEL_FOLDER
+from wit_plugins.cli.sweep.processes import GRACE, stop_group
+from wit_plugins.cli.sweep.runs import Launcher, Run, show
+from wit_plugins.cli.sweep.space import repetitions
+from wit_plugins.cli.sweep.study import TRAINED, ending, key_of, latest, pruner
+from wit_plugins.cli.sweep.workers import BEAT
 from wit_plugins.cli.text import visible
-from wit_plugins.runfiles import (
-    METRICS_NAME,
-    RUN_FOLDER,
-    STOP_NAME,
-    SWEEP_PID,
-    MetricsReader,
-    sweep_process,
-    write_json,
-)
+from wit_plugins.runfiles import METRICS_NAME, STOP_NAME, number, read_metrics
 
 if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial, Trial
     from rich.progress import Progress, TaskID
 
     from wit_plugins.cli.driver import FrameworkDriver, Job
+    from wit_plugins.cli.sweep.grid import Cell, Grid
+    from wit_plugins.cli.sweep.options import SweepOptions
+    from wit_plugins.cli.sweep.space import Space
+    from wit_plugins.cli.sweep.study import SharedStudy
 
-
-_POLL = 0.25
+_POLL = 0.25  # seconds between two looks at what runs
+_LOOK = 2.0  # and at the study for a trial, when there was none
+_SEED = 42  # transformers' own
 
 
 class Runner:
-    """Runs the cells of a grid that are not finished, some side by side.
-
-    A search overrides what is different there: where the next cell comes from, and what is done with what a run says.
+    """Runs trials of a study until none is left.
 
     Args:
         driver ([`FrameworkDriver`]): for the command lines.
         job ([`Job`]): the configuration.
-        grid (`Sequence[Cell]`): all cells.
+        plan ([`Grid`] | [`Space`]): what a trial means as a cell.
+        shared ([`SharedStudy`]): where the trials come from.
         options ([`SweepOptions`]): the rest.
     """
 
-    def __init__(self, driver: FrameworkDriver, job: Job, grid: Sequence[Cell], options: SweepOptions) -> None:
-        self.driver, self.job, self.options = driver, job, options
-        self.grid = list(grid)
+    def __init__(
+        self, driver: FrameworkDriver, job: Job, plan: Grid | Space, shared: SharedStudy, options: SweepOptions
+    ) -> None:
+        self.driver, self.job, self.plan, self.shared, self.options = driver, job, plan, shared, options
+        self.launcher = Launcher(driver, options, self.say)
+        self.metric: str = shared.record["metric"]
         self.console = console(sys.stderr)
         self.running: list[Run] = []
-        self.waiting: list[Cell] = []
+        self.deadline = time.monotonic() + options.hours * 3600 if options.hours is not None else math.inf
+        self._next_look = self._next_beat = 0.0
+        self._left = True  # whether trials wait or run, here or elsewhere
 
     def run(self) -> None:
         """Run them. Interrupted, it stops its processes first."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        self.waiting = [cell for cell in self.grid if not is_done(st := self.state(cell)) or self.to_evaluate(st)]
-        done = len(self.grid) - len(self.waiting)
-        if done:
-            self.say(f"{done} of {len(self.grid)} cells are finished already")
+        self.shared.put_back(lambda trial: trial.state.name == "FAIL" or self._judged_anew(trial))
+        cells = [t for t in latest(self.shared.trials()).values() if "repeats" not in t.user_attrs]
+        total = self.options.trials if self.shared.searches else len(cells)
+        if done := sum(trial.state.is_finished() for trial in cells):
+            self.say(f"{done}{f' of {total}' if total else ''} cells are finished already")
         columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TextColumn("{task.fields[note]}"), console=self.console, transient=True) as bars:
-            overall = bars.add_task("cells", total=self.total(), completed=done, note="")
+            overall = bars.add_task("cells", total=total, completed=done, note="")
             try:
                 while True:
                     for slot in sorted(set(range(self.options.jobs)) - {run.slot for run in self.running}):
-                        if cell := self.next_cell():
-                            self._start(cell, slot, bars)
-                    if not self.running and not self.more():
+                        if trial := self._take():
+                            self._begin(trial, slot, bars, overall)
+                    if not self.running and (not self._left or time.monotonic() > self.deadline):
                         return
                     time.sleep(_POLL)
-                    self.tick()
+                    self._beat()
                     for run in list(self.running):
-                        self._look(run, bars, overall)
+                        with self._unless_taken_over(run):
+                            self._look(run, bars, overall)
             except BaseException:
                 self._stop_all()
                 raise
 
-    def total(self) -> int | None:
-        """How many cells there are, if that is known."""
-        return len(self.grid)
+    def _take(self) -> Trial | None:
+        """A trial that is free."""
+        if time.monotonic() < self._next_look or time.monotonic() > self.deadline:
+            return None
+        trial = self.shared.take()
+        if trial is None:
+            self._next_look = time.monotonic() + _LOOK
+            self._left = self.shared.unfinished() > 0
+            if not self._left and self.options.seeds > 1:
+                base = number({**self.job.values, **self.job.overrides}.get("seed"))
+                base = _SEED if base is None else int(base)
+                direction = self.shared.record["direction"]
+                for params, notes in repetitions(latest(self.shared.trials()), direction, self.options.seeds, base):
+                    self.shared.study.enqueue_trial(params, user_attrs=notes)
+                    self._left, self._next_look = True, 0.0
+        return trial
 
-    def next_cell(self) -> Cell | None:
-        """A cell to run now, if there is one."""
-        return self.waiting.pop(0) if self.waiting else None
+    def _beat(self) -> None:
+        """Say that this worker lives, and stop what another one took over while it did not seem to."""
+        if time.monotonic() >= self._next_beat:
+            self._next_beat = time.monotonic() + BEAT
+            self.shared.beat([run.trial for run in self.running])
+            for run in list(self.running):
+                if not self.shared.is_mine(run.trial):
+                    self._drop(run)
 
-    def more(self) -> bool:
-        """Whether there may be another cell to run when nothing runs."""
-        return bool(self.waiting)
+    @contextlib.contextmanager
+    def _unless_taken_over(self, run: Run) -> Iterator[None]:
+        try:
+            yield
+        except self.shared.taken_over:
+            self._drop(run)
 
-    def tick(self) -> None:
-        """Called four times a second."""
+    def _drop(self, run: Run) -> None:
+        self.say(f"{run.cell.label}: another worker has taken it over; it is stopped here")
+        stop_group(run.process.pid, GRACE)
+        self.running = [other for other in self.running if other is not run]
+        run.log.close()
 
-    def job_of(self, cell: Cell) -> Job:
-        """The configuration of a cell's run."""
-        return self.job.with_weights(*cell.weights)
+    def _folder(self, cell: Cell) -> Path:
+        return cell.folder(self.options.output)
 
-    def observed(self, run: Run, entries: list[dict[str, float]]) -> None:
-        """Called with what a run has logged since the last time."""
+    def _judged_anew(self, trial: FrozenTrial) -> bool:
+        """Whether a cell is trained and here, and the evaluation that is asked for has not judged it."""
+        model = self.options.output / key_of(trial) / MODEL_FOLDER
+        return self._to_evaluate(trial.user_attrs.get("result", {})) and model.is_dir()
 
-    def settled(self, cell: Cell) -> None:
-        """Called when a cell is trained and evaluated, or has failed; its folder says what came of it."""
-
-    def given_up(self, cell: Cell) -> None:
-        """Called when a run was stopped because the sweep was."""
-
-    def status_of(self, run: Run) -> str:
-        """What a run that ended without an error is."""
-        return "finished"
-
-    def to_train(self) -> list[Cell]:
-        """The cells that are still to be trained, or trained to their end."""
-        return [cell for cell in self.grid if not is_done(self.state(cell))]
-
-    def state(self, cell: Cell) -> dict[str, Any]:
-        """What a cell's folder says of it."""
-        return read_state(cell.folder(self.options.output)) or {}
-
-    def _save(self, cell: Cell, **changes: Any) -> dict[str, Any]:
-        state = {**self.state(cell), **changes}
-        write_json(cell.folder(self.options.output) / CELL_NAME, state)
-        return state
-
-    def to_evaluate(self, state: dict[str, Any]) -> bool:
-        """Whether a cell is trained and the evaluation that is asked for has not judged it."""
-        evaluation = state.get("evaluation") or {}
-        wanted = self.options.eval_command
-        if wanted is None or state.get("status") != "finished":
+    def _to_evaluate(self, result: dict[str, Any]) -> bool:
+        wanted, judged = self.options.eval_command, result.get("evaluation") or {}
+        if wanted is None or result.get("status") != "finished":
             return False
-        return evaluation.get("command") != wanted or evaluation.get("status") != "finished"
+        return judged.get("command") != wanted or bool(judged.get("reason"))
 
-    def _start(self, cell: Cell, slot: int, bars: Progress) -> None:
-        folder = cell.folder(self.options.output)
-        state = self.state(cell)
-        if state.get("status") == "finished":
-            self._launch_evaluation(cell, slot, bars.add_task(cell.label, total=None, note="evaluating"))
-            return
-        stop_leftovers(folder)
-        if not state and (kept := set_aside(folder)):
-            self.say(f"{cell.label}: {folder} has no readable {CELL_NAME}; what is there is kept as {kept.name}")
-        model = folder / MODEL_FOLDER
-        resume = last_checkpoint(model) if state else None
-        keep_metrics(folder, int(resume.name.rpartition("-")[2]) if resume else 0)
-        if resume is None and (kept := set_aside(model)):
-            self.say(f"{cell.label}: no complete checkpoint to go on from; what there is of a model is kept as {kept}")
-        port = free_port() if self.options.jobs > 1 else None
-        (folder / STOP_NAME).unlink(missing_ok=True)
-        job = self.job_of(cell)
-        for path, text in self.driver.files(job, model, resume).items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-        command = self.driver.command(job, model, resume, port)
-        attempts = state.get("attempts", 0) + 1
-        seconds = state.get("seconds", 0.0) if resume else 0.0
-        self._save(
-            cell, status="running", command=command, attempts=attempts, seconds=seconds, reason="", error=[],
-            evaluation=None,
-        )  # fmt: skip
-        log = open_log(folder / LOG_NAME, command, resume)
-        log_start = log.tell()  # before the run writes there too
-        process = self._popen(command, folder, slot, log)
-        task = bars.add_task(cell.label, total=None, note="starting")
-        metrics = MetricsReader(folder / METRICS_NAME)
-        self.running.append(Run(cell, slot, process, log, task, time.monotonic(), metrics, log_start))
-        self.say(f"{cell.label}: {f'goes on from {resume.name}' if resume else 'started'}")
-
-    def _launch_evaluation(self, cell: Cell, slot: int, task: TaskID) -> None:
-        folder = cell.folder(self.options.output)
-        assert self.options.eval_command is not None
-        set_aside(folder / EVALUATION_FOLDER)  # what it wrote before must not be taken for what it writes now
-        self._save(cell, evaluation={"command": self.options.eval_command, "status": "running"})
-        command = ["/bin/sh", "-c", evaluation_script(self.options.eval_command, cell)]
-        model, output = (folder / MODEL_FOLDER).resolve(), (folder / EVALUATION_FOLDER).resolve()
-        env = {"WIT_MODEL": str(model), "WIT_OUTPUT": str(output)}
-        env |= dict(zip(("WIT_PROMPT_WEIGHT", "WIT_RESPONSE_WEIGHT"), cell.texts, strict=True))
-        said = ["env", *(f"{name}={value}" for name, value in env.items()), *command]
-        log = open_log(folder / EVALUATION_LOG, said, None)
-        log_start = log.tell()
-        with open(folder / "evaluation.out", "wb") as stdout:
-            process = self._popen(command, folder, slot, log, stdout, env)
-        metrics = MetricsReader(folder / METRICS_NAME)
-        self.running.append(Run(cell, slot, process, log, task, time.monotonic(), metrics, log_start, evaluating=True))
-
-    def _popen(
-        self,
-        command: list[str],
-        folder: Path,
-        slot: int,
-        log: IO[bytes],
-        stdout: IO[bytes] | None = None,
-        more: dict[str, str] | None = None,
-    ) -> subprocess.Popen[bytes]:
-        env = {**os.environ, RUN_FOLDER: str(folder.resolve()), SWEEP_PID: sweep_process(), **(more or {})}
-        if self.options.devices:
-            env["CUDA_VISIBLE_DEVICES"] = self.options.devices[slot]
-        # A session of its own, so that all processes of a run can be stopped together.
-        return subprocess.Popen(
-            command, stdout=stdout or log, stderr=log, stdin=subprocess.DEVNULL, env=env, start_new_session=True
-        )
+    def _begin(self, trial: Trial, slot: int, bars: Progress, overall: TaskID) -> None:
+        """Start what a trial needs: its run, its evaluation, or only the word that it is done."""
+        cell = self.plan.cell(trial, key_of(trial), self.job, self.driver)
+        if "weights" not in trial.user_attrs:
+            trial.set_user_attr("weights", list(cell.texts))
+        if self.shared.searches:
+            trial.set_user_attr("ratio", float(cell.ratio or 0))
+        result = trial.user_attrs.get("result", {})
+        if result.get("status") not in TRAINED or not (self._folder(cell) / MODEL_FOLDER).is_dir():
+            self.running.append(self.launcher.train(cell, self.plan.job(self.job, cell), trial, slot, bars))
+        elif self._to_evaluate(result):
+            self.running.append(self.launcher.evaluate(cell, trial, slot, bars, result))
+        else:  # the worker died that had done it, before it could say so
+            entries = read_metrics(self._folder(cell) / METRICS_NAME)
+            self._report(trial, entries, int(result.get("max_steps", 0)))
+            self._settle(trial, result, bars, overall)
 
     def _look(self, run: Run, bars: Progress, overall: TaskID) -> None:
-        folder = run.cell.folder(self.options.output)
-        code = run.process.poll()
+        folder, code = self._folder(run.cell), run.process.poll()
+        if not run.evaluating:
+            self._observe(run, show(bars, folder, run))
         if code is None:
-            if not run.evaluating:
-                self.observed(run, show(bars, folder, run))
             return
         self.running.remove(run)
         run.log.close()
         stop_group(run.process.pid, 0.0)  # what a launcher may have left behind
-        if run.evaluating:
-            self._evaluated(run, code, folder)
-        else:
-            seconds = self.state(run.cell).get("seconds", 0.0) + time.monotonic() - run.started
-            self.observed(run, show(bars, folder, run))
-            if code == 0:
-                state = self._save(run.cell, status=self.status_of(run), seconds=seconds, returncode=0)
-                result = collect_cell(self.options.output, run.cell)
-                if result.status == "diverged":
-                    state = self._save(run.cell, status="diverged")
-                found = result.metrics.get(MAIN_METRIC)
-                value = f", {MAIN_METRIC} {format_value(found)}" if found is not None else ""
-                self.say(f"{run.cell.label}: {result.status} in {seconds:.0f} s{value}")
-                if self.to_evaluate(state):
-                    bars.update(run.task, total=None, note="evaluating")
-                    self._launch_evaluation(run.cell, run.slot, run.task)
-                    return
-            else:
-                reason = f"{exit_text(code)}: {log_reason(folder / LOG_NAME, run.log_start) or 'no output'}"
-                error = log_tail(folder / LOG_NAME, run.log_start)
-                self._save(run.cell, status="failed", seconds=seconds, returncode=code, reason=reason, error=error)
-                self.say(f"{run.cell.label}: failed: {reason}")
+        judge = self.launcher.evaluated if run.evaluating else self.launcher.trained
+        result = judge(run, code, folder)
+        run.trial.set_user_attr("result", result)
         bars.remove_task(run.task)
-        bars.advance(overall)
-        self.settled(run.cell)
+        if self._to_evaluate(result) and not run.evaluating:
+            self.running.append(self.launcher.evaluate(run.cell, run.trial, run.slot, bars, result))
+        else:
+            self._settle(run.trial, result, bars, overall)
 
-    def _evaluated(self, run: Run, code: int, folder: Path) -> None:
-        log = folder / EVALUATION_LOG
-        metrics = evaluation_numbers(folder) if code == 0 else {}
-        reason = ""
-        if code != 0:
-            reason = f"{exit_text(code)}: {log_reason(log, run.log_start) or 'no output'}"
-        elif not metrics:
-            reason = "it wrote no JSON with numbers, neither to {output} nor to its standard output"
-        status = "failed" if reason else "finished"
-        error = log_tail(log, run.log_start) if reason else []
-        result = {"command": self.options.eval_command, "status": status, "metrics": metrics, "returncode": code}
-        self._save(run.cell, evaluation={**result, "reason": reason, "error": error})
-        self.say(f"{run.cell.label}: evaluation {status}" + (f": {reason}" if reason else ""))
+    def _observe(self, run: Run, entries: list[dict[str, float]]) -> None:
+        """Report each evaluation; a run that cannot win is asked to end."""
+        step = self._report(run.trial, entries, run.max_steps)
+        stop = self._folder(run.cell) / STOP_NAME
+        if step is not None and not {"reference", "repeats"} & set(run.trial.user_attrs) and not stop.exists():
+            stop.touch()
+            self.say(f"{run.cell.label}: judged at step {step}, cannot win, stopped")
+
+    def _report(self, trial: Trial, entries: list[dict[str, float]], steps: int) -> int | None:
+        """Hand the evaluations of a run of so many steps to Optuna; returns the step at which it cannot win.
+
+        The pruner is asked after each, of the references too: halving keeps what others compete with as it is asked.
+        """
+        judged = None
+        chosen = self.options.pruner if self.shared.searches else "none"
+        self.shared.study.pruner = pruner(chosen, steps)
+        for entry in entries:
+            if self.metric in entry and math.isfinite(step := entry.get("step", math.nan)):
+                trial.report(entry[self.metric], int(step))
+                if trial.should_prune() and judged is None:
+                    judged = int(step)
+        return judged
+
+    def _settle(self, trial: Trial, result: dict[str, Any], bars: Progress, overall: TaskID) -> None:
+        """Tell the study what came of a trial."""
+        state, value = ending(result, self.metric, self.shared.searches)
+        if state == "FAIL":
+            judged = result.get("evaluation") or {}
+            have = ", ".join({**result["metrics"], **judged.get("metrics", {})}) or "no metric"
+            missing = f"it has no {self.metric}; it has {have}"
+            trial.set_user_attr("reason", result.get("reason") or judged.get("reason") or missing)
+        self.shared.study.tell(trial, value, state=self.shared.states[state])
+        bars.advance(overall)
 
     def _stop_all(self) -> None:
-        """Stop every process and note how far its cell came; each has the same 15 seconds to leave."""
+        """Stop every process and give its trial up; each has the same 15 seconds to leave."""
         for run in self.running:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(run.process.pid, signal.SIGTERM)
@@ -278,12 +223,9 @@ class Runner:
             stop_group(run.process.pid, 0.0)
             run.process.wait()
             run.log.close()
-            if not run.evaluating:
-                seconds = self.state(run.cell).get("seconds", 0.0) + time.monotonic() - run.started
-                with contextlib.suppress(OSError):  # of a full disk, which may be why it is stopped
-                    self._save(run.cell, status="interrupted", seconds=seconds)
-            with contextlib.suppress(OSError):
-                self.given_up(run.cell)
+            seconds = None if run.evaluating else run.seconds
+            with contextlib.suppress(OSError):  # of a full disk, which may be why it is stopped
+                self.shared.release(run.trial, seconds)
             self.say(f"{run.cell.label}: stopped; start the sweep again to go on")
         self.running.clear()
 

@@ -9,20 +9,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from wit_plugins.cli.arguments import assignment
-from wit_plugins.cli.driver import FrameworkDriver, Job
 from wit_plugins.cli.sweep.grid import Cell, parse_weights, to_fraction
 from wit_plugins.errors import WITConfigError
 
 if TYPE_CHECKING:
-    from optuna.trial import Trial
+    from optuna.trial import FrozenTrial, Trial
+
+    from wit_plugins.cli.driver import FrameworkDriver, Job
 
 POSITION = "log10(1+100*ratio)"
 RESPONSE = "response_weight"
 REFERENCES = (("0", "1"), ("0.2", "0.8"), ("1", "1"))  # what every search is compared with, and never stops early
+REPEATED = 2  # of the best cells, beside the references, with other seeds
 _FIRST_RATIOS = (0.03, 0.09, 0.5)  # between the references' 0, 0.25 and 1, so that the first six cover the axis
 _OWN = {"prompt_weight": "it is searched by itself", "seed": "say --seeds"}
 _OWN["response_weight"] = "say --response-weight 0.5:1"
@@ -187,9 +189,9 @@ class Space:
             raise WITConfigError(f"--param {repeated[0]} is given twice; give it once")
         return cls((float(ends[0][0]), float(ends[-1][0])), parsed)
 
-    def record(self) -> list[str]:
+    def record(self) -> dict[str, Any]:
         """It in JSON, to be compared with that of another worker."""
-        return [f"{RESPONSE}: {self.response}", *(repr(parameter) for parameter in self.parameters)]
+        return {"space": [f"{RESPONSE}: {self.response}", *(repr(parameter) for parameter in self.parameters)]}
 
     def first(self, job: Job, driver: FrameworkDriver) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """What is trained first: the parameters, and what is noted about the trial (`key`, and exact weights)."""
@@ -206,7 +208,7 @@ class Space:
         made += [({POSITION: position(ratio), **usual}, {"key": f"ratio-{ratio}"}) for ratio in _FIRST_RATIOS]
         return made
 
-    def suggest(self, trial: Trial, key: str, job: Job, driver: FrameworkDriver) -> TrialCell:
+    def cell(self, trial: Trial, key: str, job: Job, driver: FrameworkDriver) -> TrialCell:
         """The cell of a trial, its parameters chosen by Optuna where they are not given."""
         place = trial.suggest_float(POSITION, 0.0, position(1.0))
         low, high = self.response
@@ -220,6 +222,11 @@ class Space:
         if (seed := trial.user_attrs.get("seed")) is not None:
             made["seed"] = seed
         return TrialCell(to_fraction(noted[0]), to_fraction(noted[1]), key, made)
+
+    def job(self, job: Job, cell: Cell) -> Job:
+        """The configuration with what a trial changes in it."""
+        assert isinstance(cell, TrialCell)
+        return replace(job, overrides={**job.overrides, **cell.overrides}).with_weights(*cell.weights)
 
     @staticmethod
     def overrides(values: Mapping[str, Any], job: Job, driver: FrameworkDriver) -> dict[str, Any]:
@@ -237,3 +244,27 @@ class Space:
                     whole[strategy] = {}
             made[f"{driver.block}.strategies" if driver.block else "strategies"] = whole
         return made
+
+
+def repetitions(
+    done: Mapping[str, FrozenTrial], direction: str, seeds: int, base: int
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The references and the best cells with other seeds: parameters and notes of the trials that are not there yet.
+
+    Args:
+        done (`Mapping[str, FrozenTrial]`): all trials, by their keys.
+        direction (`str`): `min` or `max`.
+        seeds (`int`): how many each cell is to have in all.
+        base (`int`): the configuration's own.
+    """
+    first = {k: t for k, t in done.items() if t.state.name == "COMPLETE" and "repeats" not in t.user_attrs}
+    sign = 1 if direction == "min" else -1
+    ranked = sorted((k for k in first if "reference" not in first[k].user_attrs), key=lambda k: sign * first[k].value)
+    made = []
+    for repeated in [*(k for k in first if "reference" in first[k].user_attrs), *ranked[:REPEATED]]:
+        for seed in range(base + 1, base + seeds):
+            key, weights = f"{repeated}_seed-{seed}", first[repeated].user_attrs["weights"]
+            if key not in done:
+                notes = {"key": key, "repeats": repeated, "seed": seed, "weights": weights}
+                made.append((first[repeated].params, notes))
+    return made

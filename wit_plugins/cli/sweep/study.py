@@ -1,129 +1,103 @@
-"""The study of a search: which trials there are, who has taken them, what came of them. All of it is Optuna's storage:
-a journal file in the sweep's folder, or a database.
+"""The study of a sweep: which trials there are, who has taken them, what came of them. All of it is Optuna's storage: a
+journal file in the sweep's folder, or a database.
 
-Any number of workers share one study. Optuna gives each waiting trial to exactly one of them. What is added here is
+A grid's cells are trials that are queued at the beginning; a search's are queued or chosen by Optuna's sampler. Any
+number of workers share one study, and Optuna gives each waiting trial to exactly one of them. What is added here is
 what it leaves to its users: a trial whose worker died is put back, and what two workers queued at the same moment is
-run once.
+run once. A trial that is put back is a new one with the same *key*, and so the same folder; the latest of a key counts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import time
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
-from wit_plugins.cli.sweep.workers import BEAT, GRACE, Workers
+from wit_plugins.cli.sweep import older
+from wit_plugins.cli.sweep.grid import Grid
+from wit_plugins.cli.sweep.space import REFERENCES
+from wit_plugins.cli.sweep.storage import JOURNAL, load_optuna, open_storage
+from wit_plugins.cli.sweep.workers import Workers
 from wit_plugins.errors import WITConfigError
 
 if TYPE_CHECKING:
     from optuna import Study
-    from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial, Trial
 
-JOURNAL = "study.journal"
 _NAME = "wit-sweep"  # of the study in a journal, which may be moved
-_RECORD = "wit"
-_ATTEMPTS = 3  # to open a database
-_KEPT = ("key", "reference", "weights", "repeats", "seed")  # of a trial that is put back
+_RECORD, _CONFIG = "wit", "config"
+TRAINED = ("finished", "diverged", "pruned")  # what a run is that needs no more training
+_KEPT = ("key", "reference", "weights", "ratio", "repeats", "seed", "begun", "seconds")  # of a trial that is put back
 
 
-def load_optuna() -> Any:
-    """Optuna, quiet.
+def pruner(name: str, steps: int) -> Any:
+    """Optuna's, for runs of so many steps."""
+    pruners, first = load_optuna().pruners, max(1, steps // 4)
+    if name == "none" or not steps:
+        return pruners.NopPruner()
+    if name == "halving":
+        return pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=3)
+    best = 50.0 if name == "median" else 15.0
+    return pruners.PercentilePruner(best, n_startup_trials=len(REFERENCES), n_warmup_steps=first)
+
+
+def read_study(output: Path, url: str | None) -> tuple[dict[str, Any], list[FrozenTrial]] | None:
+    """What a study was begun with, and its trials; `None` if there is none. Nothing is written.
 
     Raises:
-        WITConfigError: if it is not installed.
+        WITConfigError: if it cannot be read.
     """
+    if url is None and not older.exists(output / JOURNAL):
+        found = older.read_grid(output)
+        return None if found is None else (found[0], [_older_trial(cell, notes) for cell, notes in found[1]])
+    storage = open_storage(output, url)
     try:
-        import optuna
-    except ImportError:
-        raise WITConfigError('a search needs Optuna; pip install "wit-plugins[cli]"') from None
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    warnings.filterwarnings("ignore", message="Heartbeat of storage")
-    warnings.filterwarnings("ignore", message="Fixed parameter")
-    warnings.filterwarnings("ignore", message="The reported value is ignored")  # again, after a checkpoint
-    return optuna
-
-
-def shown_url(url: str) -> str:
-    """A database's address without its password, for messages and files."""
-    parts = urlsplit(url)
-    return url.replace(f":{parts.password}@", ":…@") if parts.password else url
-
-
-def open_storage(output: Path, url: str | None) -> BaseStorage:
-    """The journal in a folder, or a database.
-
-    Raises:
-        WITConfigError: if the database cannot be reached.
-    """
-    optuna = load_optuna()
-    if url is None:
-        from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock, JournalStorage
-
-        class Lock(JournalFileSymlinkLock):
-            """Optuna's, and whoever gets it takes away what a writer that was killed, or a full disk, left half."""
-
-            def acquire(self) -> bool:
-                taken = super().acquire()
-                with contextlib.suppress(OSError):
-                    _cut_half_line(path)
-                return taken
-
-        path = output / JOURNAL
-        return JournalStorage(JournalFileBackend(str(path), lock_obj=Lock(str(path))))
-    for attempt in range(_ATTEMPTS):
-        try:
-            storage: BaseStorage = optuna.storages.RDBStorage(url, heartbeat_interval=BEAT, grace_period=GRACE)
-            return storage
-        except Exception as error:  # SQLAlchemy's, and those of the database's own driver
-            said = " ".join(str(error).split())[:300]
-            if attempt + 1 < _ATTEMPTS and type(error).__name__ in ("IntegrityError", "OperationalError"):
-                time.sleep(1 + attempt)  # another worker is making the tables
-                continue
-            raise WITConfigError(
-                f"--storage = {shown_url(url)}: {said}; name a database such as sqlite:////shared/study.db or "
-                "postgresql://user@host/name"
-            ) from None
-    raise AssertionError
-
-
-def _cut_half_line(path: Path) -> None:
-    with open(path, "rb+") as file:
-        size = file.seek(0, os.SEEK_END)
-        if not size:
-            return
-        file.seek(size - 1)
-        if file.read(1) != b"\n":
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def read_trials(output: Path, url: str | None) -> tuple[dict[str, Any], list[FrozenTrial]]:
-    """What a study was begun with, and its trials.
-
-    Raises:
-        WITConfigError: if there is none.
-    """
-    optuna = load_optuna()
-    place = shown_url(url) if url else str(output / JOURNAL)
-    if url is None and not (output / JOURNAL).is_file():
-        raise WITConfigError(f"{place}: is missing; say --storage if the study is in a database")
-    try:
-        study = optuna.load_study(study_name=_study_name(output, url), storage=open_storage(output, url))
-        return study.user_attrs.get(_RECORD, {}), study.get_trials()
+        study = load_optuna().load_study(study_name=_study_name(output, url), storage=storage)
     except KeyError:
-        raise WITConfigError(f"{place}: holds no study of this sweep") from None
-    except (ValueError, AssertionError) as error:
-        raise WITConfigError(
-            f"{place}: is damaged: {error}; a copy of it, or another --output, is the way out"
-        ) from None
+        return None
+    noted = study.user_attrs
+    if _RECORD not in noted:  # another worker is making it
+        return None
+    return {**noted[_RECORD], _CONFIG: noted.get(_CONFIG) or older.configuration(output)}, study.get_trials()
+
+
+def _older_trial(cell: Any, notes: dict[str, Any]) -> FrozenTrial:
+    """A cell of an older grid as a trial."""
+    params, own = Grid.trial(cell)
+    state, value = "WAITING", None
+    if "result" in notes:
+        state, value = ending(notes["result"], older.MAIN_METRIC, searches=False)
+    elif "reason" in notes:
+        state = "FAIL"
+    return _trial(state, params, _distributions(params), {**own, **notes}, value)
+
+
+def _distributions(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Of weights, which a grid may get more of later."""
+    made = load_optuna().distributions.FloatDistribution
+    return {name: made(0.0, max(1.0, value)) for name, value in params.items()}
+
+
+def _trial(state: str, params: Any, distributions: Any, notes: Any, value: float | None = None, **more: Any) -> Any:
+    optuna = load_optuna()
+    state = optuna.trial.TrialState[state]
+    return optuna.create_trial(
+        state=state, value=value, params=params, distributions=distributions, user_attrs=notes, **more
+    )
+
+
+def ending(result: Mapping[str, Any], metric: str, searches: bool) -> tuple[str, float | None]:
+    """As what a trial ends: its state in Optuna's words, and its value.
+
+    A trial without a value cannot be complete to Optuna. A search fails it, since it was made for that value; a cell of
+    a grid is done all the same, and stands there as one that was stopped.
+    """
+    if result["status"] == "finished":
+        value = {**result["metrics"], **(result.get("evaluation") or {}).get("metrics", {})}.get(metric)
+        return ("COMPLETE", value) if value is not None else ("FAIL" if searches else "PRUNED", None)
+    return ("PRUNED" if result["status"] in TRAINED else "FAIL"), None
 
 
 def _study_name(output: Path, url: str | None) -> str:
@@ -135,18 +109,48 @@ def key_of(trial: FrozenTrial | Trial) -> str:
     return str(trial.user_attrs.get("key") or f"trial-{trial.number:04d}")
 
 
+def latest(trials: Sequence[FrozenTrial]) -> dict[str, FrozenTrial]:
+    """The trial that counts of each key, in the order in which the keys came; those of a moment's race left out."""
+    return {key_of(trial): trial for trial in trials if "surplus" not in trial.user_attrs}
+
+
+def check_same(output: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to mix two sweeps in one study.
+
+    Raises:
+        WITConfigError: saying what differs.
+    """
+    searches = "space" in now
+    if searches != ("space" in before):
+        raise WITConfigError(
+            f"{output}: holds a grid; go on with it without --trials and --hours, or give the search another --output"
+            if searches
+            else f"{output}: holds a search; go on with it by --trials or --hours, or give the grid another --output"
+        )
+    names = ("framework", *(("space", "metric", "direction") if searches else ()))
+    old = {**before["settings"], **{name: before.get(name) for name in names}}
+    new = {**now["settings"], **{name: now.get(name) for name in names}}
+    changes = [f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+    if changes:
+        what = "another search's" if searches else "a sweep's of another configuration"
+        raise WITConfigError(
+            f"{output}: its study is {what} (differing: {', '.join(changes)}); their cells could not be compared; give "
+            "another --output"
+        )
+
+
 class SharedStudy:
     """A study, and this worker's part in it.
 
     Args:
         output (`Path`): the sweep's folder.
         url (`str | None`): the database, if it is not in that folder.
-        record (`Mapping`): what this search is; all workers of a study must be of the same.
-        first (`list`): parameters and notes of the trials that come first.
-        limit (`int | None`): how many cells, repetitions left aside; `None` for no end.
+        record (`Mapping`): what this sweep is; all workers of a study must be of the same.
+        first (`Sequence`): parameters and notes of the trials that are queued.
+        limit (`int | None`): of a search: how many cells, repetitions left aside; `None` for no end.
 
     Raises:
-        WITConfigError: if the study is another search's.
+        WITConfigError: if the study is another sweep's.
     """
 
     def __init__(
@@ -154,51 +158,49 @@ class SharedStudy:
         output: Path,
         url: str | None,
         record: Mapping[str, Any],
-        first: list[tuple[dict[str, Any], dict[str, Any]]],
-        limit: int | None,
+        first: Sequence[tuple[dict[str, Any], dict[str, Any]]],
+        limit: int | None = None,
     ) -> None:
-        self.optuna = load_optuna()
-        self.limit = limit
+        optuna = load_optuna()
+        self.taken_over = optuna.exceptions.UpdateFinishedTrialError
+        self.states, self.limit, self.searches = optuna.trial.TrialState, limit, "space" in record
         storage = open_storage(output, url)
         self.heartbeat = storage if url is not None else None
-        self.study: Study = self.optuna.create_study(
+        self.study: Study = optuna.create_study(
             study_name=_study_name(output, url),
             storage=storage,
             direction="minimize" if record["direction"] == "min" else "maximize",
             load_if_exists=True,
-            sampler=self.optuna.samplers.TPESampler(n_startup_trials=len(first)),
+            sampler=optuna.samplers.TPESampler(n_startup_trials=len(first)),
         )
-        record = json.loads(json.dumps(record, default=str))
+        config = record.get(_CONFIG, "")
+        own = json.loads(json.dumps({k: v for k, v in record.items() if k != _CONFIG}, default=str))
         if _RECORD not in self.study.user_attrs:
-            self.study.set_user_attr(_RECORD, record)
-        self._check(output, self.study.user_attrs[_RECORD], record)
+            self.study.set_user_attr(_RECORD, own)
+            self.study.set_user_attr(_CONFIG, config)
+        self.record: dict[str, Any] = self.study.user_attrs[_RECORD]
+        check_same(output, self.record, own)
         self.workers = Workers(output)
-        known = {key_of(trial) for trial in self.trials()}
+        known = latest(self.trials())
+        if url is None and not self.searches and (found := older.read_grid(output)):
+            for cell, notes in found[1]:
+                if cell.name not in known:
+                    self.study.add_trial(_older_trial(cell, notes))
+            known = latest(self.trials())
         for params, notes in first[:limit]:
-            if notes["key"] not in known:
+            if notes["key"] in known:
+                continue
+            if self.searches:
                 self.study.enqueue_trial(params, user_attrs=notes)
-        self.put_back(failed=True)
-
-    @staticmethod
-    def _check(output: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        changes = [
-            f"{key}: {old!r} → {new!r}"
-            for part in ("settings", None)
-            for key, old, new in _differing(before.get(part) if part else before, now.get(part) if part else now)
-            if key != "settings"
-        ]
-        if changes:
-            raise WITConfigError(
-                f"{output}: its study is another search's (differing: {', '.join(changes)}); their trials could not be "
-                "compared; give another --output"
-            )
+            else:
+                self.study.add_trial(_trial("WAITING", params, _distributions(params), notes))
 
     def trials(self) -> list[FrozenTrial]:
         """All that count: those of a moment's race left out."""
         return [t for t in self.study.get_trials(deepcopy=False) if "surplus" not in t.user_attrs]
 
-    def keys(self, trials: list[FrozenTrial]) -> list[str]:
-        """The cells of the search in the order in which they came."""
+    def _keys(self, trials: list[FrozenTrial]) -> list[str]:
+        """The cells in the order in which they came, without their repetitions."""
         return list(dict.fromkeys(key_of(t) for t in trials if "repeats" not in t.user_attrs))
 
     def take(self) -> Trial | None:
@@ -206,8 +208,8 @@ class SharedStudy:
         while True:
             self.put_back()
             trials = self.trials()
-            waiting = any(t.state.name == "WAITING" for t in trials)
-            if not waiting and self.limit is not None and len(self.keys(trials)) >= self.limit:
+            full = not self.searches or (self.limit is not None and len(self._keys(trials)) >= self.limit)
+            if full and not any(t.state.name == "WAITING" for t in trials):
                 return None
             with self._lost():
                 trial = self.study.ask()
@@ -216,22 +218,24 @@ class SharedStudy:
                 if not self._is_surplus(trial):
                     return trial
                 trial.set_user_attr("surplus", True)
-                self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
+                self.study.tell(trial, state=self.states.FAIL)
 
     @contextlib.contextmanager
     def _lost(self) -> Iterator[None]:
         """Another worker ended the trial in that moment."""
-        with contextlib.suppress(self.optuna.exceptions.UpdateFinishedTrialError):
+        with contextlib.suppress(self.taken_over):
             yield
 
     def _is_surplus(self, mine: Trial) -> bool:
         """Whether two workers queued the same, or one more than there are to be: who comes later steps back."""
-        trials = self.trials()
-        key = key_of(mine)
-        if any(t.number < mine.number and key_of(t) == key and t.state.name != "FAIL" for t in trials):
+        trials, key, attempt = self.trials(), key_of(mine), mine.user_attrs.get("attempt", 1)
+        same = [trial for trial in trials if trial.number < mine.number and key_of(trial) == key]
+        if any(trial.user_attrs.get("attempt", 1) >= attempt for trial in same):
             return True
-        keys = self.keys(trials)
-        return self.limit is not None and key in keys and keys.index(key) >= max(self.limit, len(keys_first(trials)))
+        if not self.searches:
+            return "key" not in mine.user_attrs
+        keys = self._keys(trials)
+        return self.limit is not None and key in keys and keys.index(key) >= max(self.limit, len(REFERENCES))
 
     def beat(self, trials: list[Trial]) -> None:
         """This worker is alive, and has these trials."""
@@ -247,29 +251,27 @@ class SharedStudy:
         """How many trials wait or run, here or elsewhere."""
         return sum(not t.state.is_finished() for t in self.trials())
 
-    def put_back(self, failed: bool = False) -> None:
-        """Queue what dead workers had; with `failed`, also what failed by itself, to try it again."""
+    def put_back(self, again: Callable[[FrozenTrial], bool] = lambda trial: False) -> None:
+        """Queue what dead workers had, what was given up, and those that ended and are to be gone on with `again`."""
         if self.heartbeat is not None:
-            self.optuna.storages.fail_stale_trials(self.study)
-        fail = self.optuna.trial.TrialState.FAIL
+            load_optuna().storages.fail_stale_trials(self.study)
         for trial in self.trials():
             if trial.state.name == "RUNNING" and self._is_orphan(trial):
                 with contextlib.suppress(ValueError), self._lost():
-                    self.study.tell(trial.number, state=fail)
-        trials = self.trials()
-        latest = {key_of(trial): trial for trial in trials}
-        for key, trial in latest.items():
-            if trial.state == fail and (failed or "reason" not in trial.user_attrs):
-                notes = {name: value for name, value in trial.user_attrs.items() if name in _KEPT}
-                self.study.add_trial(
-                    self.optuna.create_trial(
-                        state=self.optuna.trial.TrialState.WAITING,
-                        params=trial.params,
-                        distributions=trial.distributions,
-                        user_attrs={**notes, "key": key},
-                        system_attrs={k: v for k, v in trial.system_attrs.items() if k == "fixed_params"},
-                    )
-                )
+                    self.study.tell(trial.number, state=self.states.FAIL)
+        for key, trial in latest(self.trials()).items():
+            given_up = trial.state.name == "FAIL" and "reason" not in trial.user_attrs
+            if given_up or (trial.state.is_finished() and again(trial)):
+                self._queue_again(key, trial)
+
+    def _queue_again(self, key: str, trial: FrozenTrial) -> None:
+        notes = {name: value for name, value in trial.user_attrs.items() if name in _KEPT}
+        notes |= {"key": key, "attempt": trial.user_attrs.get("attempt", 1) + 1}
+        result = trial.user_attrs.get("result", {})
+        if result.get("status") in TRAINED:  # its evaluation is what is missing, or only the word that it is done
+            notes["result"] = result
+        fixed = {name: value for name, value in trial.system_attrs.items() if name == "fixed_params"}
+        self.study.add_trial(_trial("WAITING", trial.params, trial.distributions, notes, system_attrs=fixed))
 
     def _is_orphan(self, trial: FrozenTrial) -> bool:
         worker = trial.user_attrs.get("worker")
@@ -277,17 +279,9 @@ class SharedStudy:
             return self.workers.stood_still(f"trial {trial.number}", 0.0)
         return self.heartbeat is None and self.workers.is_dead(str(worker))
 
-    def release(self, trial: Trial) -> None:
+    def release(self, trial: Trial, seconds: float | None = None) -> None:
         """Give a trial up: another worker, or this command started again, goes on with it."""
         with contextlib.suppress(ValueError), self._lost():
-            self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
-
-
-def keys_first(trials: list[FrozenTrial]) -> list[str]:
-    """The cells to compare with, which are run whatever the limit."""
-    return [key_of(t) for t in trials if t.user_attrs.get("reference") and "repeats" not in t.user_attrs]
-
-
-def _differing(before: Any, now: Any) -> list[tuple[str, Any, Any]]:
-    before, now = before or {}, now or {}
-    return [(k, before.get(k), now.get(k)) for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
+            if seconds is not None:
+                trial.set_user_attr("seconds", seconds)
+            self.study.tell(trial, state=self.states.FAIL)

@@ -1,0 +1,99 @@
+"""Where a study is kept: a journal file in the sweep's folder, or a database. Both are Optuna's."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from wit_plugins.cli.sweep.workers import BEAT, GRACE
+from wit_plugins.errors import WITConfigError
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+
+JOURNAL = "study.journal"
+_ATTEMPTS = 3  # to open a database
+
+
+def load_optuna() -> Any:
+    """Optuna, quiet.
+
+    Raises:
+        WITConfigError: if it is not installed.
+    """
+    try:
+        import optuna
+    except ImportError:
+        raise WITConfigError('a sweep needs Optuna; pip install "wit-plugins[cli]"') from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings("ignore", message="Heartbeat of storage")
+    warnings.filterwarnings("ignore", message="Fixed parameter")
+    warnings.filterwarnings("ignore", message="The reported value is ignored")  # again, after a checkpoint
+    return optuna
+
+
+def _shown(url: str) -> str:
+    """A database's address without its password."""
+    parts = urlsplit(url)
+    return url.replace(f":{parts.password}@", ":…@") if parts.password else url
+
+
+def open_storage(output: Path, url: str | None) -> BaseStorage:
+    """The journal in a folder, or a database.
+
+    Raises:
+        WITConfigError: if the database cannot be reached, or the journal is damaged.
+    """
+    optuna = load_optuna()
+    if url is None:
+        from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock, JournalStorage
+
+        class Lock(JournalFileSymlinkLock):
+            """Optuna's, and whoever gets it takes away what a writer that was killed, or a full disk, left half."""
+
+            def acquire(self) -> bool:
+                taken = super().acquire()
+                with contextlib.suppress(OSError):
+                    _cut_half_line(path)
+                return taken
+
+        path = output / JOURNAL
+        try:
+            return JournalStorage(JournalFileBackend(str(path), lock_obj=Lock(str(path))))
+        except (ValueError, AssertionError, LookupError, TypeError, AttributeError) as error:  # reading its lines
+            raise WITConfigError(
+                f"{path}: is damaged ({error}), so nothing says what the folders there are. Put a copy of that file "
+                "back; or rename it and start the same `wit sweep` again, which trains every cell anew and keeps what "
+                "there is, renamed to ….old-1"
+            ) from None
+    for attempt in range(_ATTEMPTS):
+        try:
+            storage: BaseStorage = optuna.storages.RDBStorage(url, heartbeat_interval=BEAT, grace_period=GRACE)
+            return storage
+        except Exception as error:  # SQLAlchemy's, and those of the database's own driver
+            said = " ".join(str(error).split())[:300]
+            if attempt + 1 < _ATTEMPTS and type(error).__name__ in ("IntegrityError", "OperationalError"):
+                time.sleep(1 + attempt)  # another worker is making the tables
+                continue
+            raise WITConfigError(
+                f"--storage = {_shown(url)}: {said}; name a database such as sqlite:////shared/study.db or "
+                "postgresql://user@host/name"
+            ) from None
+    raise AssertionError
+
+
+def _cut_half_line(path: Path) -> None:
+    with open(path, "rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        if not size:
+            return
+        file.seek(size - 1)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
