@@ -57,7 +57,7 @@ def test_without_a_gpu_every_part_is_skipped_with_its_reason(tmp_path):
         assert part["reason"], part
         if name.startswith("tests-") and name not in ("tests-axolotl", "tests-llamafactory"):
             assert "needs an NVIDIA GPU" in part["reason"]
-            assert part["counts"]["skipped"] > 3
+            assert part["counts"]["skipped"] > 2
             assert part["counts"]["failed"] == 0
     assert "torch sees no GPU" in parts["head"]["reason"]
     assert json.loads((tmp_path / "gpu-summary.json").read_text())["command"].endswith(f"--out {tmp_path}")
