@@ -28,6 +28,16 @@ def tokens(document: Scored, prompt_weight: float, response_weight: float) -> li
     return [(log_probs[t - 1], ids[t], weights[t]) for t in range(1, len(ids))]
 
 
+def dft(batches: MicroBatches, weights: tuple[float, float]) -> torch.Tensor:
+    """Σ λ p nll / N, p the probability of the token, a factor without a gradient."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for log_probs, target, weight in (item for batch in batches for doc in batch for item in tokens(doc, *weights)):
+        if weight != 0:
+            total = total - weight * log_probs[target].exp().item() * log_probs[target]
+            count += 1
+    return total / count
+
+
 def eaft(batches: MicroBatches, weights: tuple[float, float], alpha=1.0, top_k=20, divisor=3.0) -> torch.Tensor:
     """Σ λ (H_k / divisor)^α nll / N, H_k the entropy of the k most likely tokens, which sum to 1."""
     total, count = torch.zeros((), dtype=torch.float64), 0
@@ -217,6 +227,7 @@ def coba_losses(log: Sequence[dict[str, float]], warmup: int, length: int, tau: 
 
 
 METHODS: dict[str, tuple[Callable[..., torch.Tensor], dict[str, Any]]] = {
+    "dft": (dft, {}),
     "eaft": (eaft, {"alpha": 0.7, "top_k": 5, "divisor": 2.0}),
     "masked_thought": (plain, {"mask_token_id": 2, "probability": 0.4}),
     "otr": (otr, {"samples": 2, "beta": -0.5, "temperature": 1.3}),
