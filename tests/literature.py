@@ -301,34 +301,44 @@ def rho1_step(
 
 
 def sstoken_step(
-    model: Any, batches: Sequence[Sequence[Document]], weights: tuple[float, float], rho=0.6, gamma=0.5
+    model: Any,
+    batches: Sequence[Sequence[Document]],
+    weights: tuple[float, float],
+    rho=0.6,
+    gamma=0.5,
+    reference=None,
+    tasks=None,
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Σ λ nll over the prompt and the kept / their number; kept: of each response the ⌈ρ R⌉ with the highest scores.
 
     γ minmax(nll_reference - nll) + (1 - γ) Σ_prompt attention; by the eager attention of transformers, one by one.
+    The reference is another model, or the model without its adapter. With tasks: Σ_task t (the task's own) / Σ_task t.
     """
-    model.get_base_model().set_attn_implementation("eager")
-    total, count = torch.zeros((), dtype=torch.float64), 0
+    getattr(model, "get_base_model", lambda: model)().set_attn_implementation("eager")
+    total: dict[str, torch.Tensor] = {}
+    count: dict[str, int] = {}
     for doc in (doc for docs in batches for doc in docs):
         ids = torch.tensor([doc.input_ids])
         out = model(input_ids=ids, output_attentions=True)
         own, attention = out.logits[0].log_softmax(-1), out.attentions[-1][0].mean(0)
-        with torch.no_grad(), model.disable_adapter():
-            reference = model(input_ids=ids).logits[0].log_softmax(-1)
+        with torch.no_grad(), nullcontext() if reference else model.disable_adapter():
+            theirs = (reference or model)(input_ids=ids).logits[0].log_softmax(-1)
         found, scores = {}, {}
         for t in range(1, len(doc.input_ids)):
             weight, target = float(np.float32(weights[doc.is_response[t]])), doc.input_ids[t]
             found[t] = -weight * own[t - 1, target]
             if doc.is_response[t] and weight:
-                moved = (own[t - 1, target] - reference[t - 1, target]).item()
-                to_prompt = sum(attention[t, j].item() for j in range(t + 1) if not doc.is_response[j])
+                moved = (own[t - 1, target] - theirs[t - 1, target]).item()
+                to_prompt = sum(attention[t, j].item() for j in range(t + 1) if not (j and doc.is_response[j]))
                 scores[t] = (moved, to_prompt)
         low, high = (how((moved for moved, _ in scores.values()), default=0) for how in (min, max))
         final = {t: gamma * (m - low) / ((high - low) or 1) + (1 - gamma) * a for t, (m, a) in scores.items()}
         kept = sorted(final, key=lambda t: -final[t])[: math.ceil(rho * len(final))]
         kept += [t for t in found if not doc.is_response[t] and weights[0]]
-        total, count = total + sum(found[t] for t in kept), count + len(kept)
-    loss = total / count
+        name = task(doc.input_ids) if tasks else ""
+        total[name], count[name] = total.get(name, 0) + sum(found[t] for t in kept), count.get(name, 0) + len(kept)
+    share = {name: (tasks[name] if tasks else 1.0) for name, tokens in count.items() if tokens}
+    loss = torch.as_tensor(sum(t * total[name] / count[name] for name, t in share.items())) / sum(share.values())
     loss.backward()
     return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
