@@ -233,8 +233,8 @@ METHODS: dict[str, tuple[Callable[..., torch.Tensor], dict[str, Any]]] = {
     "otr": (otr, {"samples": 2, "beta": -0.5, "temperature": 1.3}),
     "qtuning": (qtuning, {"r_sample": 0.7, "r_token": 0.5, "neighbour_weight": 0.4}),
 }
-
-
+# How exactly a step of these can be read off float32 parameters at a low learning rate: the gradients are small.
+ROUNDED = {"dft": 1e-2}
 READ = {"masked_thought": masked}  # what the model reads, where it is not the document
 
 
