@@ -273,14 +273,21 @@ def adapted(model: Any = None) -> Any:
     return get_peft_model(model or llama(), config)
 
 
+def mean_of_means(total: dict[str, torch.Tensor], count: dict[str, float], tasks: Any) -> torch.Tensor:
+    """Σ t (total / count) / Σ t over the tasks that have anything; one mean where there are no tasks."""
+    share = {name: (tasks[name] if tasks else 1.0) for name, tokens in count.items() if tokens}
+    return torch.as_tensor(sum(t * total[name] / count[name] for name, t in share.items())) / sum(share.values())
+
+
 def rho1_step(
-    model: Any, batches: Sequence[Sequence[Document]], weights: tuple[float, float], reference: Any = None
+    model: Any, batches: Sequence[Sequence[Document]], weights: tuple[float, float], reference: Any = None, tasks=None
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Σ_kept λ nll / (share · N); kept: of each micro-batch the ⌈share · n⌉ with the highest nll - nll_reference.
 
-    The reference is another model, or the model without its adapter.
+    The reference is another model, or the model without its adapter. With tasks: Σ_task t (over share · N_task) / Σ t.
     """
-    total, count = torch.zeros((), dtype=torch.float64), 0
+    total: dict[str, torch.Tensor] = {}
+    count: dict[str, float] = {}
     for docs in batches:
         found = []
         for doc in docs:
@@ -288,14 +295,16 @@ def rho1_step(
             own = model(input_ids=ids).logits[0].log_softmax(-1)
             with torch.no_grad(), nullcontext() if reference else model.disable_adapter():
                 theirs = (reference or model)(input_ids=ids).logits[0].log_softmax(-1)
+            name = task(doc.input_ids) if tasks else ""
             for t in range(1, len(doc.input_ids)):
                 weight, target = float(np.float32(weights[doc.is_response[t]])), doc.input_ids[t]
                 excess = (theirs[t - 1, target] - own[t - 1, target]).item()
-                found += [(excess, weight, -own[t - 1, target])] if weight else []
+                found += [(excess, -weight * own[t - 1, target], name)] if weight else []
         found.sort(key=lambda item: -item[0])
-        total = total + sum(weight * nll for _, weight, nll in found[: math.ceil(SHARE * len(found))])
-        count += len(found)
-    loss = total / (SHARE * count)
+        for place, (_, weighted, name) in enumerate(found):
+            total[name] = total.get(name, 0) + weighted * (place < math.ceil(SHARE * len(found)))
+            count[name] = count.get(name, 0) + 1
+    loss = mean_of_means(total, {name: SHARE * tokens for name, tokens in count.items()}, tasks)
     loss.backward()
     return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
@@ -312,11 +321,11 @@ def sstoken_step(
     """Σ λ nll over the prompt and the kept / their number; kept: of each response the ⌈ρ R⌉ with the highest scores.
 
     γ minmax(nll_reference - nll) + (1 - γ) Σ_prompt attention; by the eager attention of transformers, one by one.
-    The reference is another model, or the model without its adapter. With tasks: Σ_task t (the task's own) / Σ_task t.
+    The reference is another model, or the model without its adapter. With tasks: Σ_task t (the task's own) / Σ t.
     """
     getattr(model, "get_base_model", lambda: model)().set_attn_implementation("eager")
     total: dict[str, torch.Tensor] = {}
-    count: dict[str, int] = {}
+    count: dict[str, float] = {}
     for doc in (doc for docs in batches for doc in docs):
         ids = torch.tensor([doc.input_ids])
         out = model(input_ids=ids, output_attentions=True)
@@ -337,8 +346,7 @@ def sstoken_step(
         kept += [t for t in found if not doc.is_response[t] and weights[0]]
         name = task(doc.input_ids) if tasks else ""
         total[name], count[name] = total.get(name, 0) + sum(found[t] for t in kept), count.get(name, 0) + len(kept)
-    share = {name: (tasks[name] if tasks else 1.0) for name, tokens in count.items() if tokens}
-    loss = torch.as_tensor(sum(t * total[name] / count[name] for name, t in share.items())) / sum(share.values())
+    loss = mean_of_means(total, count, tasks)
     loss.backward()
     return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 

@@ -94,13 +94,21 @@ def test_loss_and_step_are_the_formula_s(tmp_path, layout, normalization, weight
     assert all_relative_error(taken, {name: before[name] - after[name].detach() for name in taken}) < 1e-4
 
 
+SELECTING = {
+    "sstoken": (literature.sstoken_step, {}),
+    "rho1": (literature.rho1_step, {"share": literature.SHARE}),
+}
+
+
 @pytest.mark.parametrize("layout", ["packed, accumulated", "unpacked"])
-def test_with_sstoken_a_task_s_mean_is_over_what_is_kept_of_it(tmp_path, layout):
-    """⌈0.6 R⌉ of each response's tokens and its prompt; in no share of N_task is it the same for all tasks."""
-    both = {**MFTCODER, "sstoken": {}}
+@pytest.mark.parametrize("method", SELECTING)
+def test_a_task_s_mean_where_tokens_are_selected(tmp_path, method, layout):
+    """Over what is kept of it, another share of each task's; over share · N_task where that cannot be counted."""
+    step, options = SELECTING[method]
+    both = {**MFTCODER, method: options}
     trainer, batches = trainer_of(tmp_path, prepared(rows(), both), model=literature.adapted(), **LAYOUTS[layout])
     copy, accumulated = plain_copy(trainer.model).train(), trainer.args.gradient_accumulation_steps
-    loss, grads = literature.sstoken_step(copy, batches[:accumulated], WEIGHTS["weighted"], tasks=literature.TASKS)
+    loss, grads = step(copy, batches[:accumulated], WEIGHTS["weighted"], tasks=literature.TASKS)
     before = weights_of(trainer)
     trainer.args.max_steps = 1
     trainer.add_callback(WITCallback(trainer, *WEIGHTS["weighted"], strategies=both))
