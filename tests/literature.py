@@ -28,6 +28,16 @@ def tokens(document: Scored, prompt_weight: float, response_weight: float) -> li
     return [(log_probs[t - 1], ids[t], weights[t]) for t in range(1, len(ids))]
 
 
+def dft(batches: MicroBatches, weights: tuple[float, float]) -> torch.Tensor:
+    """Σ λ p nll / N, p the probability of the token, a factor without a gradient."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for log_probs, target, weight in (item for batch in batches for doc in batch for item in tokens(doc, *weights)):
+        if weight != 0:
+            total = total - weight * log_probs[target].exp().item() * log_probs[target]
+            count += 1
+    return total / count
+
+
 def eaft(batches: MicroBatches, weights: tuple[float, float], alpha=1.0, top_k=20, divisor=3.0) -> torch.Tensor:
     """Σ λ (H_k / divisor)^α nll / N, H_k the entropy of the k most likely tokens, which sum to 1."""
     total, count = torch.zeros((), dtype=torch.float64), 0
@@ -217,13 +227,14 @@ def coba_losses(log: Sequence[dict[str, float]], warmup: int, length: int, tau: 
 
 
 METHODS: dict[str, tuple[Callable[..., torch.Tensor], dict[str, Any]]] = {
+    "dft": (dft, {}),
     "eaft": (eaft, {"alpha": 0.7, "top_k": 5, "divisor": 2.0}),
     "masked_thought": (plain, {"mask_token_id": 2, "probability": 0.4}),
     "otr": (otr, {"samples": 2, "beta": -0.5, "temperature": 1.3}),
     "qtuning": (qtuning, {"r_sample": 0.7, "r_token": 0.5, "neighbour_weight": 0.4}),
 }
-
-
+# How exactly a step of these can be read off float32 parameters at a low learning rate: the gradients are small.
+ROUNDED = {"dft": 1e-2}
 READ = {"masked_thought": masked}  # what the model reads, where it is not the document
 
 
@@ -262,14 +273,21 @@ def adapted(model: Any = None) -> Any:
     return get_peft_model(model or llama(), config)
 
 
+def mean_of_means(total: dict[str, torch.Tensor], count: dict[str, float], tasks: Any) -> torch.Tensor:
+    """Σ t (total / count) / Σ t over the tasks that have anything; one mean where there are no tasks."""
+    share = {name: (tasks[name] if tasks else 1.0) for name, tokens in count.items() if tokens}
+    return torch.as_tensor(sum(t * total[name] / count[name] for name, t in share.items())) / sum(share.values())
+
+
 def rho1_step(
-    model: Any, batches: Sequence[Sequence[Document]], weights: tuple[float, float], reference: Any = None
+    model: Any, batches: Sequence[Sequence[Document]], weights: tuple[float, float], reference: Any = None, tasks=None
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Σ_kept λ nll / (share · N); kept: of each micro-batch the ⌈share · n⌉ with the highest nll - nll_reference.
 
-    The reference is another model, or the model without its adapter.
+    The reference is another model, or the model without its adapter. With tasks: Σ_task t (over share · N_task) / Σ t.
     """
-    total, count = torch.zeros((), dtype=torch.float64), 0
+    total: dict[str, torch.Tensor] = {}
+    count: dict[str, float] = {}
     for docs in batches:
         found = []
         for doc in docs:
@@ -277,47 +295,58 @@ def rho1_step(
             own = model(input_ids=ids).logits[0].log_softmax(-1)
             with torch.no_grad(), nullcontext() if reference else model.disable_adapter():
                 theirs = (reference or model)(input_ids=ids).logits[0].log_softmax(-1)
+            name = task(doc.input_ids) if tasks else ""
             for t in range(1, len(doc.input_ids)):
                 weight, target = float(np.float32(weights[doc.is_response[t]])), doc.input_ids[t]
                 excess = (theirs[t - 1, target] - own[t - 1, target]).item()
-                found += [(excess, weight, -own[t - 1, target])] if weight else []
+                found += [(excess, -weight * own[t - 1, target], name)] if weight else []
         found.sort(key=lambda item: -item[0])
-        total = total + sum(weight * nll for _, weight, nll in found[: math.ceil(SHARE * len(found))])
-        count += len(found)
-    loss = total / (SHARE * count)
+        for place, (_, weighted, name) in enumerate(found):
+            total[name] = total.get(name, 0) + weighted * (place < math.ceil(SHARE * len(found)))
+            count[name] = count.get(name, 0) + 1
+    loss = mean_of_means(total, {name: SHARE * tokens for name, tokens in count.items()}, tasks)
     loss.backward()
     return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
 def sstoken_step(
-    model: Any, batches: Sequence[Sequence[Document]], weights: tuple[float, float], rho=0.6, gamma=0.5
+    model: Any,
+    batches: Sequence[Sequence[Document]],
+    weights: tuple[float, float],
+    rho=0.6,
+    gamma=0.5,
+    reference=None,
+    tasks=None,
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Σ λ nll over the prompt and the kept / their number; kept: of each response the ⌈ρ R⌉ with the highest scores.
 
     γ minmax(nll_reference - nll) + (1 - γ) Σ_prompt attention; by the eager attention of transformers, one by one.
+    The reference is another model, or the model without its adapter. With tasks: Σ_task t (the task's own) / Σ t.
     """
-    model.get_base_model().set_attn_implementation("eager")
-    total, count = torch.zeros((), dtype=torch.float64), 0
+    getattr(model, "get_base_model", lambda: model)().set_attn_implementation("eager")
+    total: dict[str, torch.Tensor] = {}
+    count: dict[str, float] = {}
     for doc in (doc for docs in batches for doc in docs):
         ids = torch.tensor([doc.input_ids])
         out = model(input_ids=ids, output_attentions=True)
         own, attention = out.logits[0].log_softmax(-1), out.attentions[-1][0].mean(0)
-        with torch.no_grad(), model.disable_adapter():
-            reference = model(input_ids=ids).logits[0].log_softmax(-1)
+        with torch.no_grad(), nullcontext() if reference else model.disable_adapter():
+            theirs = (reference or model)(input_ids=ids).logits[0].log_softmax(-1)
         found, scores = {}, {}
         for t in range(1, len(doc.input_ids)):
             weight, target = float(np.float32(weights[doc.is_response[t]])), doc.input_ids[t]
             found[t] = -weight * own[t - 1, target]
             if doc.is_response[t] and weight:
-                moved = (own[t - 1, target] - reference[t - 1, target]).item()
-                to_prompt = sum(attention[t, j].item() for j in range(t + 1) if not doc.is_response[j])
+                moved = (own[t - 1, target] - theirs[t - 1, target]).item()
+                to_prompt = sum(attention[t, j].item() for j in range(t + 1) if not (j and doc.is_response[j]))
                 scores[t] = (moved, to_prompt)
         low, high = (how((moved for moved, _ in scores.values()), default=0) for how in (min, max))
         final = {t: gamma * (m - low) / ((high - low) or 1) + (1 - gamma) * a for t, (m, a) in scores.items()}
         kept = sorted(final, key=lambda t: -final[t])[: math.ceil(rho * len(final))]
         kept += [t for t in found if not doc.is_response[t] and weights[0]]
-        total, count = total + sum(found[t] for t in kept), count + len(kept)
-    loss = total / count
+        name = task(doc.input_ids) if tasks else ""
+        total[name], count[name] = total.get(name, 0) + sum(found[t] for t in kept), count.get(name, 0) + len(kept)
+    loss = mean_of_means(total, count, tasks)
     loss.backward()
     return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 

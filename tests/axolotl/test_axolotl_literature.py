@@ -26,7 +26,7 @@ def test_loss_and_step_are_the_formula_s(workplace, method):
         copy = plain_copy(model)
     loss, grads = literature.step(copy, method, [run.docs], (0.2, 0.8), seed=7)
     assert run.losses[0] == pytest.approx(loss, rel=1e-5)
-    assert all_relative_error(run.taken, grads) < 1e-4
+    assert all_relative_error(run.taken, grads) < literature.ROUNDED.get(method, 1e-4)
 
 
 def test_eaft_within_wit_equals_use_eaft(workplace):

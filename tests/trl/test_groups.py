@@ -94,6 +94,30 @@ def test_loss_and_step_are_the_formula_s(tmp_path, layout, normalization, weight
     assert all_relative_error(taken, {name: before[name] - after[name].detach() for name in taken}) < 1e-4
 
 
+SELECTING = {
+    "sstoken": (literature.sstoken_step, {}),
+    "rho1": (literature.rho1_step, {"share": literature.SHARE}),
+}
+
+
+@pytest.mark.parametrize("layout", ["packed, accumulated", "unpacked"])
+@pytest.mark.parametrize("method", SELECTING)
+def test_a_task_s_mean_where_tokens_are_selected(tmp_path, method, layout):
+    """Over what is kept of it, another share of each task's; over share · N_task where that cannot be counted."""
+    step, options = SELECTING[method]
+    both = {**MFTCODER, method: options}
+    trainer, batches = trainer_of(tmp_path, prepared(rows(), both), model=literature.adapted(), **LAYOUTS[layout])
+    copy, accumulated = plain_copy(trainer.model).train(), trainer.args.gradient_accumulation_steps
+    loss, grads = step(copy, batches[:accumulated], WEIGHTS["weighted"], tasks=literature.TASKS)
+    before = weights_of(trainer)
+    trainer.args.max_steps = 1
+    trainer.add_callback(WITCallback(trainer, *WEIGHTS["weighted"], strategies=both))
+    trainer.train()
+    assert logs(trainer)[0] == pytest.approx(loss, rel=1e-5)
+    taken = {name: (before[name] - after) / LEARNING_RATE for name, after in weights_of(trainer).items()}
+    assert all_relative_error(taken, grads) < 1e-4
+
+
 def group_losses(model, docs):
     """Each task's own losses, as the log names them."""
     made = {}

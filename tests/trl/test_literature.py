@@ -2,6 +2,8 @@
 
 import literature
 import pytest
+import test_fait
+import test_tl_training
 import torch
 from support import all_relative_error, from_dataset, plain_copy
 from test_distributed import launch
@@ -97,33 +99,50 @@ def test_what_a_strategy_of_one_s_own_is_told(tmp_path, monkeypatch, method, los
 
 TWO_RANKS = """
 import json, pathlib, sys, torch
-import wit_plugins
+import test_fait, test_tl_training, wit_plugins
 from test_literature import OWN, in_order, methods
 from trlkit import logs, weights_of
 from wit_trl import WITCallback
 folder = pathlib.Path(sys.argv[1])
 for name, (plugin, *_) in OWN.items():
     wit_plugins.register(plugin, name)
+
+
+def run(trainer, method):
+    trainer.train()
+    if trainer.is_world_process_zero():
+        torch.save((logs(trainer), weights_of(trainer)), folder / f"{method}.pt")
+
+
 for method, (_, options) in methods().items():
     torch.manual_seed(0)
     trainer, _ = in_order(folder / method, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     trainer.add_callback(WITCallback(trainer, 0.2, 0.8, strategies={method: options}))
-    trainer.train()
-    if trainer.is_world_process_zero():
-        torch.save((logs(trainer)[0], weights_of(trainer)), folder / f"{method}.pt")
+    run(trainer, method)
+alone = {"per_device_train_batch_size": 1}  # each rank has one row at a time
+run(test_fait.attached(folder / "fait", gradient_accumulation_steps=4, **alone), "fait")
+run(test_tl_training.attached(folder / "tl_training", gradient_accumulation_steps=3, **alone), "tl_training")
 """
 
 
 def test_two_ranks_are_one(tmp_path, monkeypatch):
-    """Every method, in one start of the two processes."""
+    """Every method but those that compare with a reference or sort, in one start of the two processes."""
     monkeypatch.setattr(literature, "METHODS", methods())
     done = launch(tmp_path, {}, script=TWO_RANKS)
     assert done.returncode == 0, done.stderr[-9000:]
     trainer, batches = in_order(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    before = weights_of(trainer)
-    for method in literature.METHODS:
-        loss, grads = literature.step(plain_copy(trainer.model), method, batches, WEIGHTS["weighted"])
+
+    def is_one(method, trainer, loss, grads):
         logged, after = torch.load(tmp_path / f"{method}.pt")
-        assert logged == pytest.approx(loss, rel=1e-5), method
-        taken = {n: (before[n] - p) / LEARNING_RATE for n, p in after.items()}
+        assert logged == pytest.approx([loss], rel=1e-5), method
+        before, rate = weights_of(trainer), trainer.args.learning_rate
+        taken = {n: (before[n] - p) / rate for n, p in after.items()}
         assert all_relative_error(taken, grads) < 1e-4, method
+
+    for method in literature.METHODS:
+        step = literature.step(plain_copy(trainer.model), method, batches, WEIGHTS["weighted"])
+        is_one(method, trainer, *step)
+    trainer = test_fait.attached(tmp_path)
+    is_one("fait", trainer, *test_fait.expected(tmp_path, trainer.model))
+    trainer = test_tl_training.attached(tmp_path)
+    is_one("tl_training", trainer, *test_tl_training.expected(trainer))

@@ -8,7 +8,8 @@ from span_reference import from_ids
 from support import all_relative_error, document_logits, from_dataset, llama, plain_copy
 from test_trl_spans import TEMPLATE
 from tokenizers_by_kind import byte_level
-from trlkit import LEARNING_RATE, logs, sft_trainer, weights_of
+from trlkit import sft_trainer
+from weightkit import step_taken
 from wit_trl import WITCallback
 
 from wit_plugins import WITConfigError
@@ -34,19 +35,23 @@ def conversations():
     return Dataset.from_list(rows)
 
 
-@pytest.mark.parametrize(
-    "args", [{}, {"packing": True}, {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}]
-)
-@pytest.mark.parametrize("normalization", ["nonzero_tokens", "weight_sum"])
-def test_loss_and_step_are_those_of_the_text(tmp_path, args, normalization):
+def attached(tmp_path, normalization="nonzero_tokens", **args):
+    """A trainer of all conversations, weighed."""
     tokenizer = byte_level()
     tokenizer.chat_template = TEMPLATE
     model = llama(vocab_size=len(tokenizer), max_position_embeddings=512)
     settings = {"assistant_only_loss": True, "max_length": 400, **args}
     trainer = sft_trainer(tmp_path, conversations(), model, {"processing_class": tokenizer}, **settings)
+    options = {"tools": TOOLS, "call": CALL, "max_weight": 7.5}
+    trainer.add_callback(WITCallback(trainer, **WIT, strategies={"tl_training": options}, normalization=normalization))
+    return trainer
+
+
+def expected(trainer, normalization="nonzero_tokens"):
+    """Loss and gradients of one step over all conversations."""
     documents = from_dataset(trainer.train_dataset)
     weights = [
-        tl_training_weights(from_ids(tokenizer, doc.input_ids, doc.is_response), TOOLS, 0.2, 0.8, 7.5)
+        tl_training_weights(from_ids(byte_level(), doc.input_ids, doc.is_response), TOOLS, 0.2, 0.8, 7.5)
         for doc in documents
     ]
     assert max(max(own) for own in weights) == 0.8 * 7.5
@@ -60,14 +65,19 @@ def test_loss_and_step_are_those_of_the_text(tmp_path, args, normalization):
             divisor += own[t] if normalization == "weight_sum" else 1
     loss = total / divisor
     loss.backward()
-    before = weights_of(trainer)
-    options = {"tools": TOOLS, "call": CALL, "max_weight": 7.5}
-    trainer.add_callback(WITCallback(trainer, **WIT, strategies={"tl_training": options}, normalization=normalization))
-    trainer.train()
-    assert trainer.state.global_step == 1
-    taken = {name: (before[name] - after) / LEARNING_RATE for name, after in weights_of(trainer).items()}
-    assert logs(trainer)[0] == pytest.approx(loss.item(), rel=1e-5)
-    assert all_relative_error(taken, {name: p.grad for name, p in copy.named_parameters()}) < 1e-4
+    return loss.item(), {name: p.grad for name, p in copy.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "args", [{}, {"packing": True}, {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}]
+)
+@pytest.mark.parametrize("normalization", ["nonzero_tokens", "weight_sum"])
+def test_loss_and_step_are_those_of_the_text(tmp_path, args, normalization):
+    trainer = attached(tmp_path, normalization, **args)
+    loss, grads = expected(trainer, normalization)
+    logged, taken = step_taken(trainer)
+    assert logged == pytest.approx(loss, rel=1e-5)
+    assert all_relative_error(taken, grads) < 1e-4
 
 
 def test_key_tokens_of_a_call_by_hand():

@@ -1,4 +1,4 @@
-"""Rho-1 against another model's scores in a folder, through the real `SFTTrainer`, from the formula in float64.
+"""Rho-1 and ssToken against another model's scores in a folder, through `SFTTrainer`, from the formula in float64.
 
 The folder is written from float64 log-probabilities of each document on its own: nothing of what it checks.
 """
@@ -6,7 +6,7 @@ The folder is written from float64 log-probabilities of each document on its own
 import numpy as np
 import pytest
 import torch
-from literature import SHARE, adapted, rho1_step
+from literature import SHARE, adapted, rho1_step, sstoken_step
 from support import all_relative_error, from_dataset, llama, plain_copy
 from test_distributed import launch
 from test_literature import LAYOUTS, LEARNING_RATE, in_order
@@ -56,6 +56,20 @@ def test_loss_and_step_are_the_formula_s(tmp_path, args, weights, loss_impl):
     trainer.args.max_steps = 1
     strategies = {"rho1": {"share": SHARE, "reference": folder}}
     trainer.add_callback(WITCallback(trainer, *weights, strategies=strategies, loss_impl=loss_impl))
+    trainer.train()
+    taken = {n: (before[n] - p) / LEARNING_RATE for n, p in weights_of(trainer).items()}
+    assert logs(trainer)[0] == pytest.approx(loss, rel=1e-5)
+    assert all_relative_error(taken, grads) < 1e-4
+
+
+@pytest.mark.parametrize("layout", ["packed", "accumulated"])
+def test_sstoken_s_loss_and_step_are_the_formula_s(tmp_path, layout):
+    trainer, batches = in_order(tmp_path, **LAYOUTS[layout])
+    steps, folder = trainer.args.gradient_accumulation_steps, write_scores(tmp_path / "scores", trainer.train_dataset)
+    loss, grads = sstoken_step(plain_copy(trainer.model), batches[:steps], (0.2, 0.8), reference=reference())
+    before = weights_of(trainer)
+    trainer.args.max_steps = 1
+    trainer.add_callback(WITCallback(trainer, 0.2, 0.8, strategies={"sstoken": {"reference": folder}}))
     trainer.train()
     taken = {n: (before[n] - p) / LEARNING_RATE for n, p in weights_of(trainer).items()}
     assert logs(trainer)[0] == pytest.approx(loss, rel=1e-5)

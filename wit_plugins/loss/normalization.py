@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from wit_plugins.tokens.collator import CODES_KEY
-from wit_plugins.tokens.roles import IGNORE_INDEX, RESPONSE
+from wit_plugins.tokens.roles import RESPONSE
 from wit_plugins.tokens.span_bits import SPANS_KEY, inside
 from wit_plugins.tokens.transport import decode, locate
 
@@ -31,15 +31,18 @@ def denominator(codes: torch.Tensor, normalization: str, share: float | None = N
         share (`float`, *optional*): of each document's response tokens, rounded up, that will be trained on; a float64
             sum. The weights that are summed are then those of an average token, since which it will be is not known.
     """
+    return _counted(codes, normalization, share).sum()
+
+
+def _counted(codes: torch.Tensor, normalization: str, share: float | None) -> torch.Tensor:
+    """What each predicted token adds to the denominator, `[B, L - 1]`: 1 or 0 as int64, or a part in float64."""
     weights = predicted_weights(codes)
-    wide = torch.float32 if weights.device.type == "mps" else torch.float64  # MPS has no float64
-    if share is not None:
-        weights = weights.to(wide)
-        counted = (weights != 0).to(wide) if normalization == "nonzero_tokens" else weights
-        return (counted * _kept(codes, share).to(wide)).sum()
-    if normalization == "nonzero_tokens":
-        return torch.count_nonzero(weights)
-    return weights.sum(dtype=wide)
+    counted = (weights != 0).long() if normalization == "nonzero_tokens" else weights.to(_wide(codes))
+    return counted if share is None else counted * _kept(codes, share)
+
+
+def _wide(codes: torch.Tensor) -> torch.dtype:
+    return torch.float32 if codes.device.type == "mps" else torch.float64  # MPS has no float64
 
 
 def _kept(codes: torch.Tensor, share: float) -> torch.Tensor:
@@ -50,7 +53,7 @@ def _kept(codes: torch.Tensor, share: float) -> torch.Tensor:
     sizes = torch.zeros(codes.numel(), dtype=torch.int64, device=codes.device)
     sizes.index_add_(0, documents.flatten(), responding.flatten().long())
     exact = Fraction(str(share))
-    kept = -(-sizes * exact.numerator // exact.denominator) / sizes.clamp(min=1)
+    kept = -(-sizes * exact.numerator // exact.denominator).to(_wide(codes)) / sizes.clamp(min=1)
     return torch.where(responding, kept[documents], 1)
 
 
@@ -81,9 +84,10 @@ def group_denominators(
     """
     total: torch.Tensor | None = None
     for batch in batches:
-        codes, spans = batch[CODES_KEY].to(device), batch[SPANS_KEY].to(device)
-        parts = [torch.where(inside(spans, bit), codes, IGNORE_INDEX) for bit in bits]
-        own = torch.stack([denominator(part, normalization, share) for part in parts])
+        # Of whole documents: a token left out of one is in no group, and without it there would be two.
+        counted = _counted(batch[CODES_KEY].to(device), normalization, share)
+        spans = batch[SPANS_KEY].to(device)[..., 1:]
+        own = torch.stack([torch.where(inside(spans, bit), counted, 0).sum() for bit in bits])
         total = own if total is None else total + own
     assert total is not None
     return total

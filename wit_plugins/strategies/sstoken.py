@@ -3,8 +3,9 @@
 score = γ · minmax(nll of the history - nll) + (1 - γ) · attention, where the attention of a token is what its own row
 of the last layer gives to the prompt, the mean over the heads, and minmax is over one response (of all turns).
 The ⌈ρ R⌉ tokens of a response with the highest scores are kept; prompt tokens stay as they weigh. The history is the
-reference of a run, such as the model without its adapter. ρ and γ are those of the authors' code, which keeps γ = 0 for
-its first 10,000 examples; here γ is one all along.
+model without its adapter, or, with `reference`, a folder that `wit score` wrote of another model. ρ and γ are those of
+the authors' code, which keeps γ = 0 for its first 10,000 examples; here γ is one all along. Which row of the attention
+they read could not be confirmed: the one that a token is read with, or the one before it, which predicts it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from wit_plugins.config import did_you_mean
-from wit_plugins.hookspecs import hookimpl, share_kept
+from wit_plugins.hookspecs import hookimpl, reference_in, share_kept
 from wit_plugins.tokens.roles import RESPONSE
 
 if TYPE_CHECKING:
@@ -25,10 +26,11 @@ _DEFAULTS = {"rho": 0.6, "gamma": 0.5}
 
 @hookimpl
 def validate_options(options: Mapping[str, Any]) -> None:
-    """`gamma`, from 0 to 1 (0.5); `rho` (0.6) is looked at with the mark of `select_tokens`."""
+    """`gamma`, from 0 to 1 (0.5); `rho` (0.6) and `reference` are looked at with the marks of `select_tokens`."""
+    known = (*_DEFAULTS, "reference")
     for name in options:
-        if name not in _DEFAULTS:
-            raise ValueError(f"there is no option {name!r}{did_you_mean(str(name), _DEFAULTS)}")
+        if name not in known:
+            raise ValueError(f"there is no option {name!r}{did_you_mean(str(name), known)}")
     gamma = options.get("gamma", _DEFAULTS["gamma"])
     if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not 0 <= gamma <= 1:
         raise ValueError(f"gamma = {gamma!r}: is a share from 0 to 1, such as {_DEFAULTS['gamma']}")
@@ -36,6 +38,7 @@ def validate_options(options: Mapping[str, Any]) -> None:
 
 @hookimpl
 @share_kept("rho", default=_DEFAULTS["rho"], of_each_response=True)
+@reference_in("reference")
 def select_tokens(
     log_probs: torch.Tensor,
     reference_log_probs: torch.Tensor,
