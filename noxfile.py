@@ -150,9 +150,11 @@ def core(session: nox.Session) -> None:
 def trl(session: nox.Session, version: str) -> None:
     """The TRL adapter and the command at both ends of the supported range.
 
-    At the older end also what of the core depends on transformers; the rest of it has been tested by `core`.
+    At the older end also what of the core depends on transformers; the rest of it has been tested by `core`. The demo
+    and the benchmarks have one environment, the newer one.
     """
-    older = ["tests/trl", "--ignore=tests/trl/test_gpu_suite.py", *CLI_AND_TRL, *CORE_AND_TRANSFORMERS]
+    left_out = [f"--ignore=tests/trl/{name}.py" for name in ("test_gpu_suite", "test_demo", "test_method_costs")]
+    older = ["tests/trl", *left_out, *CLI_AND_TRL, *CORE_AND_TRANSFORMERS]
     paths = ["tests/trl", "tests/cli"] if version == "1.16" else older
     pytest(session, f"trl-{version}", *paths)
 

@@ -60,7 +60,7 @@ def test_the_weights_add_a_handful_of_small_messages(tmp_path):
     )
     batches = -(-HELD_OUT // (2 * BATCH))
     assert not without - weighted  # what the framework says by itself, it still says
-    # transformers counts labels once a step; 5.16 in each batch of an evaluation, too. The denominator goes beside that.
+    # transformers counts labels once a step; 5.16 in each batch of an evaluation, too. The denominator goes beside it.
     counts = without["labels counted", 0]
     assert counts in (STEPS, STEPS + batches)
     assert weighted - without == {
