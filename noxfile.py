@@ -225,7 +225,11 @@ def with_deepspeed(session: nox.Session, name: str, env: dict[str, str]) -> dict
 
 
 RANKS = {
-    "trl-1.16": ["tests/ranks/test_ranks_trl.py"],
+    "trl-1.16": [
+        "tests/ranks/test_ranks_trl.py",
+        "tests/ranks/test_ranks_context.py",
+        "tests/ranks/test_ranks_tensor.py",
+    ],
     "axolotl-0.19": ["tests/ranks/test_ranks_axolotl.py"],
     "llamafactory-0.9.5": ["tests/ranks/test_ranks_llamafactory.py"],
 }

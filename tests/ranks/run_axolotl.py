@@ -35,8 +35,9 @@ PARALLEL: dict[str, dict[str, Any]] = {
 }
 
 
-def run(workplace: Path, case: dict[str, Any], parallel: str, folder: Path) -> None:
-    ranks, accumulate = rankskit.world_size(), case.get("accumulate", 1)
+def settings(workplace: Path, case: dict[str, Any], parallel: str, ranks: int, folder: Path) -> dict[str, Any]:
+    """Axolotl's configuration of a case: all documents are one step."""
+    accumulate = case.get("accumulate", 1)
     weights = dict(zip(("prompt_weight", "response_weight"), rankskit.WEIGHTS, strict=True))
     changes: dict[str, Any] = {
         **PARALLEL[parallel],
@@ -46,9 +47,7 @@ def run(workplace: Path, case: dict[str, Any], parallel: str, folder: Path) -> N
         "micro_batch_size": UNPACKED // (ranks * accumulate),
         "gradient_accumulation_steps": accumulate,
     }
-    count = UNPACKED
     if case.get("packed"):
-        count = PACKED
         changes |= {"sample_packing": True, "micro_batch_size": 1, "sequence_len": 80, "pad_to_sequence_len": True}
         changes["gradient_accumulation_steps"] = rankskit.PACKED_ROWS // ranks
     if case.get("lora"):
@@ -56,12 +55,16 @@ def run(workplace: Path, case: dict[str, Any], parallel: str, folder: Path) -> N
     if case.get("evaluated"):
         held_out = {"path": str(workplace / "held_out.jsonl"), "ds_type": "json", "split": "train", **CHAT}
         changes |= {"test_datasets": [held_out], "eval_strategy": "epoch", "eval_batch_size": 1}
-    name = f"{'silent' if case.get('silent') else 'chat'}-{count}.jsonl"
+    name = f"{'silent' if case.get('silent') else 'chat'}-{PACKED if case.get('packed') else UNPACKED}.jsonl"
     dataset = {"path": str(workplace / name), "ds_type": "json", **CHAT}
+    return configuration(workplace, dataset, **changes)
+
+
+def run(workplace: Path, case: dict[str, Any], parallel: str, folder: Path) -> None:
     path = folder / f"rank-{os.environ['RANK']}.yaml"
-    path.write_text(yaml.safe_dump(configuration(workplace, dataset, **changes)))
+    path.write_text(yaml.safe_dump(settings(workplace, case, parallel, rankskit.world_size(), folder)))
     trainer = train(path).trainer
-    assert len(trainer.train_dataset) == count
+    assert len(trainer.train_dataset) == (PACKED if case.get("packed") else UNPACKED)
     rankskit.keep(trainer, parallel, folder)
 
 
