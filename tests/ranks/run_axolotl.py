@@ -9,8 +9,10 @@ from typing import Any
 os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"  # before Axolotl is imported: it reports to its makers otherwise
 
 import rankskit
+import torch
 import yaml
 from axokit import CHAT, configuration, train
+from axolotl.utils import distributed
 
 UNPACKED, PACKED = 8, 24  # documents
 LORA: dict[str, Any] = {
@@ -19,6 +21,7 @@ LORA: dict[str, Any] = {
     # on by default, and classes stay patched for the process
     **{f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")},
 }
+ON_NO_GPU = ["axokit.NoDeviceMap", "axokit.Recorder", "wit_axolotl.WITPlugin"]
 # How Axolotl says what `rankskit.parallel_arguments` says.
 PARALLEL: dict[str, dict[str, Any]] = {
     "ddp": {"plugins": ["axokit.UseCPU", "axokit.Recorder", "wit_axolotl.WITPlugin"]},
@@ -30,8 +33,8 @@ PARALLEL: dict[str, dict[str, Any]] = {
             "reshard_after_forward": True,
         },
     },
-    "zero2": {"deepspeed": rankskit.zero(2)},
-    "zero3": {"deepspeed": rankskit.zero(3)},
+    "zero2": {"deepspeed": rankskit.zero(2), "plugins": ON_NO_GPU},
+    "zero3": {"deepspeed": rankskit.zero(3), "plugins": ON_NO_GPU},
 }
 
 
@@ -63,6 +66,10 @@ def settings(workplace: Path, case: dict[str, Any], parallel: str, ranks: int, f
 def run(workplace: Path, case: dict[str, Any], parallel: str, folder: Path) -> None:
     path = folder / f"rank-{os.environ['RANK']}.yaml"
     path.write_text(yaml.safe_dump(settings(workplace, case, parallel, rankskit.world_size(), folder)))
+    if parallel.startswith("zero"):
+        distributed.distributed_state = None  # what it sets up once a process, and refuses to find at a second run
+        if rankskit.world_size() == 1 and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo")  # on one rank it asks for NCCL itself
     trainer = train(path).trainer
     assert len(trainer.train_dataset) == (PACKED if case.get("packed") else UNPACKED)
     rankskit.keep(trainer, parallel, folder)

@@ -68,7 +68,7 @@ def assert_step(launches: Launches, case: dict[str, Any], folder: Path) -> None:
 
 @pytest.mark.parametrize("case", list(TABLE))
 @pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_so_many_ranks_take_the_step_of_one(launches: Launches, parallel: str, ranks: int, case: str) -> None:
     assert_step(launches, *launches.of(case, parallel, ranks))
 
