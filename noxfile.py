@@ -237,10 +237,11 @@ RANKS = {
 
 @nox.session
 def ranks(session: nox.Session) -> None:
-    """DDP, FSDP2 and DeepSpeed on one, two and four CPU processes, in all three frameworks. Not a default session.
+    """Many ranks, on one, two and four CPU processes: DDP, FSDP2 and DeepSpeed in all three frameworks, and two nodes.
 
-    The cases of a launch are run one after the other, and launches with four processes are enough for a machine.
-    Arguments go to pytest: `nox -s ranks -- -k "ddp and 2-"`.
+    In TRL and plain transformers also rows that are cut over ranks and tensor parallelism. Not a default session, and a
+    long one. The cases of a launch are run one after the other, and launches with four processes are enough for a
+    machine. Arguments go to pytest: `nox -s ranks -- -k "ddp and 2-"`.
     """
     for name, paths in RANKS.items():
         binaries, env = install(session, name)
