@@ -227,7 +227,11 @@ def with_deepspeed(session: nox.Session, name: str, env: dict[str, str]) -> dict
 
 
 RANKS = {
-    "trl-1.16": ["tests/ranks/test_ranks_trl.py"],
+    "trl-1.16": [
+        "tests/ranks/test_ranks_trl.py",
+        "tests/ranks/test_ranks_context.py",
+        "tests/ranks/test_ranks_tensor.py",
+    ],
     "axolotl-0.19": ["tests/ranks/test_ranks_axolotl.py"],
     "llamafactory-0.9.5": ["tests/ranks/test_ranks_llamafactory.py"],
 }
@@ -235,10 +239,11 @@ RANKS = {
 
 @nox.session
 def ranks(session: nox.Session) -> None:
-    """DDP, FSDP2 and DeepSpeed on one, two and four CPU processes, in all three frameworks. Not a default session.
+    """Many ranks, on one, two and four CPU processes: DDP, FSDP2 and DeepSpeed in all three frameworks, and two nodes.
 
-    The cases of a launch are run one after the other, and launches with four processes are enough for a machine.
-    Arguments go to pytest: `nox -s ranks -- -k "ddp and 2-"`.
+    In TRL and plain transformers also rows that are cut over ranks and tensor parallelism. Not a default session, and a
+    long one. The cases of a launch are run one after the other, and launches with four processes are enough for a
+    machine. Arguments go to pytest: `nox -s ranks -- -k "ddp and 2-"`.
     """
     for name, paths in RANKS.items():
         binaries, env = install(session, name)

@@ -93,12 +93,16 @@ class HeadReplaced(BasePlugin):
         LlamaForCausalLM.forward = forward
 
 
-class UseCPU(BasePlugin):
-    """What Axolotl lacks on a CPU: `use_cpu`, without which transformers refuses bfloat16, and no GPU for a rank."""
+class NoDeviceMap(BasePlugin):
+    """Takes back the GPU on which Axolotl places the model of a rank."""
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         if isinstance(cfg.device_map, dict):
-            cfg.device_map = None  # Axolotl's is the GPU of this rank
+            cfg.device_map = None
+
+
+class UseCPU(NoDeviceMap):
+    """What Axolotl lacks on a CPU: `use_cpu`, without which transformers refuses bfloat16, and no GPU for a rank."""
 
     def get_training_args(self, cfg: Any) -> dict[str, Any]:
         return {"use_cpu": True}

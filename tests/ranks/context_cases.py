@@ -219,7 +219,3 @@ def check_case(case: dict[str, Any], ranks: int, parts: int, result: dict[str, A
 
 def _is_ours(key: str) -> bool:
     return key.startswith(("prompt_", "response_"))
-
-
-def _is_ours(key: str) -> bool:
-    return key.startswith(("prompt_", "response_"))

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import pytest
 import torch
 from accelerate import DistributedType, PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from support import Document, all_relative_error, llama, reference_step, role_losses, subprocess_env
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
@@ -219,24 +222,45 @@ def torchrun(script: Path, arguments: Sequence[str], ranks: int, nodes: int = 1,
     environment = subprocess_env(**variables)
     here = Path(__file__).parent
     environment["PYTHONPATH"] += "".join(f"{os.pathsep}{path}" for path in (here, here.parent / "llamafactory"))
-    own = ["--standalone"]
-    if nodes > 1:
-        own = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "ranks"]
-    launchers = []
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks // nodes}"]
+    port, commands = free_port(), []
     for node in range(nodes):
-        command = [sys.executable, "-m", "torch.distributed.run", *own, f"--nproc-per-node={ranks // nodes}"]
-        command += [f"--nnodes={nodes}", f"--node-rank={node}"] if nodes > 1 else []
-        launchers.append(
-            subprocess.Popen(
-                [*command, str(script), *arguments],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    printed = [launcher.communicate()[0] for launcher in launchers]
-    return max(abs(launcher.returncode) for launcher in launchers), "\n".join(printed)
+        own = rendezvous(node, nodes, port) if nodes > 1 else ["--standalone"]
+        commands.append([*launcher, *own, str(script), *arguments])
+    return run_together(commands, [environment] * nodes)
+
+
+def rendezvous(node: int, nodes: int, port: int) -> list[str]:
+    """torchrun's arguments for one of the nodes, as docs/scale.md has them."""
+    where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
+    return ["--nnodes", str(nodes), "--node-rank", str(node), *where]
+
+
+def run_together(commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str]]) -> tuple[int, str]:
+    """Commands that run at the same time; the largest exit code, and everything that was printed.
+
+    They print into files: who waits for one of them, and not for the others, would let those block on a full pipe.
+    """
+    with ExitStack() as stack:
+        files = [stack.enter_context(TemporaryFile("w+", errors="replace")) for _ in commands]
+        started = [
+            subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            for command, environment, file in zip(commands, environments, files, strict=True)
+        ]
+        code = max(abs(process.wait()) for process in started)
+        for file in files:
+            file.seek(0)
+        return code, "\n".join(file.read() for file in files)
+
+
+def keep_saved(out: Path, folder: Path) -> None:
+    """Write down what came of a run of a framework's own command, as `keep` does, from the files that it saved."""
+    state = json.loads(next(out.rglob("trainer_state.json")).read_text())
+    assert state["global_step"] == 1  # the micro-batches are as large as makes one step of the epoch with all ranks
+    (saved,) = (out / name for name in ("model.safetensors", "adapter_model.safetensors") if (out / name).is_file())
+    after = {re.sub(r"(lora_[AB])\.weight", r"\1.default.weight", name): p for name, p in load_file(saved).items()}
+    torch.save(after, folder / "after.pt")
+    (folder / "log.json").write_text(json.dumps(state["log_history"]))
 
 
 def free_port() -> int:

@@ -9,8 +9,10 @@ from typing import Any
 os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"  # before Axolotl is imported: it reports to its makers otherwise
 
 import rankskit
+import torch
 import yaml
 from axokit import CHAT, configuration, train
+from axolotl.utils import distributed
 
 UNPACKED, PACKED = 8, 24  # documents
 LORA: dict[str, Any] = {
@@ -19,6 +21,7 @@ LORA: dict[str, Any] = {
     # on by default, and classes stay patched for the process
     **{f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")},
 }
+ON_NO_GPU = ["axokit.NoDeviceMap", "axokit.Recorder", "wit_axolotl.WITPlugin"]
 # How Axolotl says what `rankskit.parallel_arguments` says.
 PARALLEL: dict[str, dict[str, Any]] = {
     "ddp": {"plugins": ["axokit.UseCPU", "axokit.Recorder", "wit_axolotl.WITPlugin"]},
@@ -30,13 +33,14 @@ PARALLEL: dict[str, dict[str, Any]] = {
             "reshard_after_forward": True,
         },
     },
-    "zero2": {"deepspeed": rankskit.zero(2)},
-    "zero3": {"deepspeed": rankskit.zero(3)},
+    "zero2": {"deepspeed": rankskit.zero(2), "plugins": ON_NO_GPU},
+    "zero3": {"deepspeed": rankskit.zero(3), "plugins": ON_NO_GPU},
 }
 
 
-def run(workplace: Path, case: dict[str, Any], parallel: str, folder: Path) -> None:
-    ranks, accumulate = rankskit.world_size(), case.get("accumulate", 1)
+def settings(workplace: Path, case: dict[str, Any], parallel: str, ranks: int, folder: Path) -> dict[str, Any]:
+    """Axolotl's configuration of a case: all documents are one step."""
+    accumulate = case.get("accumulate", 1)
     weights = dict(zip(("prompt_weight", "response_weight"), rankskit.WEIGHTS, strict=True))
     changes: dict[str, Any] = {
         **PARALLEL[parallel],
@@ -46,9 +50,7 @@ def run(workplace: Path, case: dict[str, Any], parallel: str, folder: Path) -> N
         "micro_batch_size": UNPACKED // (ranks * accumulate),
         "gradient_accumulation_steps": accumulate,
     }
-    count = UNPACKED
     if case.get("packed"):
-        count = PACKED
         changes |= {"sample_packing": True, "micro_batch_size": 1, "sequence_len": 80, "pad_to_sequence_len": True}
         changes["gradient_accumulation_steps"] = rankskit.PACKED_ROWS // ranks
     if case.get("lora"):
@@ -56,12 +58,20 @@ def run(workplace: Path, case: dict[str, Any], parallel: str, folder: Path) -> N
     if case.get("evaluated"):
         held_out = {"path": str(workplace / "held_out.jsonl"), "ds_type": "json", "split": "train", **CHAT}
         changes |= {"test_datasets": [held_out], "eval_strategy": "epoch", "eval_batch_size": 1}
-    name = f"{'silent' if case.get('silent') else 'chat'}-{count}.jsonl"
+    name = f"{'silent' if case.get('silent') else 'chat'}-{PACKED if case.get('packed') else UNPACKED}.jsonl"
     dataset = {"path": str(workplace / name), "ds_type": "json", **CHAT}
+    return configuration(workplace, dataset, **changes)
+
+
+def run(workplace: Path, case: dict[str, Any], parallel: str, folder: Path) -> None:
     path = folder / f"rank-{os.environ['RANK']}.yaml"
-    path.write_text(yaml.safe_dump(configuration(workplace, dataset, **changes)))
+    path.write_text(yaml.safe_dump(settings(workplace, case, parallel, rankskit.world_size(), folder)))
+    if parallel.startswith("zero"):
+        distributed.distributed_state = None  # what it sets up once a process, and refuses to find at a second run
+        if rankskit.world_size() == 1 and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo")  # on one rank it asks for NCCL itself
     trainer = train(path).trainer
-    assert len(trainer.train_dataset) == count
+    assert len(trainer.train_dataset) == (PACKED if case.get("packed") else UNPACKED)
     rankskit.keep(trainer, parallel, folder)
 
 

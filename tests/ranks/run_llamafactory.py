@@ -13,8 +13,9 @@ from wit_llamafactory import WITCallback
 DOCUMENTS = 16
 
 
-def run(workplace: Path, case: dict[str, Any], parallel: str, folder: Path) -> None:
-    ranks, accumulate = rankskit.world_size(), case.get("accumulate", 1)
+def settings(workplace: Path, case: dict[str, Any], parallel: str, ranks: int, folder: Path) -> dict[str, Any]:
+    """LLaMA-Factory's configuration of a case, without the weights: all documents are one step."""
+    accumulate = case.get("accumulate", 1)
     changes: dict[str, Any] = {
         **rankskit.parallel_arguments(parallel),
         "model_name_or_path": str(workplace / ("tied" if case.get("tied") else "model")),
@@ -32,8 +33,12 @@ def run(workplace: Path, case: dict[str, Any], parallel: str, folder: Path) -> N
         changes |= {"finetuning_type": "lora", "adapter_name_or_path": str(workplace / "adapter")}
     if case.get("evaluated"):
         changes |= {"eval_dataset": "held_out", "eval_strategy": "epoch", "per_device_eval_batch_size": 1}
+    return Place(workplace).config(**changes)
+
+
+def run(workplace: Path, case: dict[str, Any], parallel: str, folder: Path) -> None:
     weights = WITCallback(*rankskit.WEIGHTS, **case.get("wit", {}))
-    run_exp(Place(workplace).config(**changes), callbacks=[weights])
+    run_exp(settings(workplace, case, parallel, rankskit.world_size(), folder), callbacks=[weights])
     trainer: Any = weights.trainer
     assert len(trainer.train_dataset) == (rankskit.PACKED_ROWS if case.get("packed") else DOCUMENTS)
     rankskit.keep(trainer, parallel, folder)

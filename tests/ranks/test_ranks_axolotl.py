@@ -7,14 +7,29 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from pathlib import Path
+from typing import Any
 
 os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"  # before Axolotl is imported: it reports to its makers otherwise
 
 import pytest
+import yaml
 from axokit import rows
-from rankskit import CASES, HELD_OUT, RANKS, Launches, write_models
-from run_axolotl import PACKED, UNPACKED
-from support import Document
+from rankskit import (
+    CASES,
+    HELD_OUT,
+    RANKS,
+    VARIABLES,
+    Launches,
+    free_port,
+    keep_saved,
+    rendezvous,
+    run_together,
+    write_models,
+)
+from run_axolotl import PACKED, UNPACKED, settings
+from support import Document, subprocess_env
 from words import tokenizer
 
 TABLE = CASES
@@ -46,14 +61,29 @@ def documents(count: int, seed: int = 0) -> list[Document]:
     return made
 
 
-def assert_case(launches: Launches, name: str, parallel: str, ranks: int, nodes: int = 1) -> None:
-    case, folder = launches.of(name, parallel, ranks, nodes)
+def assert_step(launches: Launches, case: dict[str, Any], folder: Path) -> None:
     docs = documents(PACKED if case.get("packed") else UNPACKED)[: 1 if case.get("silent") else None]
     launches.assert_step(case, folder, docs, documents(HELD_OUT, seed=9))
 
 
 @pytest.mark.parametrize("case", list(TABLE))
 @pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_so_many_ranks_take_the_step_of_one(launches: Launches, parallel: str, ranks: int, case: str) -> None:
-    assert_case(launches, case, parallel, ranks)
+    assert_step(launches, *launches.of(case, parallel, ranks))
+
+
+@pytest.mark.parametrize("name", ["accumulated", "packed LoRA"])
+def test_two_nodes(launches: Launches, tmp_path: Path, name: str) -> None:
+    """`axolotl train` as docs/scale.md has it for two machines: two launchers, one rendezvous, a rank each."""
+    case, file = TABLE[name], tmp_path / "config.yaml"
+    changes = {"save_strategy": "epoch", "dataset_prepared_path": str(tmp_path / "prepared")}
+    file.write_text(yaml.safe_dump({**settings(launches.workplace, case, "ddp", 2, tmp_path), **changes}))
+    binaries, port = Path(sys.executable).parent, free_port()
+    environment = subprocess_env(**VARIABLES["ddp"])
+    environment["PATH"] = os.pathsep.join([str(binaries), environment["PATH"]])  # it starts torchrun by its name
+    command = [str(binaries / "axolotl"), "train", str(file), "--launcher", "torchrun", "--", "--nproc-per-node", "1"]
+    code, printed = run_together([[*command, *rendezvous(node, 2, port)] for node in (0, 1)], [environment] * 2)
+    assert code == 0, printed[-6000:]
+    keep_saved(tmp_path / "out", tmp_path)
+    assert_step(launches, case, tmp_path)

@@ -5,10 +5,15 @@ On the CPU over gloo. Not in `make test`, which has a cross-section (`tests/llam
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
-from lfkit import Doc, Place, alpaca, chatml, tokenizer
-from rankskit import CASES, HELD_OUT, RANKS, Launches, write_models
-from run_llamafactory import DOCUMENTS
+import yaml
+from lfkit import Doc, Place, alpaca, chatml, environment, tokenizer
+from rankskit import CASES, HELD_OUT, RANKS, WEIGHTS, Launches, free_port, keep_saved, run_together, write_models
+from run_llamafactory import DOCUMENTS, settings
 from support import Document
 
 TABLE = CASES
@@ -31,8 +36,7 @@ def documents(made: list[Doc]) -> list[Document]:
     return [Document(doc.input_ids, doc.is_response) for doc in made]
 
 
-def assert_case(launches: Launches, name: str, parallel: str, ranks: int, nodes: int = 1) -> None:
-    case, folder = launches.of(name, parallel, ranks, nodes)
+def assert_step(launches: Launches, case: dict[str, Any], folder: Path) -> None:
     docs = documents(chatml(DOCUMENTS))[: 1 if case.get("silent") else None]
     launches.assert_step(case, folder, docs, documents(chatml(HELD_OUT, seed=9)))
 
@@ -41,4 +45,24 @@ def assert_case(launches: Launches, name: str, parallel: str, ranks: int, nodes:
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("parallel", ["ddp", "zero2", "zero3", "fsdp2"])
 def test_so_many_ranks_take_the_step_of_one(launches: Launches, parallel: str, ranks: int, case: str) -> None:
-    assert_case(launches, case, parallel, ranks)
+    assert_step(launches, *launches.of(case, parallel, ranks))
+
+
+@pytest.mark.parametrize("name", ["accumulated", "packed LoRA"])
+def test_two_nodes(launches: Launches, tmp_path: Path, name: str) -> None:
+    """`llamafactory-wit train` as docs/scale.md has it for two machines: two launchers with a rank each."""
+    case, file = TABLE[name], tmp_path / "cfg.yaml"
+    weights = dict(zip(("prompt_weight", "response_weight"), WEIGHTS, strict=True))
+    file.write_text(yaml.safe_dump({**settings(launches.workplace, case, "ddp", 2, tmp_path), "wit": weights}))
+    command = [sys.executable, "-c", "import sys; from wit_llamafactory.command import main; sys.exit(main())"]
+    variables = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "1", "NNODES": "2"}
+    variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    nodes = [
+        environment(**variables, NODE_RANK=str(node), HF_DATASETS_CACHE=str(tmp_path / f"cache-{node}"))
+        for node in (0, 1)
+    ]
+    code, printed = run_together([[*command, "train", str(file)]] * 2, nodes)
+    assert code == 0, printed[-6000:]
+    assert "num nodes: 2, node rank: 1" in printed  # LLaMA-Factory's own launcher
+    keep_saved(tmp_path / "out", tmp_path)
+    assert_step(launches, case, tmp_path)

@@ -19,7 +19,8 @@ from transformers import TrainerCallback
 from wit_plugins.runfiles import METRICS_NAME, PROGRESS_NAME, RUN_FOLDER, STOP_NAME, SWEEP_PID, is_running, write_json
 
 _SECONDS = 0.5  # between two writings of the progress
-_LOOKS = 100  # for a request to stop, over the whole run: the ranks talk to each other at each
+# For a request to stop, over a whole run: fewer than twice as many. The ranks talk to each other at each.
+_LOOKS = 100
 
 
 class RunRecorder(TrainerCallback):
