@@ -34,8 +34,7 @@ def logged(entries, key):
     return [entry[key] for entry in entries if key in entry]
 
 
-@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
-@pytest.mark.parametrize("packed", [False, True], ids=["unpacked", "packed"])
+@pytest.mark.parametrize(("launcher", "packed"), [("accelerate", False), ("torchrun", True)])
 def test_two_processes_take_one_step(place, launcher, packed):
     """The ranks' token counts differ; loss and step are those of all documents at once."""
     settings = {"micro_batch_size": 2, "gradient_accumulation_steps": 2, "save_strategy": "epoch"}
