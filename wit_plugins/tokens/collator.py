@@ -117,26 +117,27 @@ class WeightedCollator:
         batch["labels"] = framework_labels(codes)
         batch[CODES_KEY] = codes
         if self.strategies.logged_spans:
-            bits = bits_in_batch(codes.numpy(), sent)
-            if bits is None:
-                # Examples that are alike could not be told apart by their codes, and their spans need not be alike.
-                raise WeightsNotAppliedError(
-                    f"{type(self.collator).__name__} puts the examples or their tokens into another order, so the "
-                    f"spans whose losses are logged ({', '.join(self.strategies.logged_spans.values())}) cannot be "
-                    "found in its batches; use a collator that keeps the order, such as DataCollatorForSeq2Seq (a "
-                    "sampler may sort)"
-                )
-            batch[SPANS_KEY] = torch.from_numpy(bits)
+            # Examples that are alike could not be told apart by their codes, and their spans need not be alike.
+            logged = ", ".join(self.strategies.logged_spans.values())
+            batch[SPANS_KEY] = self._beside(codes, sent, f"spans whose losses are logged ({logged})")
         if self.scores is not None:
-            bits = bits_in_batch(codes.numpy(), scored)
-            if bits is None:
-                raise WeightsNotAppliedError(
-                    f"{type(self.collator).__name__} puts the examples or their tokens into another order, so their "
-                    f"scores ({self.scores.folder}) cannot be put beside them; use a collator that keeps the order, "
-                    "such as DataCollatorForSeq2Seq (a sampler may sort)"
-                )
-            batch[SCORES_KEY] = torch.from_numpy(bits)
+            batch[SCORES_KEY] = self._beside(codes, scored, f"scores ({self.scores.folder})")
         return batch
+
+    def _beside(self, codes: torch.Tensor, sent: list[tuple[np.ndarray, np.ndarray]], what: str) -> torch.Tensor:
+        """What was said of each example's tokens, put to where their codes came out: int64 `[B, L]`.
+
+        Raises:
+            WeightsNotAppliedError: if the wrapped collator put tokens into another order.
+        """
+        found = bits_in_batch(codes.numpy(), sent)
+        if found is None:
+            raise WeightsNotAppliedError(
+                f"{type(self.collator).__name__} puts the examples or their tokens into another order, so the {what} "
+                "cannot be found in its batches; use a collator that keeps the order, such as DataCollatorForSeq2Seq "
+                "(a sampler may sort)"
+            )
+        return torch.from_numpy(found)
 
     def _exchange(
         self,

@@ -157,7 +157,7 @@ class Reversing(PaddingCollator):
 def test_another_order_stops(tmp_path):
     docs = documents(4)
     write(tmp_path, docs)
-    with pytest.raises(WeightsNotAppliedError, match="another order, so their scores"):
+    with pytest.raises(WeightsNotAppliedError, match="another order, so the scores"):
         WeightedCollator(Reversing(), strategies(tmp_path))([doc.example() for doc in docs])
 
 
