@@ -255,8 +255,8 @@ def ranks(session: nox.Session) -> None:
 def context_oldest(session: nox.Session) -> None:
     """Rows that are cut over ranks, with the oldest TRL (`ranks` has the newest). Not a default session."""
     binaries, env = install(session, "trl-1.9")
-    paths = session.posargs or ["tests/ranks/test_ranks_context.py"]
-    session.run(str(binaries / "pytest"), *paths, env=env, external=True)
+    command = [str(binaries / "pytest"), *(session.posargs or ["tests/ranks/test_ranks_context.py"])]
+    session.run(*command, env=with_deepspeed(session, "trl-1.9", env), external=True)
 
 
 @nox.session

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from peft import LoraConfig, get_peft_model
 from span_reference import expected, from_ids, span_logs, weighted_loss
 from support import (
@@ -68,14 +68,24 @@ CASES: dict[str, dict[str, Any]] = {
         "weights": (0.0, 0.8),
     },
 }
+# Under DeepSpeed each rank reads a part of it.
+STREAMED: dict[str, dict[str, Any]] = {
+    "a stream": {
+        "stream": True,
+        "trainer": "transformers",
+        "args": {"accelerator_config": {"dispatch_batches": False}},
+    },
+}
 # In each of them, a rank would train on something else than its share of the rows.
-REFUSED: dict[str, dict[str, Any]] = {
+DEALT_OUT: dict[str, dict[str, Any]] = {
     "a stream that the main process deals out": {
         "stream": True,
         "trainer": "transformers",
         "args": {"accelerator_config": {"dispatch_batches": True}},
         "error": "were given different batches.*set dispatch_batches to False",
     },
+}
+REFUSED: dict[str, dict[str, Any]] = {
     "padding-free rows": {"args": {"padding_free": True, "max_length": None}, "error": "hold several documents"},
     "padding on the left": {"trainer": "transformers", "side": "left", "error": "pad on the right"},
     "a strategy that looks at more than one token": {
@@ -96,7 +106,7 @@ def documents_of(case: dict[str, Any]) -> list[Document]:
 
 
 def model_of(case: dict[str, Any]) -> Any:
-    return llama(tie_word_embeddings=case.get("tied", False))
+    return llama(tie_word_embeddings=case.get("tied", False), num_attention_heads=4)  # four ranks have one each
 
 
 def _parameters(case: dict[str, Any], parameters: dict[str, torch.Tensor]) -> Any:
@@ -167,25 +177,47 @@ def _span_losses(model: Any, docs: list[Document], strategies: dict[str, Any], t
     return span_logs(scored, written, SPANS, ["mine"], weights if training else None)
 
 
-def launch_environment(folder: Path, ranks: int, parts: int) -> dict[str, str]:
-    """What `accelerate launch` makes of the configuration that docs/scale-context.md shows, for these sizes."""
+def launch_environment(folder: Path, way: str, ranks: int, parts: int) -> dict[str, str]:
+    """What `accelerate launch` makes of a configuration that docs/scale-context.md shows, for these sizes.
+
+    Args:
+        way (`str`): `cp_size` or `sp_size`, by which the rows are cut.
+    """
     page = (HERE.parents[1] / "docs" / "scale-context.md").read_text(encoding="utf-8")
-    block = page.split("```yaml\n")[1].split("```")[0]
-    for shown, size in (("cp_size: 4", parts), ("dp_shard_size: 2", ranks // parts), ("num_processes: 8", ranks)):
-        assert block.count(shown) == 1
-        block = block.replace(shown, f"{shown.split(':')[0]}: {size}")
+    (block,) = (b for b in (part.split("```")[0] for part in page.split("```yaml\n")[1:]) if f"_{way}: 4" in b)
+    groups = "dp_shard_size: 2" if way == "cp_size" else "dp_replicate_size: 2"
+    for line, size in {f"{way}: 4": parts, "num_processes: 8": ranks, groups: ranks // parts}.items():
+        assert block.count(line) == 1
+        block = block.replace(line, f"{line.split(':')[0]}: {size}")
     file = folder / "accelerate.yaml"
     file.write_text(block)
     arguments = launch_command_parser().parse_args(["--config_file", str(file), "run_context.py"])
-    made = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
-    return {key: value for key, value in made.items() if "FSDP" in key or "PARALLELISM" in key}
+    arguments, defaults, _ = _validate_launch_command(arguments)
+    if way == "sp_size":
+        arguments.main_process_port = 0  # any
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    made = prepare_multi_gpu_env(arguments) if way == "cp_size" else prepare_deepspeed_cmd_env(arguments)[1]
+    return {key: value for key, value in made.items() if any(word in key for word in ("FSDP", "PARALLELISM", "SPEED"))}
 
 
-def launch(folder: Path, ranks: int, parts: int, device: str, cases: dict[str, dict[str, Any]]) -> str:
-    """Train all cases on so many ranks, rows cut over `parts` of them; what was printed."""
+def launch(
+    folder: Path,
+    ranks: int,
+    parts: int,
+    device: str,
+    cases: dict[str, dict[str, Any]],
+    way: str = "cp_size",
+    **given: str,
+) -> str:
+    """Train all cases on so many ranks, rows cut over `parts` of them; what was printed.
+
+    Args:
+        way (`str`): `cp_size` or `sp_size`, by which the rows are cut.
+        given (`str`): more environment variables.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += [str(HERE / "run_context.py"), str(folder), str(parts), device, json.dumps(list(cases.values()))]
-    environment = subprocess_env(**launch_environment(folder, ranks, parts))
+    environment = subprocess_env(**launch_environment(folder, way, ranks, parts), **given)
     environment["PYTHONPATH"] += os.pathsep + str(HERE)
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     return done.stdout + done.stderr
@@ -194,13 +226,13 @@ def launch(folder: Path, ranks: int, parts: int, device: str, cases: dict[str, d
 def check_case(case: dict[str, Any], ranks: int, parts: int, result: dict[str, Any], saved: dict[str, Any]) -> None:
     """That rows were cut, and that what came of them is what comes of whole ones."""
     rows = max(len(doc.input_ids) for doc in documents_of(case))
-    share = math.ceil(rows / (2 * parts)) * 2
-    assert max(result["lengths"]["training"]) == share < rows
-    assert result["sharded"]
-    assert result["mesh"]["cp"] == parts
-    assert math.prod(result["mesh"].values()) == ranks
-    if result["rings"] is not None:
-        assert min(result["rings"].values()) > 0
+    pieces = 2 if result["way"] == "cp_size" else 1  # of a row, that each rank has
+    assert max(result["lengths"]["training"]) == math.ceil(rows / (pieces * parts)) * pieces < rows
+    if result["mesh"] is not None:
+        assert result["mesh"]["cp"] == parts
+        assert math.prod(result["mesh"].values()) == ranks
+    if result["exchanges"] is not None:
+        assert min(result["exchanges"].values()) > 0
     assert result["chosen"] == ("logits" if case.get("settings", {}).get("loss_impl") == "logits" else "fused")
 
     loss, grads, logged = expected_step(case, saved["before"])

@@ -174,8 +174,8 @@ def keep(trainer: Any, parallel: str, folder: Path) -> None:
 
 def full_parameters(trainer: Any, parallel: str) -> dict[str, torch.Tensor]:
     """The trained parameters as one process would have them, after making sure that they are sharded as they should."""
-    kinds = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
-    assert trainer.accelerator.distributed_type.name == kinds[parallel]
+    kinds = {"ddp": "MULTI_CPU", "fsdp2": "FSDP"}
+    assert trainer.accelerator.distributed_type.name == kinds.get(parallel, "DEEPSPEED")
     wrapped, several = trainer.model_wrapped, trainer.accelerator.num_processes > 1
     if parallel == "fsdp2":
         for module in wrapped.modules():

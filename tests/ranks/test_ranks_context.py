@@ -1,7 +1,8 @@
-"""Rows that are cut over two and four ranks (`cp_size`): the step is that of one process that has them whole.
+"""Rows that are cut over two and four ranks: the step is that of one process that has them whole.
 
-torch's context parallelism with FSDP2, in TRL and in plain transformers, on CPU processes over gloo: see `ring_on_cpu`
-for what of it a CPU lacks. Losses, gradients and logs are compared with the formula in float64, one document at a time.
+torch's context parallelism with FSDP2 (`cp_size`) and DeepSpeed's sequence parallelism with ZeRO (`sp_size`), in TRL
+and in plain transformers, on CPU processes over gloo: see `ring_on_cpu` and `ulysses_on_cpu` for what a CPU lacks.
+Losses, gradients and logs are compared with the formula in float64, one document at a time.
 """
 
 from __future__ import annotations
@@ -13,9 +14,19 @@ from typing import Any
 
 import pytest
 import torch
-from context_cases import CASES, REFUSED, check_case, documents_of, launch
+from context_cases import CASES, DEALT_OUT, REFUSED, STREAMED, check_case, documents_of, launch
+from rankskit import VARIABLES
 
-LAYOUTS = {"two": (2, 2), "four": (4, 4), "two, of two rows": (4, 2)}  # ranks, over how many of them a row is cut
+# By what rows are cut, the stage of ZeRO, ranks, over how many of them a row is cut.
+LAYOUTS = {
+    "cp2": ("cp_size", 0, 2, 2),
+    "cp4": ("cp_size", 0, 4, 4),
+    "cp2x2": ("cp_size", 0, 4, 2),
+    "sp2": ("sp_size", 3, 2, 2),
+    "sp4": ("sp_size", 2, 4, 4),
+    "sp2x2": ("sp_size", 1, 4, 2),
+}
+REFUSING = {"cp2": {**REFUSED, **DEALT_OUT}, "sp2": REFUSED}
 
 
 @pytest.fixture(scope="module")
@@ -26,30 +37,36 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def of(layout: str) -> Path:
         if layout not in folders:
             folder = tmp_path_factory.mktemp("context")
-            output = launch(folder, *LAYOUTS[layout], "cpu", {**CASES, **(REFUSED if layout == "two" else {})})
-            (folder / "output").write_text(output)
+            way, stage, ranks, parts = LAYOUTS[layout]
+            given = VARIABLES["zero2"] | {"WIT_TEST_STAGE": str(stage)} if way == "sp_size" else {}
+            cases = {**cases_of(layout), **REFUSING.get(layout, {})}
+            (folder / "output").write_text(launch(folder, ranks, parts, "cpu", cases, way, **given))
             folders[layout] = folder
         return folders[layout]
 
     return of
 
 
-@pytest.mark.parametrize("case", list(CASES))
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+def cases_of(layout: str) -> dict[str, dict[str, Any]]:
+    return {**CASES, **(STREAMED if layout.startswith("sp") else {})}
+
+
+@pytest.mark.parametrize(("layout", "case"), [(layout, case) for layout in LAYOUTS for case in cases_of(layout)])
 def test_cut_rows_take_the_step_of_whole_ones(launched: Any, layout: str, case: str) -> None:
-    folder, index = launched(layout), list(CASES).index(case)
+    cases, folder = cases_of(layout), launched(layout)
+    index = list(cases).index(case)
     result = folder / f"case-{index}.json"
     assert result.is_file(), (folder / "output").read_text()[-6000:]
-    ranks, parts = LAYOUTS[layout]
-    check_case(CASES[case], ranks, parts, json.loads(result.read_text()), torch.load(folder / f"case-{index}.pt"))
+    _, _, ranks, parts = LAYOUTS[layout]
+    check_case(cases[case], ranks, parts, json.loads(result.read_text()), torch.load(folder / f"case-{index}.pt"))
 
 
-@pytest.mark.parametrize("case", list(REFUSED))
-def test_what_would_not_be_that_step_stops_before_it(launched: Any, case: str) -> None:
-    folder, index = launched("two"), [*CASES, *REFUSED].index(case)
+@pytest.mark.parametrize(("layout", "case"), [(layout, case) for layout in REFUSING for case in REFUSING[layout]])
+def test_what_would_not_be_that_step_stops_before_it(launched: Any, layout: str, case: str) -> None:
+    folder, index = launched(layout), [*cases_of(layout), *REFUSING[layout]].index(case)
     result = folder / f"case-{index}.json"
     assert result.is_file(), (folder / "output").read_text()[-6000:]
-    assert re.search(REFUSED[case]["error"], json.loads(result.read_text())["error"])
+    assert re.search(REFUSING[layout][case]["error"], json.loads(result.read_text())["error"])
 
 
 @pytest.mark.parametrize("parts", [2, 4])

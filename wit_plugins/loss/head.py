@@ -178,7 +178,8 @@ class WeightedHead:
         if labels is None or step.num_items is None:
             missing = "shift_labels" if labels is None else "num_items_in_batch"
             raise WeightsNotAppliedError(
-                f"the trainer has cut its rows over ranks and calls the model without {missing}; set cp_size to 1"
+                f"the trainer has cut its rows over ranks and calls the model without {missing}; set cp_size "
+                "and sp_size to 1"
             )
         return labels
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from wit_plugins.tokens.collator import CODES_KEY
-from wit_plugins.tokens.roles import RESPONSE
+from wit_plugins.tokens.roles import IGNORE_INDEX, RESPONSE
 from wit_plugins.tokens.span_bits import SPANS_KEY, inside
 from wit_plugins.tokens.transport import decode, locate
 
@@ -58,14 +58,28 @@ def _kept(codes: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def step_denominator(
-    batches: Iterable[Any], normalization: str, device: torch.device, share: float | None = None
+    batches: Iterable[Any],
+    normalization: str,
+    device: torch.device,
+    share: float | None = None,
+    shifted: bool = False,
 ) -> torch.Tensor | None:
-    """Sum of the micro-batches' denominators on this rank, or `None` if any of them carries no weights."""
+    """Sum of the micro-batches' denominators on this rank, or `None` if any of them carries no weights.
+
+    Args:
+        batches: the step's micro-batches on this rank.
+        normalization (`str`), share (`float`, *optional*): as for [`denominator`].
+        device (`torch.device`): where it is counted.
+        shifted (`bool`): whether the codes stand where their tokens are predicted already (rows that are cut).
+    """
     total: torch.Tensor | None = None
     for batch in batches:
         if CODES_KEY not in batch:
             return None
-        own = denominator(batch[CODES_KEY].to(device), normalization, share)
+        codes = batch[CODES_KEY].to(device)
+        if shifted:
+            codes = torch.nn.functional.pad(codes, (1, 0), value=IGNORE_INDEX)
+        own = denominator(codes, normalization, share)
         total = own if total is None else total + own
     return total
 

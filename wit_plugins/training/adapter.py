@@ -39,7 +39,8 @@ class TrainerAdapter:
         cuts_documents (`bool`): whether rows begin and end anywhere in a document.
         cuts_beginnings (`bool`): whether a document may have lost its first tokens, which say what its labels were
             prepared with; [`check_data`] then makes sure that they were.
-        context_parallel (`bool`): whether weights were shown to be exact when rows are cut over ranks (`cp_size`).
+        context_parallel (`bool`): whether weights were shown to be exact when rows are cut over ranks (`cp_size`,
+            `sp_size`).
         response_metrics (`bool`): whether the trainer reads token accuracy and entropy off the model's output.
         masking_hint (`str`): how a user of this framework masks the prompt.
     """

@@ -29,9 +29,9 @@ from wit_plugins.tokens.transport import MAX_VOCAB_SIZE
 from wit_plugins.training.adapter import TrainerAdapter
 from wit_plugins.training.attachment import ATTRIBUTE, Attachment, unwrapped
 from wit_plugins.training.changes import Changes
-from wit_plugins.training.context import check_parallelism
 from wit_plugins.training.group_losses import check_evaluates
 from wit_plugins.training.metrics import RoleMetrics
+from wit_plugins.training.parallelism import check_parallelism
 from wit_plugins.training.trainer import WeightedTrainerMixin
 
 if TYPE_CHECKING:

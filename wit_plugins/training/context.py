@@ -11,22 +11,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import transformers
-from packaging.version import Version
 
-from wit_plugins.active import ActiveStrategies
 from wit_plugins.errors import WeightsNotAppliedError, WITConfigError
 from wit_plugins.tokens.collator import CODES_KEY
 from wit_plugins.tokens.roles import IGNORE_INDEX
 from wit_plugins.tokens.span_bits import SPANS_KEY
 from wit_plugins.tokens.transport import locate
-from wit_plugins.training.adapter import TrainerAdapter
-
-if TYPE_CHECKING:
-    from transformers import Trainer
 
 # What rows are lengthened with, by name; nothing sees it, since it comes last and attention is causal.
 _FILLING = {
@@ -37,7 +30,6 @@ _FILLING = {
     CODES_KEY: IGNORE_INDEX,
     SPANS_KEY: 0,
 }
-_SINCE = Version("5.16")  # of transformers: what is shown to be exact
 _EXPECTED = ("buffers", "buffer_seq_dims", "no_restore_buffers")
 
 
@@ -47,66 +39,23 @@ def cp_size(accelerator: Any) -> int:
     return 1 if parallelism is None else parallelism.cp_size
 
 
-def check_parallelism(trainer: Trainer, adapter: TrainerAdapter, strategies: ActiveStrategies, model: Any) -> None:
-    """Refuse sharded sequences wherever the loss would not be that of the whole rows, or nobody has shown that it is.
-
-    Args:
-        trainer (`transformers.Trainer`): before weights are attached.
-        adapter ([`TrainerAdapter`]): its framework's.
-        strategies ([`ActiveStrategies`]): of the run.
-        model (`nn.Module`): the unwrapped causal language model.
-
-    Raises:
-        WITConfigError: saying which setting it is, and the way out.
-    """
-    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
-    if parallelism is None:
-        return
-    if getattr(parallelism, "sp_enabled", False):
-        raise WITConfigError(
-            f"sp_size = {parallelism.sp_size}: DeepSpeed's sequence parallelism is not supported: its data loader cuts "
-            "the rows, and takes the labels out, before the step's denominator is counted, and transformers then "
-            "averages micro-batches one by one; set sp_size to 1 (cp_size, with FSDP2, is supported)"
-        )
-    size = cp_size(trainer.accelerator)
-    if size == 1:
-        return
-    reason = None
-    if not adapter.context_parallel:
-        reason = f"it is not shown to be exact with {adapter.framework}"
-    elif Version(transformers.__version__) < _SINCE or parallelism.cp_backend != "torch":
-        reason = f"only torch's, as transformers prepares it since {_SINCE}, is supported; upgrade transformers"
-    elif not trainer.accelerator.is_fsdp2:
-        reason = "it needs FSDP2, which sums the gradients of the ranks that share a row"
-    elif parallelism.tp_enabled:
-        reason = f"it is not shown to be exact together with tp_size = {parallelism.tp_size}"
-    elif across := strategies.across_tokens:
-        reason = f"strategies: {', '.join(across)} looks at more than one token at a time, and no rank has a whole row"
-    elif strategies.groups:
-        reason = "the denominators of groups are not shown to be exact with it"
-    elif getattr(model.config.get_text_config(), "output_router_logits", False):
-        reason = "the auxiliary loss of a mixture of experts would be each rank's own; set output_router_logits=False"
-    if reason is not None:
-        raise WITConfigError(f"cp_size = {size}: context parallelism is refused: {reason}, or set cp_size to 1")
-
-
-def lengthen_and_shift(inputs: MutableMapping[str, Any], parts: int) -> int:
+def lengthen_and_shift(inputs: MutableMapping[str, Any], multiple: int, setting: str) -> int:
     """Make a batch ready to be cut: rows of a length that can be, the codes where their tokens are predicted.
 
     Args:
         inputs (`MutableMapping`): a micro-batch, `[B, L]` each; changed.
-        parts (`int`): over how many ranks the rows are to be cut.
+        multiple (`int`): what the rows' length must be a multiple of.
+        setting (`str`): by which they are cut, `cp_size` or `sp_size`.
 
     Returns:
-        The length of a rank's share of each row.
+        The length of the rows.
 
     Raises:
         WITConfigError: if the rows cannot be cut without changing what the model computes.
     """
-    _check_rows(inputs)
+    _check_rows(inputs, setting)
     length = inputs[CODES_KEY].shape[1]
-    # torch gives each rank two pieces, so that all have as much to attend to.
-    missing = -length % (2 * parts)
+    missing = -length % multiple
     if missing:
         for name, filling in _FILLING.items():
             if name in inputs and inputs[name].dim() == 2:
@@ -114,17 +63,17 @@ def lengthen_and_shift(inputs: MutableMapping[str, Any], parts: int) -> int:
     for name in (CODES_KEY, SPANS_KEY):
         if name in inputs:
             inputs[name] = torch.nn.functional.pad(inputs[name][:, 1:], (0, 1), value=_FILLING[name])
-    return (length + missing) // parts
+    return length + missing
 
 
-def _check_rows(inputs: MutableMapping[str, Any]) -> None:
+def _check_rows(inputs: MutableMapping[str, Any], setting: str) -> None:
     if "shift_labels" in inputs:
         raise WITConfigError(
-            "the collator has shifted the labels already, as for rows without padding; with context parallelism "
+            f"the collator has shifted the labels already, as for rows without padding; with {setting} above 1 "
             "documents need rows of their own"
         )
     ends = locate(inputs[CODES_KEY])[0].amax(dim=1)
-    # Context parallelism drops the mask and is causal: what comes first in a row is seen by all that follows.
+    # Rows are cut without their mask, and attention is causal: what comes first in a row is seen by all that follows.
     several = torch.diff(ends, prepend=ends.new_full((1,), -1)) > 1
     mask = inputs.get("attention_mask")
     late = torch.zeros_like(several) if mask is None or mask.dim() != 2 else (mask[:, 1:] > mask[:, :-1]).any(dim=1)
@@ -132,12 +81,13 @@ def _check_rows(inputs: MutableMapping[str, Any]) -> None:
         return
     if bool(several.any()):
         raise WITConfigError(
-            "context parallelism lets all tokens of a row attend to those before them, and there are rows that hold "
-            "several documents; switch packing and padding-free batches off, or set cp_size to 1"
+            f"rows that are cut over ranks ({setting}) let all their tokens attend to those before them, and there are "
+            f"rows that hold several documents; switch packing and padding-free batches off, or set {setting} to 1"
         )
     raise WITConfigError(
-        "context parallelism drops the attention mask, and there are rows with padding in front of tokens, which "
-        "would attend to it; pad on the right (tokenizer.padding_side = 'right'), or set cp_size to 1"
+        f"rows that are cut over ranks ({setting}) lose their attention mask, and there are rows with padding in front "
+        "of tokens, which would attend to it; pad on the right (tokenizer.padding_side = 'right'), or set "
+        f"{setting} to 1"
     )
 
 

@@ -28,6 +28,7 @@ from wit_plugins.training.attachment import Attachment, unwrapped
 from wit_plugins.training.context import check_same_batch, cp_size, cut_too, lengthen_and_shift
 from wit_plugins.training.group_losses import group_weights, weighed_groups
 from wit_plugins.training.recorder import RunRecorder, recorder
+from wit_plugins.training.sequence import ShiftingCollator, is_cut, outputs_of, share_of_loss, sp_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
@@ -55,6 +56,14 @@ class WeightedTrainerMixin(_Base):
         wit.verified = False
         return model
 
+    def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own; where DeepSpeed is to cut its rows, with codes that are shifted before."""
+        parts = sp_size(self.accelerator)
+        if parts == 1:
+            return super().get_train_dataloader(*args, **kwargs)
+        with self._collator(ShiftingCollator(self.data_collator, parts)):
+            return super().get_train_dataloader(*args, **kwargs)
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own: a step's micro-batches. Bad examples are named; a stream's first ones are looked at."""
         with self._bad_examples_of(self.train_dataset, "training"):
@@ -81,8 +90,9 @@ class WeightedTrainerMixin(_Base):
         """The whole step's denominator: all micro-batches, all ranks."""
         counted = super()._get_num_items_in_batch(batch_samples, device)
         share = self._wit.head.strategies.share_of_responses
-        total = step_denominator(batch_samples, self._wit.config.normalization, device, share)
-        if counted is None or total is None:
+        cut = bool(batch_samples) and all(is_cut(batch) for batch in batch_samples)
+        total = step_denominator(batch_samples, self._wit.config.normalization, device, share, shifted=cut)
+        if (counted is None and not cut) or total is None:
             return counted
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             total = self.accelerator.gather(total).sum() / self._ranks_of_a_batch()
@@ -126,8 +136,9 @@ class WeightedTrainerMixin(_Base):
             if num_items_in_batch is None:
                 raise WeightsNotAppliedError("the trainer counts no denominator, so groups have none; take them out")
             step.group_factors = wit.group_factors
-        step.shifted = wit.cut_to is not None
-        if step.shifted and inputs[CODES_KEY].shape[1] != wit.cut_to:
+        parts = sp_size(self.accelerator) if training else 1  # DeepSpeed leaves the rows of an evaluation whole
+        step.shifted = wit.cut_to is not None or parts > 1
+        if wit.cut_to is not None and inputs[CODES_KEY].shape[1] != wit.cut_to:
             raise WeightsNotAppliedError(
                 f"cp_size = {cp_size(self.accelerator)}: rows of {inputs[CODES_KEY].shape[1]} tokens reach the model "
                 f"where {wit.cut_to} are this rank's share, so they were not cut; set cp_size to 1"
@@ -135,9 +146,10 @@ class WeightedTrainerMixin(_Base):
         if num_items_in_batch is not None:  # else the trainer averages whole losses, as it does without weights
             step.aux_loss_scale = self._aux_loss_scale(training) / self._loss_scale()
         try:
-            loss = super().compute_loss(
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
-            )
+            with outputs_of(model if parts > 1 else None) as outputs:
+                loss = super().compute_loss(
+                    model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
+                )
         except (TypeError, AttributeError) as error:
             if step.result is None or wit.head.chosen != "fused" or not _reads_logits(error):
                 raise
@@ -155,7 +167,14 @@ class WeightedTrainerMixin(_Base):
         if training and not wit.verified:
             self._verify_synchronised(model)
             self.accelerator.print(f"WIT loss: {wit.head.chosen}")
+        if parts > 1:
+            seen, *rest = loss if isinstance(loss, tuple) else (loss,)
+            labels, own = inputs["shift_labels"], outputs[-1]["loss"]
+            seen = share_of_loss(own, seen, labels, model, self.accelerator, parts, not wit.verified)
+            loss = (seen, *rest) if rest else seen
+        elif training and not wit.verified:
             self._verify(loss[0] if isinstance(loss, tuple) else loss, step)
+        if training:
             wit.verified = True
         if training:
             wit.training.add(step.result)
@@ -173,7 +192,8 @@ class WeightedTrainerMixin(_Base):
             return super()._prepare_context_parallel_inputs(model, inputs)
         if not self._wit.verified:
             check_same_batch(inputs[CODES_KEY], self.accelerator, parts)
-        cut_to = lengthen_and_shift(inputs, parts)
+        # torch gives each rank two pieces, so that all have as much to attend to.
+        cut_to = lengthen_and_shift(inputs, 2 * parts, "cp_size") // parts
         context, inputs = super()._prepare_context_parallel_inputs(model, inputs)
         context = cut_too(context, inputs, self.accelerator)
         self._wit.cut_to = cut_to
@@ -249,12 +269,19 @@ class WeightedTrainerMixin(_Base):
         if not (generation and getattr(self.args, "predict_with_generate", False)):
             yield  # and nothing is set back: Axolotl exchanges the collator itself
             return
-        collator: Any = self.data_collator
-        self.data_collator = collator.collator
+        own: Any = self.data_collator
+        with self._collator(own.collator):
+            yield
+
+    @contextmanager
+    def _collator(self, collator: Any) -> Iterator[None]:
+        """Have a data loader made with another collator."""
+        own = self.data_collator
+        self.data_collator = collator
         try:
             yield
         finally:
-            self.data_collator = collator
+            self.data_collator = own
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own loop; its metrics gain the roles' losses under its prefix."""

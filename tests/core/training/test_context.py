@@ -1,6 +1,7 @@
 """Rows that are cut over ranks, as far as one process shows it; `tests/ranks` has the ranks."""
 
 import functools
+import importlib.metadata
 from types import SimpleNamespace
 
 import pytest
@@ -15,9 +16,11 @@ from wit_plugins import WeightsNotAppliedError, WITConfigError, attach
 from wit_plugins.active import ActiveStrategies
 from wit_plugins.linear_cross_entropy import Head
 from wit_plugins.loss.weighted import MicroBatch
-from wit_plugins.training import context
+from wit_plugins.training import parallelism
 from wit_plugins.training.adapter import TrainerAdapter
-from wit_plugins.training.context import check_parallelism, cut_too, lengthen_and_shift
+from wit_plugins.training.context import cut_too, lengthen_and_shift
+from wit_plugins.training.parallelism import check_parallelism
+from wit_plugins.training.sequence import share_of_loss
 
 FILLING = {"input_ids": 0, "labels": -100, "attention_mask": 0, "weighted_labels": -100}
 WIT = {"prompt_weight": 0.2, "response_weight": 0.8}
@@ -50,7 +53,7 @@ def test_the_shares_of_the_ranks_add_up_to_whole_rows(batch, parts):
     expected = MicroBatch(whole, ActiveStrategies({"wit": WIT}), **options).from_hidden(hidden, head)
     gradient = torch.autograd.grad(expected.loss, hidden)[0]
 
-    share = lengthen_and_shift(batch, parts)
+    share = lengthen_and_shift(batch, 2 * parts, "cp_size") // parts
     missing = batch["weighted_labels"].shape[1] - whole.shape[1]
     assert share * parts == batch["weighted_labels"].shape[1] == batch["input_ids"].shape[1]
     assert missing < 2 * parts
@@ -71,7 +74,7 @@ def test_what_is_put_behind_a_row_is_no_token(batch):
     length = batch["input_ids"].shape[1]
     missing = -length % 14
     assert missing
-    assert lengthen_and_shift(batch, 7) * 7 == length + missing
+    assert lengthen_and_shift(batch, 14, "cp_size") == length + missing
     assert (batch["labels"][:, length:] == -100).all()
     assert (batch["weighted_labels"][:, length - 1 :] == -100).all()
     assert not batch["attention_mask"][:, length:].any()
@@ -91,7 +94,7 @@ def test_what_is_put_behind_a_row_is_no_token(batch):
 )
 def test_rows_that_cannot_be_cut_are_refused(batch, change, message):
     with pytest.raises(WITConfigError, match=message):
-        lengthen_and_shift(change(dict(batch)), 2)
+        lengthen_and_shift(change(dict(batch)), 4, "cp_size")
 
 
 class Accelerator:
@@ -140,9 +143,14 @@ class Elsewhere(TrainerAdapter):
 @pytest.mark.parametrize(
     ("sizes", "changes", "message"),
     [
-        ({"sp_size": 2}, {}, r"sp_size = 2: DeepSpeed's sequence parallelism.*set sp_size to 1 \(cp_size, with FSDP2"),
         ({"cp_size": 2}, {"adapter": Elsewhere()}, r"cp_size = 2: .*not shown to be exact with Elsewhere 1.0"),
+        ({"sp_size": 2}, {"adapter": Elsewhere()}, r"sp_size = 2: .*not shown to be exact with Elsewhere 1.0"),
         ({"cp_size": 2}, {"fsdp2": False}, r"cp_size = 2: .*it needs FSDP2.*set cp_size to 1"),
+        ({"sp_size": 2}, {"type": "FSDP"}, r"sp_size = 2: .*it needs DeepSpeed.*set sp_size to 1"),
+        ({"sp_size": 2}, {"deepspeed": "0.18.1"}, r"exact with DeepSpeed 0.18.2 to 0.19.8, and this is 0.18.1"),
+        ({"sp_size": 2}, {"deepspeed": "0.20.0"}, r"exact with DeepSpeed 0.18.2 to 0.19.8, and this is 0.20.0"),
+        ({"sp_size": 2}, {"zero": {"stage": 0}}, r"zero_optimization.stage = 0: .*exact with stages 1, 2 and 3"),
+        ({"sp_size": 2}, {"zero": {"stage": 3, "reduce_scatter": False}}, r"reduce_scatter = False: .*set it to True"),
         ({"cp_size": 2, "tp_size": 2}, {}, r"cp_size = 2: .*not shown to be exact together with tp_size = 2"),
         (
             {"cp_size": 2},
@@ -150,21 +158,29 @@ class Elsewhere(TrainerAdapter):
             r"strategies: masked_thought looks at",
         ),
         (
-            {"cp_size": 2},
+            {"sp_size": 2},
             {"strategies": {"rho1": {"share": 0.5}, "dft": {}}},
             r"strategies: rho1 looks at more than one token",
         ),
         ({"cp_size": 2}, {"model": mixtral}, r"the auxiliary loss of a mixture of experts.*output_router_logits=False"),
         ({"cp_size": 2}, {"since": "99.0"}, r"only torch's, as transformers prepares it since 99.0, is"),
         ({"cp_size": 2}, {"strategies": {"dft": {}, "eaft": {}}}, None),
+        ({"sp_size": 2}, {"strategies": {"dft": {}, "eaft": {}}}, None),
+        ({"sp_size": 2}, {"zero": {"stage": 2, "reduce_scatter": False}, "deepspeed": "0.18.2"}, None),
         ({}, {"strategies": {"rho1": {"share": 0.5}}, "fsdp2": False}, None),
     ],
-    ids=["sp", "framework", "DDP", "tp", "inputs", "selection", "experts", "transformers", "taken", "off"],
 )
 def test_what_is_refused_with_cut_rows(monkeypatch, sizes, changes, message):
-    accelerator = SimpleNamespace(parallelism_config=ParallelismConfig(**sizes), is_fsdp2=changes.get("fsdp2", True))
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": changes.get("zero", {"stage": 3})})
+    accelerator = SimpleNamespace(
+        parallelism_config=ParallelismConfig(**sizes),
+        is_fsdp2=changes.get("fsdp2", True),
+        distributed_type=SimpleNamespace(name=changes.get("type", "DEEPSPEED")),
+        state=SimpleNamespace(deepspeed_plugin=plugin),
+    )
     trainer = SimpleNamespace(accelerator=accelerator)
-    monkeypatch.setattr(context, "_SINCE", Version(changes.get("since", "5.16")))
+    monkeypatch.setattr(parallelism, "_SINCE", Version(changes.get("since", "5.16")))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: changes.get("deepspeed", "0.19.8"))
     adapter, model = changes.get("adapter", TrainerAdapter()), changes.get("model", llama)()
     strategies = ActiveStrategies({"wit": WIT, **changes.get("strategies", {})})
     if message is None:
@@ -172,3 +188,38 @@ def test_what_is_refused_with_cut_rows(monkeypatch, sizes, changes, message):
         return
     with pytest.raises(WITConfigError, match=message):
         check_parallelism(trainer, adapter, strategies, model)
+
+
+class Ranks:
+    """accelerate on four ranks, seen from one: what the others would give is given."""
+
+    num_processes = 4
+
+    def __init__(self, rank, of_all):
+        self.process_index, self.of_all = rank, of_all
+
+    def gather(self, own):
+        rows = torch.tensor(self.of_all, dtype=own.dtype)
+        rows[self.process_index] = own[0]
+        return rows
+
+
+@pytest.mark.parametrize(("stage", "divisor"), [(1, 2), (2, 2), (3, 4)])
+def test_the_gradient_makes_up_for_what_deepspeed_divides_by_and_the_value_for_the_mean_of_the_log(stage, divisor):
+    """Two groups of two ranks. DeepSpeed divides by 4 / 2 under stages 1 and 2, by 4 under stage 3."""
+    own = torch.tensor(0.25, requires_grad=True)
+    engine = SimpleNamespace(zero_optimization_stage=lambda: stage)
+    loss = share_of_loss(own, torch.tensor(9.0), torch.zeros(1, 3), engine, Ranks(0, []), 2, False)
+    assert loss.item() == 4 * 0.25
+    loss.backward()
+    assert own.grad.item() == divisor
+
+
+def test_a_loss_that_the_trainer_has_not_made_of_the_ranks_losses_stops_the_run():
+    """transformers' mean over the tokens with a label: (0.5·2 + 0.25·1) / 3 in the second group, which rank 3 is in."""
+    of_all = [[9.0, 9.0], [9.0, 9.0], [0.5 * 2, 2.0], [0.0, 0.0]]
+    own, labels = torch.tensor(0.25), torch.tensor([[7, -100, -100]])
+    engine = SimpleNamespace(zero_optimization_stage=lambda: 2)
+    share_of_loss(own, torch.tensor(1.25 / 3), labels, engine, Ranks(3, of_all), 2, True)
+    with pytest.raises(WeightsNotAppliedError, match=r"sp_size = 2: the trainer makes a loss of 0.5 of.*0.416667"):
+        share_of_loss(own, torch.tensor(0.5), labels, engine, Ranks(3, of_all), 2, True)
