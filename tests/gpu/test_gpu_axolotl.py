@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 
-pytest.importorskip("axolotl.integrations.base", reason="Axolotl is not installed")
+pytest.importorskip("axolotl.integrations.base", reason="Axolotl is not installed", exc_type=ImportError)
 from axokit import Recorder, Workplace
 from axolotl.integrations.base import BasePlugin
 from gpukit import ON_GPU, Gradients, assert_step, in_a_process, missing, missing_attention, skip_if
@@ -20,6 +22,7 @@ LORA = {
     "lora_dropout": 0.0,
     "lora_target_modules": ["q_proj", "v_proj", "down_proj"],
 }
+EVERY_LAYER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NO_KERNELS = {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")}
 
 
@@ -30,8 +33,19 @@ class GradientsPlugin(BasePlugin):
 
     def add_callbacks_post_trainer(self, cfg, trainer):
         GradientsPlugin.last = Gradients()
-        GradientsPlugin.model = plain_copy(trainer.model).cpu() if cfg.adapter else None
+        GradientsPlugin.model = unfused(plain_copy(trainer.model).cpu()) if cfg.adapter else None
         return [GradientsPlugin.last]
+
+
+def unfused(model):
+    """A copy of a model with LoRA without Axolotl's kernels for it."""
+    from axolotl.monkeypatch import lora_kernels
+
+    for module in model.modules():
+        for name in ("apply_qkv", "apply_o"):
+            if name in module.__dict__:
+                setattr(module, name, types.MethodType(getattr(lora_kernels, f"original_{name}"), module))
+    return model
 
 
 def check(folder, dtype="bfloat16", **settings):
@@ -39,6 +53,12 @@ def check(folder, dtype="bfloat16", **settings):
     plugins = ["axokit.Recorder", f"{__name__}.GradientsPlugin", *WHERE, "wit_axolotl.WITPlugin"]
     run = Workplace(folder).train(plugins=plugins, bf16=dtype == "bfloat16", **settings)
     assert run is Recorder.last
+    wanted = settings.get("attn_implementation", "sdpa")
+    assert wanted == "sdpa" or "flash" in run.trainer.model.config._attn_implementation
+    if settings.get("lora_target_modules") == EVERY_LAYER:
+        (layer, *_) = [module for module in run.trainer.model.modules() if hasattr(module, "self_attn")]
+        used = [layer.self_attn.apply_qkv, layer.self_attn.apply_o, layer.mlp.forward]
+        assert [method.__name__ for method in used] == ["apply_lora_qkv", "apply_lora_o", "apply_lora_mlp_swiglu"]
     recorded, model = GradientsPlugin.last, GradientsPlugin.model
     if model is None:
         model = llama(vocab_size=64)
@@ -54,6 +74,13 @@ def test_attention(device, tmp_path, attention, adapter, layout):
     check(tmp_path, attn_implementation=attention, **layout, **adapter)
 
 
+@pytest.mark.parametrize("adapter", [{}, {**LORA, **NO_KERNELS}], ids=["full", "LoRA"])
+def test_packed_in_torchs_own_kernel_for_documents(device, tmp_path, adapter):
+    """What Axolotl does with packed rows under SDPA where nothing is asked for; it needs no FlashAttention package."""
+    skip_if(None if ON_GPU else "torch.nn.attention.varlen needs a GPU")
+    in_a_process("test_gpu_axolotl", "check", tmp_path, sdpa_varlen=True, **PACKED, **adapter)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradient_checkpointing(device, tmp_path, dtype):
     check(tmp_path, dtype, gradient_checkpointing=True)
@@ -61,7 +88,7 @@ def test_gradient_checkpointing(device, tmp_path, dtype):
 
 def test_its_lora_kernels(device, tmp_path):
     skip_if(None if ON_GPU else "the same on a CPU is in tests/axolotl")
-    in_a_process("test_gpu_axolotl", "check", tmp_path, **LORA)
+    in_a_process("test_gpu_axolotl", "check", tmp_path, **{**LORA, "lora_target_modules": EVERY_LAYER})
 
 
 def test_torch_compile(device, tmp_path):
