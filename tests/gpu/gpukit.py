@@ -6,6 +6,7 @@ written for a GPU is known to work as far as that goes.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib.metadata
@@ -13,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import pytest
 import torch
 from support import Document, all_relative_error, document_logits, llama, reference_step, subprocess_env
 from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.models.llama import modeling_llama
 
 from wit_plugins.loss.reference import reference_loss
 
@@ -35,6 +37,26 @@ FLOAT32 = (1e-5, 1e-4)
 # plain transformers in bfloat16. Half as much again is allowed for another order of operations. A document that sees
 # the one before it is off by more (`test_the_tolerance_tells_documents_apart`).
 ALLOWED = 1.5
+
+
+_LAYERS = ("LlamaRMSNorm", "LlamaMLP", "apply_rotary_pos_emb")
+_PLAIN = {name: getattr(modeling_llama, name) for name in _LAYERS}
+
+
+@contextlib.contextmanager
+def plain_llama() -> Iterator[None]:
+    """Llama of transformers' own layers, also in a process in which Liger's, which need a GPU, take their place."""
+    taken = {name: getattr(modeling_llama, name) for name in _LAYERS}
+    try:
+        vars(modeling_llama).update(_PLAIN)
+        yield
+    finally:
+        vars(modeling_llama).update(taken)
+
+
+def has_liger_layers() -> bool:
+    """Whether Liger's layers are in this process's Llama."""
+    return all(getattr(modeling_llama, name) is not _PLAIN[name] for name in _LAYERS)
 
 
 def missing_device() -> str | None:
@@ -121,6 +143,7 @@ def plain_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.replace("module.", "").replace("_orig_mod.", ""): value for name, value in tensors.items()}
 
 
+@plain_llama()
 def assert_step(
     recorded: Gradients, loss: float, docs: Sequence[Document], dtype: torch.dtype, model: Any = None
 ) -> None:

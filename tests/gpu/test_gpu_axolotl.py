@@ -10,7 +10,17 @@ import torch
 pytest.importorskip("axolotl.integrations.base", reason="Axolotl is not installed", exc_type=ImportError)
 from axokit import Recorder, Workplace
 from axolotl.integrations.base import BasePlugin
-from gpukit import ON_GPU, Gradients, assert_step, in_a_process, missing, missing_attention, skip_if
+from gpukit import (
+    ON_GPU,
+    Gradients,
+    assert_step,
+    has_liger_layers,
+    in_a_process,
+    missing,
+    missing_attention,
+    plain_llama,
+    skip_if,
+)
 from support import llama, plain_copy
 
 WHERE = [] if ON_GPU else ["axokit.UseCPU"]
@@ -61,7 +71,8 @@ def check(folder, dtype="bfloat16", **settings):
         assert [method.__name__ for method in used] == ["apply_lora_qkv", "apply_lora_o", "apply_lora_mlp_swiglu"]
     recorded, model = GradientsPlugin.last, GradientsPlugin.model
     if model is None:
-        model = llama(vocab_size=64)
+        with plain_llama():
+            model = llama(vocab_size=64)
     model.set_attn_implementation("eager")
     assert_step(recorded, run.losses[0], run.docs, getattr(torch, dtype), model)
 
@@ -105,3 +116,4 @@ def check_liger(folder):
     """Liger's layers by Axolotl's own plugin."""
     WHERE.append("axolotl.integrations.liger.LigerPlugin")
     check(folder, liger_rope=True, liger_rms_norm=True, liger_glu_activation=True)
+    assert has_liger_layers()

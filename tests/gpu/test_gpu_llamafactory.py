@@ -13,10 +13,12 @@ from gpukit import (
     FLOAT32,
     ON_GPU,
     Gradients,
+    has_liger_layers,
     in_a_process,
     missing,
     missing_4_bit,
     missing_attention,
+    plain_llama,
     plain_names,
     skip_if,
 )
@@ -39,10 +41,15 @@ class Kept(Gradients):
         self.initial = plain_copy(model).cpu()
 
 
+def model():
+    """What is trained, as it is before."""
+    return llama(vocab_size=len(tokenizer()), max_position_embeddings=512, eos_token_id=1)
+
+
 def check(folder, attention="sdpa", dtype="bfloat16", **args):
     """One step of `run_exp` is the formula's."""
     dtype = dtype if ON_GPU else "float32"  # LLaMA-Factory refuses pure_bf16 without a GPU
-    workplace = place(folder, llama(vocab_size=len(tokenizer()), max_position_embeddings=512, eos_token_id=1), COUNT)
+    workplace = place(folder, model(), COUNT)
     kept = Kept()
     config = workplace.config(
         use_cpu=not ON_GPU,
@@ -54,12 +61,18 @@ def check(folder, attention="sdpa", dtype="bfloat16", **args):
     prompt, response = WEIGHTS
     run_exp(config, callbacks=[kept, WITCallback(prompt_weight=prompt, response_weight=response)])
     assert kept.initial.config._attn_implementation == attention  # without the package it would be sdpa
-    kept.initial.set_attn_implementation("eager")
-    loss, grads = step(kept.initial, alone(chatml(COUNT)), *WEIGHTS)
-    rel_loss, rel_grads = FLOAT32
-    if dtype == "bfloat16":
-        plain = copy.deepcopy(kept.initial).to(torch.bfloat16)
-        rel_loss, rel_grads = 2e-2, ALLOWED * all_relative_error(step(plain, alone(chatml(COUNT)), *WEIGHTS)[1], grads)
+    initial = kept.initial
+    with plain_llama():
+        if args.get("enable_liger_kernel"):  # it replaces the classes that the model is made of
+            initial = model().to(torch.float64)
+            initial.load_state_dict(kept.initial.state_dict())
+        initial.set_attn_implementation("eager")
+        loss, grads = step(initial, alone(chatml(COUNT)), *WEIGHTS)
+        rel_loss, rel_grads = FLOAT32
+        if dtype == "bfloat16":
+            plain = copy.deepcopy(initial).to(torch.bfloat16)
+            error = all_relative_error(step(plain, alone(chatml(COUNT)), *WEIGHTS)[1], grads)
+            rel_loss, rel_grads = 2e-2, ALLOWED * error
     logged = [entry["loss"] for entry in kept.state.log_history if "loss" in entry]
     assert logged == [pytest.approx(loss, rel=rel_loss, abs=6e-5)]  # transformers 4 logs four decimals
     taken = plain_names(kept.taken)
@@ -83,7 +96,13 @@ def test_gradient_checkpointing(device, tmp_path, dtype):
 
 def test_liger_kernel(device, tmp_path):
     skip_if(missing("liger-kernel"), None if ON_GPU else "Liger's kernels need a GPU")
-    in_a_process("test_gpu_llamafactory", "check", tmp_path, enable_liger_kernel=True)
+    in_a_process("test_gpu_llamafactory", "check_liger", tmp_path)
+
+
+def check_liger(folder, **args):
+    """Liger's layers, by LLaMA-Factory's own option."""
+    check(folder, enable_liger_kernel=True, **args)
+    assert has_liger_layers()
 
 
 def test_qlora(device, tmp_path):

@@ -14,10 +14,12 @@ from gpukit import (
     WEIGHTS,
     Gradients,
     assert_step,
+    has_liger_layers,
     in_a_process,
     missing,
     missing_4_bit,
     missing_attention,
+    plain_llama,
     plain_names,
     skip_if,
     tolerance,
@@ -48,7 +50,8 @@ def check(folder, attention="sdpa", dtype="bfloat16", lora=False, **args):
         trainer_kwargs = {"peft_config": config}
     recorded = Gradients()
     trainer = sft_trainer(folder, model=model, trainer_kwargs=trainer_kwargs, use_cpu=not ON_GPU, **args)
-    reference = plain_copy(trainer.model).cpu() if lora else llama(**HIDDEN)
+    with plain_llama():
+        reference = plain_copy(trainer.model).cpu() if lora else llama(**HIDDEN)
     if lora:
         reference.set_attn_implementation("eager")
     docs = from_dataset(trainer.train_dataset)
@@ -108,7 +111,13 @@ def test_torch_compile(device, tmp_path, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_liger_kernel(device, tmp_path, dtype):
     skip_if(missing("liger-kernel"), None if ON_GPU else "Liger's kernels need a GPU")
-    in_a_process("test_gpu_trl", "check", tmp_path, dtype=dtype, use_liger_kernel=True)
+    in_a_process("test_gpu_trl", "check_liger", tmp_path, dtype=dtype)
+
+
+def check_liger(folder, **args):
+    """Liger's layers, by transformers' own option."""
+    check(folder, use_liger_kernel=True, **args)
+    assert has_liger_layers()
 
 
 def test_qlora(device, tmp_path):
