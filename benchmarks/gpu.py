@@ -157,7 +157,11 @@ def earlier(out: Path, summary: dict[str, Any], only: list[str] | None) -> dict[
     """The outcomes of an earlier run that stand: of the same GPUs, and not cut off by the time."""
     path = out / "gpu-summary.json"
     found = json.loads(path.read_text()) if path.is_file() else {"parts": []}
-    if found["parts"] and found["hardware"].get("gpus") != summary["hardware"].get("gpus"):
+    here, there = (
+        [gpu.partition(",")[0] for gpu in run["hardware"].get("gpus", [])]
+        for run in (summary, {"hardware": {}, **found})
+    )
+    if found["parts"] and here != there:  # by name: another driver is no other machine
         print(f"{path} is of another machine: everything runs again", flush=True)
         return {}
     outcomes = [Outcome(**part) for part in found["parts"]]

@@ -111,8 +111,8 @@ PARTS = [  # the most telling first: time may run out
     Part(
         "head_gradient",
         "trl",
-        (*SUMS, "16384x4096x128256", "65536x2048x128256"),
-        (*SUMS, "16384x2048x128256", "--rounds", "3"),
+        (*SUMS, "16384x4096x128256", "16384x2048x262144", "65536x2048x128256"),
+        (*SUMS, "16384x2048x128256", "16384x2048x262144", "--rounds", "3"),
         (*SUMS, "64x16x100", "--errors", "96x16x100", "--rounds", "1", "--device", "cpu"),
     ),
     Part(

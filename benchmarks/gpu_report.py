@@ -105,11 +105,21 @@ def head(numbers: dict[str, Any]) -> str:
 
 
 def verdict(results: dict[str, list[dict[str, Any]]]) -> str:
-    """At which shapes the weighted head is within the bar, in time and in memory."""
+    """At which shapes the weighted head is within the bar, in time and in memory; and of Liger's as exact as it."""
+    against = {
+        "liger mean": "Liger without weights",
+        "liger mean float32": "Liger that sums its gradient in float32, too,",
+    }
+    sentences = [sentence for bar, words in against.items() if (sentence := within(results, bar, words))]
+    return "\n".join(sentences) or "Liger's head without weights, the bar, did not run here.\n"
+
+
+def within(results: dict[str, list[dict[str, Any]]], method: str, words: str) -> str:
+    """At which shapes the weighted head is within the bar of another method; nothing if that did not run."""
     compared, slower, larger = 0, [], []
     for shape, rows in results.items():
         by_name = {r["method"]: r for r in rows}
-        mine, bar = by_name.get("wit", {}), by_name.get("liger mean", {})
+        mine, bar = by_name.get("wit", {}), by_name.get(method, {})
         if not (mine.get("times") and bar.get("times")):
             continue
         compared += 1
@@ -118,9 +128,9 @@ def verdict(results: dict[str, list[dict[str, Any]]]) -> str:
         if in_all(shape, mine) > BAR * in_all(shape, bar):
             larger.append(f"{shape} ({ratio(in_all(shape, mine), in_all(shape, bar))})")
     if not compared:
-        return "Liger's head without weights, the bar, did not run here.\n"
+        return ""
     return (
-        f"Within {BAR} × Liger without weights in time at {compared - len(slower)} of {compared} shapes"
+        f"Within {BAR} × {words} in time at {compared - len(slower)} of {compared} shapes"
         f"{', not at ' + ', '.join(slower) if slower else ''}; in memory (inputs and gradients included) at "
         f"{compared - len(larger)} of {compared}{', not at ' + ', '.join(larger) if larger else ''}.\n"
     )

@@ -111,6 +111,8 @@ WAYS = [
     Method("half", way(InHalf)),
     Method("half, chunks × 4", way(InHalf, 4)),
     Method("float32", way(HeadGradient)),
+    Method("float32, chunks × 2", way(HeadGradient, 2)),
+    Method("float32, chunks × 4", way(HeadGradient, 4)),
     Method("float32 of rounded products", way(RoundedProducts)),
     Method("pair", way(Pair)),
 ]

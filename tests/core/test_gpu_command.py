@@ -68,8 +68,12 @@ def test_a_second_call_goes_on_where_the_first_ended(monkeypatch, tmp_path):
 def test_of_another_machine_nothing_stands(monkeypatch, tmp_path):
     parts = [python("one", "")]
     run(monkeypatch, tmp_path, parts)
-    monkeypatch.setattr(gpu, "facts", lambda: {"gpus": ["another"]})
-    assert gpu.earlier(tmp_path, {"hardware": gpu.facts()}, None) == {}
+    summary = json.loads((tmp_path / "gpu-summary.json").read_text())
+    summary["hardware"]["gpus"] = ["One GPU, driver 1"]
+    (tmp_path / "gpu-summary.json").write_text(json.dumps(summary))
+    assert gpu.earlier(tmp_path, {"hardware": {"gpus": ["One GPU, driver 2"]}}, None).keys() == {"one"}
+    assert gpu.earlier(tmp_path, {"hardware": {"gpus": ["Another GPU, driver 1"]}}, None) == {}
+    assert gpu.earlier(tmp_path, {"hardware": {}}, None) == {}
 
 
 def test_tests_that_are_interrupted_report_those_that_ran(tmp_path):
@@ -239,6 +243,13 @@ def test_a_step_that_does_not_fit_is_in_the_table():
     table = gpu_report.steps({"trl": run})
     assert "| 500 ms | 520 ms | 1.040 | 1.040 | 1.000 |" in table
     assert "in time and in memory: TRL 1.16.0 no." in table
+
+
+def test_the_bar_is_also_asked_of_the_method_that_is_as_exact():
+    rows = [{"method": name, "times": [t], "peak": 1e6} for name, t in (("wit", 1.0), ("liger mean float32", 1.1))]
+    assert gpu_report.verdict({"8x8x100": rows}).startswith("Within 1.02 × Liger that sums its gradient in float32")
+    rows[0]["times"] = [1.2]
+    assert "at 0 of 1 shapes, not at 8x8x100 (1.091)" in gpu_report.verdict({"8x8x100": rows})
 
 
 def test_the_command_of_the_results_is_not_one_machines():

@@ -123,7 +123,8 @@ def check_liger(folder, **args):
 def test_qlora(device, tmp_path):
     """As near the formula on the model's own 4-bit logits as bfloat16 is."""
     skip_if(missing_4_bit() if ON_GPU else "the same on a CPU is in tests/llamafactory")
-    llama(torch.bfloat16, **{**HIDDEN, "hidden_size": 64}).save_pretrained(tmp_path / "model")
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}  # bitsandbytes wants blocks of 64
+    llama(torch.bfloat16, **sizes).save_pretrained(tmp_path / "model")
     quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=quantised, device_map={"": 0})
     config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
