@@ -13,6 +13,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 FRAMEWORKS = ("trl", "axolotl", "llamafactory")
@@ -167,8 +168,7 @@ class Place:
             return Outcome(part.name, "skipped", reason=f"there is no environment for {part.framework}")
         if seconds_left < 10:
             return Outcome(part.name, "skipped", reason="no time left of the seconds that were given", final=False)
-        reason = self.missing(part)
-        if reason:
+        if reason := self.missing(part):
             return Outcome(part.name, "skipped", reason=reason)
         report = self.out / f"{part.name}.xml"
         report.unlink(missing_ok=True)
@@ -233,16 +233,8 @@ class Place:
 def run_process(command: list[str], env: dict[str, str], limit: float) -> tuple[int | None, str]:
     """The exit status, None if it had to be stopped, and the end of what it printed, which is passed on at once."""
     last: deque[str] = deque(maxlen=200)
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=env,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipes)
 
     def pass_on() -> None:
         assert process.stdout is not None

@@ -20,18 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from linear_cross_entropy import (
-    METHODS,
-    OUT_OF_MEMORY,
-    Method,
-    Problem,
-    exact,
-    facts_of_run,
-    step,
-    synchronize,
-    tidy,
-    wit,
-)
+from head_methods import METHODS, Method, Problem, wit
+from linear_cross_entropy import OUT_OF_MEMORY, exact, facts_of_run, step, synchronize, tidy
 from memory import peak_bytes
 
 from wit_plugins.linear_cross_entropy import sources

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu
 import gpu_parts
 import gpu_report
+import head_methods
 import linear_cross_entropy as head
 import training_step
 from command_line import command_line
@@ -101,6 +102,12 @@ def test_a_crash_without_a_report_keeps_its_last_words(tmp_path):
     assert "last words" in outcome.failures["dead"]
 
 
+def test_what_is_stopped_runs_again(tmp_path):
+    place = gpu.Place({"trl": sys.executable}, {"trl": ""}, tmp_path, "cpu", "full")
+    outcome = place.run(python("slow", "import time; time.sleep(600)", limit=1), math.inf)
+    assert (outcome.status, outcome.final) == ("stopped", False)
+
+
 def test_one_gpu_is_seen_except_where_several_are_the_point(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     every = dict.fromkeys(gpu.FRAMEWORKS, sys.executable)
@@ -141,7 +148,7 @@ def test_this_python_with_wheels_and_the_path_it_has(monkeypatch, tmp_path):
 
 
 def problem():
-    return head.Problem.make("16x8x32", None, torch.float32, "cpu")
+    return head_methods.Problem.make("16x8x32", None, torch.float32, "cpu")
 
 
 class Raises:
@@ -154,7 +161,7 @@ class Raises:
         self.times -= 1
         if self.times >= 0:
             raise self.error
-        return head.full(p)
+        return head_methods.full(p)
 
 
 class CompilationError(Exception):
@@ -163,11 +170,11 @@ class CompilationError(Exception):
 
 def test_methods_that_fail_are_noted_and_the_others_measured():
     methods = [
-        head.Method("full", head.full),
+        head.Method("full", head_methods.full),
         head.Method("large", Raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64 GiB"))),
         head.Method("large beside the reference", Raises(torch.OutOfMemoryError("CUDA out of memory"), times=1)),
         head.Method("broken", Raises(CompilationError("at 1:2:\nmore"))),
-        head.Method("wit", head.wit("torch")),
+        head.Method("wit", head_methods.wit("torch")),
     ]
     results = {r.method: r for r in head.measure(problem(), methods, 2, "cpu")}
     assert [len(r.times) for r in results.values()] == [2, 0, 2, 0, 2]
@@ -183,7 +190,9 @@ def test_methods_that_fail_are_noted_and_the_others_measured():
 def test_a_kernel_that_takes_the_gpu_away_is_left_out_by_the_next_process(monkeypatch, tmp_path):
     """Found by a GPU that answers no more; the shapes before it are not measured again."""
     cce = head.Method("cce", Raises(RuntimeError("an illegal memory access was encountered")))
-    monkeypatch.setattr(head, "METHODS", [head.Method("full", head.full), cce, head.Method("wit", head.wit("torch"))])
+    monkeypatch.setattr(
+        head, "METHODS", [head.Method("full", head_methods.full), cce, head.Method("wit", head_methods.wit("torch"))]
+    )
     arguments = ["--device", "cpu", "--rounds", "1", "--out", str(tmp_path / "head"), "--resume"]
     head.main([*arguments, "--shapes", "16x8x32", "--methods", "full,wit"])
     lost, started = [], []

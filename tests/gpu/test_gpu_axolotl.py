@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import types
 
 import pytest
@@ -88,8 +90,25 @@ def test_attention(device, tmp_path, attention, adapter, layout):
 @pytest.mark.parametrize("adapter", [{}, {**LORA, **NO_KERNELS}], ids=["full", "LoRA"])
 def test_packed_in_torchs_own_kernel_for_documents(device, tmp_path, adapter):
     """What Axolotl does with packed rows under SDPA where nothing is asked for; it needs no FlashAttention package."""
-    skip_if(None if ON_GPU else "torch.nn.attention.varlen needs a GPU")
-    in_a_process("test_gpu_axolotl", "check", tmp_path, sdpa_varlen=True, **PACKED, **adapter)
+    there = importlib.util.find_spec("torch.nn.attention.varlen")
+    skip_if(None if ON_GPU and there else "torch.nn.attention.varlen needs a GPU and torch 2.10")
+    in_a_process("test_gpu_axolotl", "check_varlen", tmp_path, **adapter)
+
+
+def check_varlen(folder, **settings):
+    """As [`check`], packed, and that kernel ran: Axolotl takes plain SDPA without a word where it cannot."""
+    from torch.nn.attention import varlen
+
+    own, calls = varlen.varlen_attn, []
+
+    @functools.wraps(own)
+    def counted(*args, **kwargs):
+        calls.append(len(args))
+        return own(*args, **kwargs)
+
+    varlen.varlen_attn = counted
+    check(folder, sdpa_varlen=True, **PACKED, **settings)
+    assert calls
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
