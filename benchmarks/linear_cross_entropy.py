@@ -12,7 +12,7 @@ largest difference from float64, relative to the largest number in the same tens
 
 Methods that need what is not there (a GPU, a library, memory) are named with the reason instead of a number. The files
 are written after every shape; `--resume` leaves out what they have. A kernel that takes the GPU away from the process
-(an illegal memory access) is noted, and the rest measured by another process, without it.
+(an illegal memory access) is noted, and the exit status is 75: the next process, with `--resume`, goes on without it.
 
 `liger mean` is Liger Kernel's loss without weights: it computes something else, and is the bar for what a fused head
 may cost. In half precision it sums ∂weight in that precision; `liger mean float32` sums it as exactly as `wit` does.
@@ -37,6 +37,7 @@ from typing import Any, ClassVar
 
 import torch
 from command_line import command_line
+from gpu_parts import AGAIN
 from head_methods import GPU_METHODS, METHODS, Method, Problem, version
 from memory import peak_bytes
 
@@ -390,11 +391,10 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             measured[shape] = measure(problem, methods, facts["rounds"], device, errors, crashed.get(shape))
         except Lost as lost:
-            print(f"{lost.result.method} took the GPU away: {lost}", flush=True)
+            print(f"{lost.result.method} took the GPU away: {lost}; --resume goes on without it", flush=True)
             crashed.setdefault(shape, {})[lost.result.method] = lost.result.note
             write(out, facts, measured, crashed)
-            again = [argument for argument in sys.argv[1:] if argument != "--resume"]
-            os.execv(sys.executable, [sys.executable, sys.argv[0], *again, "--resume"])
+            sys.exit(AGAIN)
         print(table(shape, measured[shape], options.baseline), flush=True)
         write(out, facts, measured, crashed)
         del problem
