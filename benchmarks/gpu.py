@@ -3,7 +3,7 @@
     make gpu                                        # sets up the three frameworks, then runs this in them
     make gpu GPU_ARGS=--quick                       # ten minutes; says what it left out
     make gpu GPU_ARGS="--quick --resume"            # and goes on where that ended
-    python benchmarks/gpu.py --report --out FOLDER  # tables and pictures of results that come from elsewhere
+    python benchmarks/gpu.py --report               # tables of results that come from elsewhere
     python benchmarks/gpu.py --device cpu --tiny    # every part at a tiny size, without a GPU: does it run at all
 
 Each part is a process of its own, in the environment of its framework. What a part skipped, and why, what failed and
@@ -118,7 +118,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="tiny sizes; what --device cpu needs")
     parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], help="some parts")
     parser.add_argument("--list", action="store_true", help="print the parts and their commands, run nothing")
-    parser.add_argument("--report", action="store_true", help="tables and pictures of the results, run nothing")
+    parser.add_argument("--report", action="store_true", help="the tables of the results, run nothing")
     out = Path(os.environ["WIT_GPU_OUT"]) if os.environ.get("WIT_GPU_OUT") else None
     place = "folder of the results; by default $WIT_GPU_OUT or benchmarks/results"
     parser.add_argument("--out", type=Path, default=out, help=place)

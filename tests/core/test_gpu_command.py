@@ -256,6 +256,19 @@ def test_a_step_that_does_not_fit_is_in_the_table():
     assert "in time and in memory: TRL 1.16.0 no." in table
 
 
+def test_results_from_elsewhere_become_tables(tmp_path, capsys):
+    """In the folder that they are in; in the page only those that stay, whose picture it can show."""
+    page = (gpu.ROOT / "docs" / "performance.md").read_bytes()
+    result = {"steps": [0.5], "memory": [1.0], "collator": [0.0], "note": ""}
+    facts = {"versions": {"trl": "1.16.0"}, "command": "x", "date": "2026-01-01", "hardware": "y", "dtype": "z"}
+    run = {**facts, "sizes": {"batch": 8}, "results": {"own": result, "wit": result}}
+    (tmp_path / "gpu-step-trl.json").write_text(json.dumps(run))
+    assert gpu.main(["--report", "--out", str(tmp_path)]) == 0
+    assert "| TRL 1.16.0 | 500 ms | 500 ms | 1.000 |" in (tmp_path / "gpu-tables.md").read_text()
+    assert f"copy {tmp_path}/gpu-*" in capsys.readouterr().out
+    assert (gpu.ROOT / "docs" / "performance.md").read_bytes() == page
+
+
 def test_the_bar_is_also_asked_of_the_method_that_is_as_exact():
     rows = [{"method": name, "times": [t], "peak": 1e6} for name, t in (("wit", 1.0), ("liger mean float32", 1.1))]
     assert gpu_report.verdict({"8x8x100": rows}).startswith("Within 1.02 × Liger that sums its gradient in float32")
