@@ -8,7 +8,7 @@ import torch
 from apart import on_ranks
 from support import all_relative_error, from_dataset, plain_copy
 from torch.utils.data import SequentialSampler
-from trlkit import logs, sft_trainer, weights_of
+from trlkit import dataset, logs, sft_trainer, weights_of
 from wit_trl import WITCallback
 
 import wit_plugins
@@ -98,6 +98,15 @@ def test_what_a_strategy_of_one_s_own_is_told(tmp_path, monkeypatch, method, los
         check(tmp_path, method, "unpacked", weights, options, loss_impl=loss_impl)
 
 
+def for_two_ranks(tmp_path, **args):
+    """What `in_order` makes, of documents of which two ranks get different numbers of tokens."""
+    data = dataset("tokenised", seed=1)
+    trainer, batches = in_order(tmp_path, data=data, per_device_train_batch_size=2, **args)
+    counts = [sum(len(doc.input_ids) - 1 for docs in batches[rank::2] for doc in docs) for rank in (0, 1)]
+    assert counts[0] != counts[1]
+    return trainer, batches
+
+
 def train_on_ranks(folder, method, args, options):
     """A rank's part of a run; what came of it is kept by the first."""
     for name, (plugin, *_) in OWN.items():
@@ -107,7 +116,7 @@ def train_on_ranks(folder, method, args, options):
         trainer = attached[method](folder, **args)
     else:
         model = literature.adapted() if method in COMPARING and "reference" not in options else None
-        trainer, _ = in_order(folder, model=model, **args)
+        trainer, _ = for_two_ranks(folder, model=model, gradient_accumulation_steps=2, **args)
         trainer.add_callback(WITCallback(trainer, *WEIGHTS["weighted"], strategies={method: options}))
     assert trainer.accelerator.num_processes == 2
     trainer.train()
@@ -125,15 +134,12 @@ def assert_ranks_are_one(folder, trainer, expected, method, options=None, **args
     assert all_relative_error({n: (before[n] - p) / rate for n, p in after.items()}, grads) < 1e-4
 
 
-TWO_ROWS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-
-
 @pytest.mark.parametrize("method", methods())
 def test_two_ranks_are_one(tmp_path, monkeypatch, method):
     monkeypatch.setattr(literature, "METHODS", methods())
-    trainer, batches = in_order(tmp_path, per_device_train_batch_size=2)
+    trainer, batches = for_two_ranks(tmp_path)
     step = literature.step(plain_copy(trainer.model), method, batches, WEIGHTS["weighted"])
-    assert_ranks_are_one(tmp_path, trainer, step, method, literature.METHODS[method][1], **TWO_ROWS)
+    assert_ranks_are_one(tmp_path, trainer, step, method, literature.METHODS[method][1])
 
 
 COMPARING = {"rho1": (literature.rho1_step, {"share": literature.SHARE}), "sstoken": (literature.sstoken_step, {})}
@@ -142,9 +148,9 @@ COMPARING = {"rho1": (literature.rho1_step, {"share": literature.SHARE}), "sstok
 @pytest.mark.parametrize("method", COMPARING)
 def test_two_ranks_that_compare_with_the_model_below_its_adapter_are_one(tmp_path, method):
     function, options = COMPARING[method]
-    trainer, batches = in_order(tmp_path, model=literature.adapted(), per_device_train_batch_size=2)
+    trainer, batches = for_two_ranks(tmp_path, model=literature.adapted())
     step = function(plain_copy(trainer.model).train(), batches, WEIGHTS["weighted"])
-    assert_ranks_are_one(tmp_path, trainer, step, method, options, **TWO_ROWS)
+    assert_ranks_are_one(tmp_path, trainer, step, method, options)
 
 
 @pytest.mark.parametrize(("method", "accumulate"), [("fait", 4), ("tl_training", 3)])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from literature import SHARE, adapted, rho1_step, sstoken_step
 from support import all_relative_error, from_dataset, llama, plain_copy
-from test_literature import LAYOUTS, LEARNING_RATE, TWO_ROWS, assert_ranks_are_one, in_order
+from test_literature import LAYOUTS, LEARNING_RATE, assert_ranks_are_one, for_two_ranks, in_order
 from trlkit import dataset, logs, sft_trainer, weights_of
 from wit_trl import WITCallback
 
@@ -108,10 +108,10 @@ def test_the_base_model_s_scores_are_the_model_without_its_adapter(tmp_path):
 
 
 def test_two_ranks_are_one(tmp_path):
-    trainer, batches = in_order(tmp_path, per_device_train_batch_size=2)
+    trainer, batches = for_two_ranks(tmp_path)
     options = {"share": SHARE, "reference": write_scores(tmp_path / "scores", trainer.train_dataset)}
     step = rho1_step(plain_copy(trainer.model), batches, (0.2, 0.8), reference())
-    assert_ranks_are_one(tmp_path, trainer, step, "rho1", options, **TWO_ROWS, dataloader_num_workers=1)
+    assert_ranks_are_one(tmp_path, trainer, step, "rho1", options, dataloader_num_workers=1)
 
 
 def test_a_document_without_scores_is_refused_before_training(tmp_path):
