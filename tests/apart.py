@@ -10,6 +10,7 @@ by these tests, but by those of each framework's command line, and by the `ranks
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -79,6 +80,7 @@ def _run(
     os.environ.clear()  # the fork server's own is of when it was started
     os.environ.update(environments[index])
     multiprocessing.set_start_method(method, force=True)  # of data loaders' workers; it would be the fork server's
+    gc.freeze()  # what was imported is no garbage, which the frameworks look for in every run
     torch.set_num_threads(1)
     torch.manual_seed(0)
     function(*args)
