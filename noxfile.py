@@ -63,6 +63,11 @@ PINS = {
 # On top, for the GPU suite: what pip finds a wheel of. What it does not (FlashAttention's are its makers' own) is left
 # out, and what needs it says so. Put the wheels of those into the folder of WIT_WHEELS.
 GPU_EXTRAS = ["cut-cross-entropy==25.1.1", "bitsandbytes==0.50.2", "einops==0.8.2", "flash-attn", "flash-attn-3"]
+# For a machine that has torch, transformers, peft and pytest, and no index: what TRL's parts of the GPU suite
+# need beside them. With bitsandbytes they are 50 MB.
+BESIDE_TORCH = ["trl==1.16.0", "datasets==5.2.0", "dill==0.4.1", "multiprocess==0.70.19", "liger-kernel==0.8.5"]
+BESIDE_TORCH += ["pydantic==2.14.3", "pydantic-core==2.50.4", "annotated-types==0.8.0", "typing-inspection==0.4.5"]
+BESIDE_TORCH += ["typing-extensions==4.16.0", "cut-cross-entropy==25.1.1", "bitsandbytes==0.50.2"]
 GPU = {"trl": "trl-1.16", "axolotl": "axolotl-0.19", "llamafactory": "llamafactory-0.9.5"}
 
 # No environment of its own but a folder beside one: without its kernels DeepSpeed is Python, the same for any torch.
@@ -151,14 +156,17 @@ def trl(session: nox.Session, version: str) -> None:
     """The TRL adapter and the command at both ends of the supported range.
 
     At the older end also what of the core depends on transformers; the rest of it has been tested by `core`. The demo
-    and the benchmarks have one environment, the newer one.
+    and the benchmarks have one environment, the newer one. So do the formulas of methods that ask nothing of TRL which
+    others do not: spans, groups, ssToken and Rho-1 against scores are tested at both ends.
     """
-    left_out = [f"--ignore=tests/trl/{name}.py" for name in ("test_gpu_suite", "test_demo", "test_method_costs")]
+    left_out = [f"--ignore=tests/trl/{name}.py" for name in NEWER_TRL_ALONE]
     older = ["tests/trl", *left_out, *CLI_AND_TRL, *CORE_AND_TRANSFORMERS]
     paths = ["tests/trl", "tests/cli"] if version == "1.16" else older
     pytest(session, f"trl-{version}", *paths)
 
 
+NEWER_TRL_ALONE = ["test_gpu_suite", "test_demo", "test_method_costs", "test_reliability"]
+NEWER_TRL_ALONE += ["test_literature", "test_rho1", "test_fait", "test_tl_training"]
 CLI_AND_TRL = ["tests/cli/test_preview_rows.py", "tests/cli/test_cli_docs.py"]
 CORE_AND_TRANSFORMERS = ["tests/core/loss", "tests/core/training"]
 
@@ -286,6 +294,8 @@ def gpu(session: nox.Session) -> None:
             session.run(*pip, "--no-deps", "--target", str(extras), extra, success_codes=[0, 1], external=True)
         pythons.append(f"{framework}={binaries / 'python'}")
         paths.append(f"{framework}={os.pathsep.join([env['PYTHONPATH'], str(extras)])}")
+    if not pythons:
+        session.error("no environment can be built; WIT_OFFLINE=1 without WIT_WHEELS uses what python3 has")
     command = [sys.executable, "benchmarks/gpu.py", *session.posargs, "--python", *pythons, "--path", *paths]
     session.run(*command, external=True)
 
@@ -306,6 +316,23 @@ def wheels(session: nox.Session) -> None:
     if not session.posargs:
         for extra in GPU_EXTRAS:
             session.run(*pip, "--no-deps", "--only-binary=:all:", extra, success_codes=[0, 1], external=True)
+
+
+@nox.session
+def wheels_beside_torch(session: nox.Session) -> None:
+    """Fill the folder WIT_WHEELS for `python benchmarks/gpu.py --wheels` on a machine that has torch, and no index.
+
+    Arguments: the version of Python there, as in `-- 3.12`, if it is another. Not a default session.
+    """
+    folder = os.environ.get("WIT_WHEELS")
+    if not folder:
+        session.error("set WIT_WHEELS to the folder to fill")
+    python = session.posargs[0] if session.posargs else f"{sys.version_info.major}.{sys.version_info.minor}"
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--dest", folder]
+    pip += ["--no-deps", "--only-binary=:all:", "--implementation", "cp", "--python-version", python]
+    for platform in ("2_28", "2_27", "2_24", "2_17", "2014"):
+        pip += ["--platform", f"manylinux{'' if platform == '2014' else '_'}{platform}_x86_64"]
+    session.run(*pip, *BESIDE_TORCH, external=True)
 
 
 @nox.session

@@ -10,7 +10,10 @@ The time is the median; beside it stands the fastest step, which a busy machine 
 step allocates beyond the inputs and the two gradients, by PyTorch's own allocator (see `memory.py`). The error is the
 largest difference from float64, relative to the largest number in the same tensor, over loss, ∂hidden and ∂weight.
 
-Methods that need what is not there (a GPU, a library, memory) are named with the reason instead of a number.
+Methods that need what is not there (a GPU, a library, memory) are named with the reason instead of a number. The files
+are written after every shape; `--resume` leaves out what they have. A kernel that takes the GPU away from the process
+(an illegal memory access) is noted, and the exit status is 75: the next process, with `--resume`, goes on without it.
+
 `liger mean` is Liger Kernel's loss without weights: it computes something else, and is the bar for what a fused head
 may cost. In half precision it sums ∂weight in that precision; `liger mean float32` sums it as exactly as `wit` does.
 """
@@ -20,7 +23,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
-import importlib.metadata
 import json
 import math
 import os
@@ -31,13 +33,13 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from command_line import command_line
+from gpu_parts import AGAIN
+from head_methods import GPU_METHODS, METHODS, Method, Problem, version
 from memory import peak_bytes
-from torch.utils.checkpoint import checkpoint
-
-from wit_plugins.linear_cross_entropy import weighted_linear_cross_entropy
 
 CPU_SHAPES = {"2048x512x32000": None, "4096x1024x50000": None}
 GPU_SHAPES = {  # tokens x hidden x vocabulary: the heads of today's models, a batch and a long batch
@@ -52,143 +54,8 @@ SWEEP_SHAPES = dict.fromkeys(
     + [f"1024x{hidden}x16000" for hidden in (1024, 2048)]
     + [f"1024x512x{vocabulary}" for vocabulary in (32000, 64000)]
 )
+OUT_OF_MEMORY = "out of memory"
 PACKAGES = ["torch", "triton", "trl", "transformers", "liger_kernel", "cut_cross_entropy"]
-
-
-@dataclass
-class Problem:
-    """One head and one batch: `hidden` `[N, H]`, `weight` `[V, H]`, `targets` int64 `[N]`, `weights` float32 `[N]`."""
-
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    targets: torch.Tensor
-    weights: torch.Tensor
-    softcap: float | None
-
-    @staticmethod
-    def make(shape: str, softcap: float | None, dtype: torch.dtype, device: str) -> Problem:
-        """Hidden states of size 1, logits of a standard deviation of 2, documents of a prompt and a response."""
-        tokens, hidden, vocabulary = (int(size) for size in shape.split()[0].split("x"))
-        generator = torch.Generator().manual_seed(0)
-        states = torch.randn(tokens, hidden, generator=generator)
-        head = torch.randn(vocabulary, hidden, generator=generator).mul_(2 * hidden**-0.5)
-        is_response = torch.rand(tokens // 64 + 1, generator=generator).repeat_interleave(64)[:tokens] < 0.5
-        return Problem(
-            states.to(device, dtype).requires_grad_(),
-            head.to(device, dtype).requires_grad_(),
-            torch.randint(vocabulary, (tokens,), generator=generator).to(device),
-            torch.where(is_response, 0.8, 0.2).to(device),
-            softcap,
-        )
-
-    def forget(self) -> None:
-        """Drop the gradients."""
-        self.hidden.grad = self.weight.grad = None
-
-
-def mean(problem: Problem, nll: torch.Tensor) -> torch.Tensor:
-    """Σ w·nll over the number of tokens."""
-    return (problem.weights * nll).sum() / len(problem.weights)
-
-
-def logits(hidden: torch.Tensor, problem: Problem) -> torch.Tensor:
-    """As transformers' models compute them, float32 before the loss."""
-    z = hidden @ problem.weight.t()
-    if problem.softcap is not None:
-        z = problem.softcap * torch.tanh(z / problem.softcap)
-    return z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
-
-
-def full(p: Problem) -> torch.Tensor:
-    """All logits, then PyTorch's cross_entropy."""
-    return mean(p, torch.nn.functional.cross_entropy(logits(p.hidden, p), p.targets, reduction="none"))
-
-
-def checkpointed(p: Problem) -> torch.Tensor:
-    """Chunks of 512 tokens, whose logits are computed again in the backward."""
-
-    def chunk(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(logits(hidden, p), targets, reduction="none")
-
-    parts = zip(p.hidden.split(512), p.targets.split(512), strict=True)
-    return mean(p, torch.cat([checkpoint(chunk, hidden, targets, use_reentrant=False) for hidden, targets in parts]))
-
-
-def trl(p: Problem) -> torch.Tensor:
-    """TRL's fused head, its log-probabilities weighted."""
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-
-    log_probs, *_ = ChunkedLogProbFunction.apply(
-        p.hidden, p.weight, None, p.targets, 1.0, 32768, p.softcap, 1.0, ("log_probs",)
-    )
-    return mean(p, -log_probs)
-
-
-def liger(reduction: str, accum_dtype: torch.dtype | None = None) -> Callable[[Problem], torch.Tensor]:
-    """Liger Kernel's fused head: its unweighted mean, or its per-token losses weighted; ∂weight summed as told."""
-
-    def method(p: Problem) -> torch.Tensor:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-        options = {"reduction": reduction, "softcap": p.softcap, "accum_dtype": accum_dtype}
-        loss = liger_fused_linear_cross_entropy(p.hidden, p.weight, p.targets, return_z_loss=False, **options)
-        return loss if reduction == "mean" else mean(p, loss)
-
-    return method
-
-
-def cce(p: Problem) -> torch.Tensor:
-    """Cut Cross-Entropy, its per-token losses weighted; without a GPU its torch.compile implementation."""
-    from cut_cross_entropy import linear_cross_entropy
-
-    impl = "cce" if p.hidden.is_cuda else "torch_compile"
-    return mean(p, linear_cross_entropy(p.hidden, p.weight, p.targets, softcap=p.softcap, reduction="none", impl=impl))
-
-
-def wit(impl: str) -> Callable[[Problem], torch.Tensor]:
-    """This project's."""
-
-    def method(p: Problem) -> torch.Tensor:
-        return weighted_linear_cross_entropy(
-            p.hidden, p.weight, p.targets, p.weights, softcap=p.softcap, num_items=len(p.weights), impl=impl
-        )
-
-    return method
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to compute the loss, and whether it can run here."""
-
-    name: str
-    loss: Callable[[Problem], torch.Tensor]
-    needs: tuple[str, ...] = ()
-    gpu_only: bool = False
-    weighted: bool = True
-
-    def missing(self, device: str) -> str | None:
-        """Why it cannot run, if it cannot."""
-        if self.gpu_only and device == "cpu":
-            return "needs a GPU"
-        for package in self.needs:
-            if version(package) is None:
-                return f"{package} is not installed"
-        return None
-
-
-METHODS = [
-    Method("full", full),
-    Method("checkpointed", checkpointed),
-    Method("trl", trl, ("trl",)),
-    Method("liger mean", liger("mean"), ("liger_kernel",), gpu_only=True, weighted=False),
-    Method("liger mean float32", liger("mean", torch.float32), ("liger_kernel",), gpu_only=True, weighted=False),
-    Method("liger none", liger("none"), ("liger_kernel",), gpu_only=True),
-    Method("cce", cce, ("cut_cross_entropy",)),
-    Method("wit", wit("auto")),
-]
-GPU_METHODS = [  # on a CPU there is nothing to choose from
-    Method("wit torch", wit("torch")),
-]
 
 
 @dataclass
@@ -201,10 +68,23 @@ class Result:
     peak: int = 0
     error: float = float("nan")
 
+    KEPT: ClassVar[tuple[str, ...]] = ("method", "note", "times", "peak", "error")
+
     @property
     def time(self) -> float:
         """The median."""
         return statistics.median(self.times) if self.times else float("nan")
+
+    @property
+    def failed(self) -> str:
+        """In a word or three, why it was tried and has no number; what is not there is not tried."""
+        exception = self.note.partition(": ")[0] if ": " in self.note else ""
+        return self.note if self.note == OUT_OF_MEMORY else exception
+
+    @property
+    def broken(self) -> bool:
+        """Whether this project's own did not run, for another reason than memory."""
+        return self.method.startswith("wit") and self.failed not in ("", OUT_OF_MEMORY)
 
 
 def exact(p: Problem, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -247,41 +127,111 @@ def largest_error(got: Iterable[torch.Tensor | None], references: Iterable[torch
     return max(found)
 
 
-def measure(p: Problem, methods: Iterable[Method], rounds: int, device: str, errors: bool = True) -> list[Result]:
-    """All methods on one problem, with their errors against float64 or without."""
-    results = {method.name: Result(method.name, method.missing(device) or "") for method in methods}
-    running = [method for method in methods if not results[method.name].note]
-    references = {}
-    gradients = p.hidden.nbytes + p.weight.nbytes
-    for method in list(running):
-        result = results[method.name]
-        p.forget()
-        try:
-            loss = step(method, p)  # also compiles and warms up
-            if errors:
-                if method.weighted not in references:
-                    references[method.weighted] = exact(p, p.weights if method.weighted else torch.ones_like(p.weights))
-                result.error = largest_error((loss, p.hidden.grad, p.weight.grad), references[method.weighted])
-            p.forget()
-            result.peak = peak_bytes(lambda method=method: step(method, p), device) - gradients
-        except (torch.OutOfMemoryError, RuntimeError, ImportError, NotImplementedError) as error:
-            result.note = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-            running.remove(method)
-        p.forget()
-        gc.collect()
-        if device != "cpu":
-            torch.cuda.empty_cache()
-    del references
-    for _ in range(rounds):
-        for method in running:
-            p.forget()
-            synchronize(device)
-            start = time.perf_counter()
-            step(method, p)
-            synchronize(device)
-            results[method.name].times.append(time.perf_counter() - start)
+class Lost(Exception):
+    """The GPU does not answer this process any more; what of a method's did it is in its result."""
+
+    def __init__(self, result: Result) -> None:
+        super().__init__(result.note)
+        self.result = result
+
+
+def attempt(result: Result, p: Problem, device: str, work: Callable[[], Any]) -> bool:
+    """Whether a method's work came to its end; if not, its result says why.
+
+    Raises:
+        Lost: if the GPU answers no more.
+    """
+    try:
+        work()
+        synchronize(device)
+    except Exception as error:  # what another library's kernel raises is of no common class, and is its result
+        result.times.clear()
+        result.note = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:120]}"
+        if isinstance(error, torch.OutOfMemoryError):
+            result.note = OUT_OF_MEMORY
     p.forget()
+    if result.note:
+        try:
+            gc.collect()
+            tidy(device)
+        except RuntimeError:
+            raise Lost(result) from None
+    return not result.note
+
+
+def measure(
+    p: Problem,
+    methods: Iterable[Method],
+    rounds: int,
+    device: str,
+    errors: bool = True,
+    crashed: dict[str, str] | None = None,
+) -> list[Result]:
+    """All methods on one problem, with their errors against float64 or without.
+
+    Args:
+        p: the tensors.
+        methods: in the order of the results.
+        rounds: how often each is timed.
+        device: `cpu` or `cuda`.
+        errors: whether to compute the float64 reference, which takes memory and time of its own.
+        crashed: by name, what is not tried again, and why.
+
+    Raises:
+        Lost: see [`attempt`].
+    """
+    notes = crashed or {}
+    results = {
+        method.name: Result(method.name, notes.get(method.name) or method.missing(device) or "") for method in methods
+    }
+    running = [method for method in methods if not results[method.name].note]
+    references: dict[bool, Any] = {}
+    try:
+        for weighted in {method.weighted for method in running if errors}:
+            references[weighted] = exact(p, p.weights if weighted else torch.ones_like(p.weights))
+    except torch.OutOfMemoryError:
+        errors = False
+
+    def first(method: Method) -> None:  # also compiles and warms up
+        loss = step(method, p)
+        if errors:
+            got = (loss, p.hidden.grad, p.weight.grad)
+            results[method.name].error = largest_error(got, references[method.weighted])
+
+    for method in running:
+        done = attempt(results[method.name], p, device, lambda method=method: first(method))
+        if not done and results[method.name].note == OUT_OF_MEMORY and errors:
+            results[method.name].note = ""  # beside the references; without them it may fit
+    references.clear()
+    gc.collect()
+    tidy(device)
+    gradients = p.hidden.nbytes + p.weight.nbytes
+
+    def peak(method: Method) -> None:
+        results[method.name].peak = peak_bytes(lambda: step(method, p), device) - gradients
+
+    def timed(method: Method) -> None:
+        if device != "cpu":
+            step(method, p)  # what the other methods did to the allocator's blocks is mended untimed
+            p.forget()
+        synchronize(device)
+        start = time.perf_counter()
+        step(method, p)
+        synchronize(device)
+        results[method.name].times.append(time.perf_counter() - start)
+
+    for turn in [peak] + [timed] * rounds:
+        for method in running:
+            if not results[method.name].note:
+                attempt(results[method.name], p, device, lambda method=method, turn=turn: turn(method))
     return list(results.values())
+
+
+def tidy(device: str) -> None:
+    """Give a GPU's unused memory back."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
 
 
 def free(device: str) -> float:
@@ -293,14 +243,6 @@ def synchronize(device: str) -> None:
     """Wait for a GPU."""
     if device != "cpu":
         torch.cuda.synchronize(device)
-
-
-def version(package: str) -> str | None:
-    """The version of an installed package."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def hardware(device: str) -> dict[str, Any]:
@@ -321,7 +263,7 @@ def hardware(device: str) -> dict[str, Any]:
 def facts_of_run(device: str, dtype: str, rounds: int) -> dict[str, Any]:
     """What stands at the top of a file of results."""
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": command_line(sys.argv),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "dtype": dtype,
         "rounds": rounds,
@@ -375,29 +317,30 @@ def plot(path: Path, measured: dict[str, list[Result]], title: str) -> None:
     import matplotlib.pyplot as plt
 
     wide = min(4, len(measured))
-    figure, axes = plt.subplots(2 * -(-len(measured) // wide), wide, squeeze=False)
+    figure, axes = plt.subplots(2 * -(-len(measured) // wide), wide, squeeze=False, layout="constrained")
     figure.set_size_inches(4.2 * wide, 3 * len(axes))
     pairs = [pair for rows in axes.reshape(-1, 2, wide) for pair in rows.T]  # time above memory
     for unused in pairs[len(measured) :]:
         for axis in unused:
             axis.set_axis_off()
     for column, (shape, results) in zip(pairs, measured.items(), strict=False):
-        shown = [r for r in results if r.times]
+        shown = [r for r in results if r.times or r.failed]
         colors = ["#d95f02" if r.method.startswith("wit") else "#7f8c9b" for r in shown]
         for axis, values, label in (
-            (column[0], [r.time for r in shown], "time, s"),
-            (column[1], [r.peak / 1e6 for r in shown], "extra memory, MB"),
+            (column[0], [r.time if r.times else 0 for r in shown], "time, s"),
+            (column[1], [r.peak / 1e6 if r.times else 0 for r in shown], "extra memory, MB"),
         ):
             bars = axis.barh([r.method for r in shown], values, color=colors)
             labels = [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values]
+            labels = [r.failed or label for r, label in zip(shown, labels, strict=True)]
             axis.bar_label(bars, labels, padding=2, fontsize=8)
             axis.invert_yaxis()
             axis.margins(x=0.2)
             axis.set_xlabel(label)
+            axis.locator_params(axis="x", nbins=4)
             axis.spines[["top", "right"]].set_visible(False)
         column[0].set_title(shape, fontsize=10)
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -415,6 +358,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny shapes, two rounds: does it run at all")
     parser.add_argument("--errors-up-to", type=float, default=2e13, help="tokens · hidden · vocabulary; nan above")
     parser.add_argument("--out", type=Path, help="path of the results without suffix")
+    parser.add_argument("--resume", action="store_true", help="leave out the shapes that the results have")
     options = parser.parse_args(arguments)
 
     device, quick = options.device, options.quick
@@ -430,26 +374,66 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"unknown methods: {', '.join(sorted(unknown))}")
     methods = [known[name] for name in names]
 
+    out = options.out or Path(__file__).parent / "results" / f"linear_cross_entropy-{device}"
+    out.parent.mkdir(parents=True, exist_ok=True)
     facts = facts_of_run(device, str(dtype).removeprefix("torch."), 2 if quick else options.rounds)
     print(json.dumps(facts, indent=2), "\n")
-    measured = {}
+    measured, crashed = earlier(out, facts) if options.resume else ({}, {})
     for shape, softcap in shapes.items():
+        if shape in measured:
+            print(f"{shape} is in {out.with_suffix('.json')}", flush=True)
+            continue
+        tidy(device)
         problem = Problem.make(shape, softcap, dtype, device)
         tokens, hidden, vocabulary = (int(size) for size in shape.split()[0].split("x"))
         # The reference takes three float64 products, and three heads in float64.
         errors = tokens * hidden * vocabulary <= options.errors_up_to and 24 * hidden * vocabulary <= free(device)
-        measured[shape] = measure(problem, methods, facts["rounds"], device, errors)
+        try:
+            measured[shape] = measure(problem, methods, facts["rounds"], device, errors, crashed.get(shape))
+        except Lost as lost:
+            print(f"{lost.result.method} took the GPU away: {lost}; --resume goes on without it", flush=True)
+            crashed.setdefault(shape, {})[lost.result.method] = lost.result.note
+            write(out, facts, measured, crashed)
+            sys.exit(AGAIN)
         print(table(shape, measured[shape], options.baseline), flush=True)
+        write(out, facts, measured, crashed)
         del problem
         gc.collect()
-    out = options.out or Path(__file__).parent / "results" / f"linear_cross_entropy-{device}"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    print(f"wrote {out.with_suffix('.json')} and {out.with_suffix('.png')}")
+    broken = {f"{r.method} at {shape}: {r.note}" for shape, results in measured.items() for r in results if r.broken}
+    if broken:
+        sys.exit("\n".join(sorted(broken)))
+
+
+def earlier(out: Path, facts: dict[str, Any]) -> tuple[dict[str, list[Result]], dict[str, dict[str, str]]]:
+    """The shapes that are in the files already, and what crashed, if they are of the same machine and dtype."""
+    path = out.with_suffix(".json")
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    same = found.get("dtype") == facts["dtype"] and found["hardware"].get("gpu") == facts["hardware"].get("gpu")
+    if not found or not same:
+        return {}, {}
+    rows = {
+        shape: [Result(**{k: r[k] for k in Result.KEPT}) for r in results]
+        for shape, results in found["results"].items()
+    }
+    return rows, found.get("crashed", {})
+
+
+def write(
+    out: Path, facts: dict[str, Any], measured: dict[str, list[Result]], crashed: dict[str, dict[str, str]]
+) -> None:
+    """`<out>.json` and, where it can be drawn, `<out>.png`, of what there is by now."""
     facts["load_average_at_the_end"] = [round(load, 2) for load in os.getloadavg()]
     facts["results"] = {shape: [{**vars(r), "time": r.time} for r in results] for shape, results in measured.items()}
+    facts["crashed"] = crashed
     out.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
     machine = facts["hardware"].get("gpu", facts["hardware"]["cpu"])
-    plot(out.with_suffix(".png"), measured, f"{facts['dtype']}, {machine}, torch {facts['versions']['torch']}")
-    print(f"wrote {out.with_suffix('.json')} and {out.with_suffix('.png')}")
+    title = f"{facts['dtype']}, {machine}, torch {facts['versions']['torch']}"
+    try:
+        if measured:
+            plot(out.with_suffix(".png"), measured, title)
+    except ImportError as error:
+        print(f"no picture: {error}")
 
 
 if __name__ == "__main__":

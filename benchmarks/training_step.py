@@ -10,7 +10,8 @@ and without weights. Each training is a process of its own, and the two take tur
 of the machine's speed meets both. A step's time is from the end of the last step to its own end, data loading included;
 the first steps are left out; the number is the median over all steps of all rounds. Peak memory is the process's
 largest resident size (CPU) or what PyTorch's allocator reports (GPU). The collator's time is what the wrapper adds to
-the framework's own collator, per batch; in a data-loader worker it runs beside the step.
+the framework's own collator, per batch; in a data-loader worker it runs beside the step. A variant that does not fit
+into memory is named so; the numbers are written after every training.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +38,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "ERROR")
 
 import torch
+from command_line import command_line
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "configs"))
 
 FRAMEWORKS = ("trl", "axolotl", "llamafactory")
 WEIGHTS = {"prompt_weight": 0.2, "response_weight": 0.8}
 WARM_UP = 3
+OUT_OF_MEMORY = "out of memory"
 SIZES = {"vocab_size": 32000, "hidden_size": 512, "layers": 4, "words": 250, "batch": 4, "steps": 12}
 QUICK = {"vocab_size": 500, "hidden_size": 32, "layers": 1, "words": 12, "batch": 2, "steps": 5}
 GPU_SIZES = {"vocab_size": 128256, "hidden_size": 2048, "layers": 8, "words": 1000, "batch": 8, "steps": 23}
@@ -54,7 +58,8 @@ def prepare(folder: Path, sizes: dict[str, int]) -> None:
 
     vocab_size = sizes["vocab_size"]
     word_tokenizer({f"w{i}": i for i in range(3, vocab_size)}).save_pretrained(folder / "model")
-    shape = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 8 * sizes["words"]}
+    heads = max(8, sizes["hidden_size"] // 128)
+    shape = {"num_attention_heads": heads, "num_key_value_heads": 4, "max_position_embeddings": 8 * sizes["words"]}
     model = small_llama(vocab_size, sizes["hidden_size"], sizes["layers"], tie_word_embeddings=False, **shape)
     model.to(_dtype()).save_pretrained(folder / "model")
     generator = torch.Generator().manual_seed(0)
@@ -251,19 +256,30 @@ def child(framework: str, folder: Path, sizes: dict[str, int], weighted: bool, t
     (folder / "result.json").write_text(json.dumps(result))
 
 
-def measure(framework: str, sizes: dict[str, int], rounds: int, threads: int) -> dict[str, dict[str, Any]]:
-    """Both variants, turn by turn."""
-    seen: dict[str, dict[str, Any]] = {name: {"steps": [], "memory": [], "collator": []} for name in ("own", "wit")}
+def measure(
+    framework: str, sizes: dict[str, int], rounds: int, threads: int, write: Callable[[dict[str, dict[str, Any]]], None]
+) -> dict[str, dict[str, Any]]:
+    """Both variants, turn by turn; `write` gets what there is after each. What fails has a note, and no more turns."""
+    seen: dict[str, dict[str, Any]] = {
+        name: {"steps": [], "memory": [], "collator": [], "note": ""} for name in ("own", "wit")
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, sizes)
         for turn in range(rounds):
             for variant in ("own", "wit") if turn % 2 == 0 else ("wit", "own"):
+                if seen[variant]["note"]:
+                    continue
                 command = [sys.executable, __file__, framework, "--child", variant, "--folder", str(folder)]
                 command += ["--sizes", json.dumps(sizes), "--threads", str(threads)]
+                (folder / "result.json").unlink(missing_ok=True)
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
-                    sys.exit(done.stdout[-2000:] + done.stderr[-4000:])
+                    print(f"{variant}: {done.stdout[-2000:]}{done.stderr[-4000:]}", flush=True)
+                    last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+                    seen[variant]["note"] = OUT_OF_MEMORY if "OutOfMemoryError" in done.stderr else last[:200]
+                    write(seen)
+                    continue
                 result = json.loads((folder / "result.json").read_text())
                 for key in ("steps", "collator"):
                     seen[variant][key] += result[key]
@@ -272,6 +288,7 @@ def measure(framework: str, sizes: dict[str, int], rounds: int, threads: int) ->
                     f"round {turn + 1}/{rounds} {variant}: {statistics.median(result['steps']):.3f} s a step",
                     flush=True,
                 )
+                write(seen)
     return seen
 
 
@@ -280,10 +297,15 @@ def table(framework: str, seen: dict[str, dict[str, Any]]) -> str:
     own, wit = seen["own"], seen["wit"]
     rows = [f"{framework}: median step, fastest step, peak memory"]
     for name, result in seen.items():
+        if not result["steps"]:
+            rows.append(f"  {name:4} {result['note']}")
+            continue
         rows.append(
             f"  {name:4} {statistics.median(result['steps']):8.3f} s {min(result['steps']):8.3f} s "
             f"{min(result['memory']) / 2**20:9.0f} MiB"
         )
+    if not own["steps"] or not wit["steps"]:
+        return "\n".join(rows)
     step = statistics.median(wit["steps"])
     rows.append(
         f"  ratio {step / statistics.median(own['steps']):7.3f}   {min(wit['steps']) / min(own['steps']):8.3f}   "
@@ -310,24 +332,28 @@ def main() -> None:
         child(options.framework, options.folder, options.sizes, options.child == "wit", options.threads)
         return
     sizes = QUICK if options.quick else GPU_SIZES if torch.cuda.is_available() else SIZES
-    before = os.getloadavg()[0]
-    seen = measure(options.framework, sizes, 1 if options.quick else options.rounds, options.threads)
-    print(table(options.framework, seen))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": command_line(sys.argv),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **_versions()},
         "hardware": torch.cuda.get_device_name() if device == "cuda" else _cpu(),
         "threads": options.threads,
-        "load_average_before": round(before, 2),
+        "load_average_before": round(os.getloadavg()[0], 2),
         "sizes": sizes,
         "dtype": str(_dtype()).removeprefix("torch."),
-        "results": seen,
     }
     out = options.out or Path(__file__).parent / "results" / f"training_step-{options.framework}-{device}.json"
-    out.write_text(json.dumps(facts, indent=2) + "\n")
+
+    def write(seen: dict[str, dict[str, Any]]) -> None:
+        out.write_text(json.dumps({**facts, "results": seen}, indent=2) + "\n")
+
+    rounds = 1 if options.quick else options.rounds
+    seen = measure(options.framework, sizes, rounds, options.threads, write)
+    print(table(options.framework, seen))
     print(f"wrote {out}")
+    if any(result["note"] not in ("", OUT_OF_MEMORY) for result in seen.values()):
+        sys.exit("a training failed; its output stands above")
 
 
 def _versions() -> dict[str, str]:

@@ -1,3 +1,4 @@
+import gc
 import os
 
 # Before torch is imported: nothing here may reach a hub, and tests run side by side on few cores.
@@ -18,6 +19,17 @@ def _own_environment():
     own = os.environ
     yield
     os.environ = own  # noqa: B003 (the very object, which others hold)
+
+
+@pytest.fixture(autouse=True)
+def _only_its_own_garbage():
+    """The frameworks collect garbage up to five times a run, and would look through all that was ever imported."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # for the interpreter's own end
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
-import sys
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,8 +13,9 @@ from typing import Any
 
 import torch
 import yaml
+from apart import apart, on_ranks
 from axolotl.integrations.base import BasePlugin, PluginManager
-from support import Document, all_relative_error, documents, llama, reference_step, subprocess_env
+from support import Document, all_relative_error, documents, llama, reference_step
 from words import text, tokenizer
 
 LEARNING_RATE = 0.05
@@ -297,12 +297,23 @@ def isolated(folder: Path, **settings: Any) -> str:
 
     The working directory is `folder`.
     """
-    command = [sys.executable, "-c", "import axokit; axokit._main()", str(folder), json.dumps(settings)]
-    done = subprocess.run(command, env=subprocess_env(), cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return done.stdout + done.stderr
+    return apart(_isolated, folder, settings)
 
 
-def _main() -> None:
-    torch.set_num_threads(1)
-    assert_step_is_exact(Workplace(Path(sys.argv[1])).train(**json.loads(sys.argv[2])))
+def _isolated(folder: Path, settings: dict[str, Any]) -> None:
+    os.chdir(folder)
+    assert_step_is_exact(Workplace(folder).train(**settings))
+
+
+def train_on_ranks(path: Path, ranks: int = 2) -> str:
+    """`axolotl train CONFIG` on so many CPU processes, as its launchers start it in each; returns what they printed.
+
+    The configuration has the plugin `axokit.UseCPU`.
+    """
+    return on_ranks(_train_on_a_rank, path, ranks=ranks)
+
+
+def _train_on_a_rank(path: Path) -> None:
+    os.environ["ACCELERATE_USE_CPU"] = "true"  # without a GPU: gloo, which accelerate takes only if it is told so
+    trainer = train(path).trainer
+    assert trainer.accelerator.num_processes == int(os.environ["WORLD_SIZE"])

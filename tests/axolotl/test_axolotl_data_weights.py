@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,15 @@ import numpy as np
 import pytest
 import raw_half
 import torch
-from axokit import CHAT, LEARNING_RATE, Recorded, Workplace, axolotl
+from axokit import CHAT, LEARNING_RATE, Recorded, Workplace, axolotl, train_on_ranks
 from datasets import load_from_disk
 from safetensors.torch import load_file
-from support import Document, all_relative_error, document_logits, llama, plain_copy, subprocess_env
-from test_axolotl_runs import history, shell
+from support import Document, all_relative_error, document_logits, llama, plain_copy
+from test_axolotl_runs import history
 from test_axolotl_wit import prepare
 from words import tokenizer
 
+from wit_plugins.errors import WITError
 from wit_plugins.testing import registered
 from wit_plugins.tokens.prepared import read_prepared
 from wit_plugins.tokens.transport import decode
@@ -164,8 +164,7 @@ def test_two_processes(workplace: Workplace) -> None:
         gradient_accumulation_steps=2,
         save_strategy="epoch",
     )
-    two = ["--multi_gpu", "--num_processes", "2"]
-    shell("train", path, "--launcher", "accelerate", "--", *two, cwd=path.parent, ACCELERATE_USE_CPU="true")
+    train_on_ranks(path)
     loss, gradients = reference(llama(vocab_size=64), rows())
     assert history(path.parent / "out")[0]["loss"] == pytest.approx(loss, rel=1e-4)
     after = load_file(path.parent / "out" / "model.safetensors")
@@ -224,14 +223,17 @@ def test_preview_and_check_see_what_is_trained_on(workplace: Workplace) -> None:
         assert roles[1:].tolist() == [(1 + response) * (own != 0) for _, response, own in written]
 
 
-def test_a_mistake_is_a_line_with_the_row(workplace: Workplace) -> None:
+def test_a_mistake_is_a_line_with_the_row(workplace: Workplace, monkeypatch: Any, capsys: Any) -> None:
+    """As the interpreter shows it; how the process ends is in test_axolotl_hostile.py."""
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
     data = rows()
     data[5]["messages"][1] = {"role": "assistant", "content": "w01", "weight": -0.5}
     path = workplace.config(plugins=PLUGINS[1:], **file(workplace.folder, data))
-    command = [sys.executable, "-m", "axolotl.cli.train", str(path)]
-    done = subprocess.run(command, env=subprocess_env(AXOLOTL_DO_NOT_TRACK="1"), capture_output=True, text=True)
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
+    try:
+        axolotl("train", str(path), "--launcher", "python")
+    except WITError:
+        capsys.readouterr()
+        sys.excepthook(*sys.exc_info())
+    (last,) = capsys.readouterr().err.splitlines()
     assert last.startswith("wit_axolotl: datasets: ")
     assert "row 5: messages[1].weight = -0.5: is below 0" in last
-    assert "Traceback" not in done.stderr

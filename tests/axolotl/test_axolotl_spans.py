@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from axokit import CHAT, LEARNING_RATE, Workplace, axolotl, from_prepared
+from axokit import CHAT, LEARNING_RATE, Workplace, axolotl, from_prepared, train_on_ranks
 from safetensors.torch import load_file
 from span_reference import expected, from_ids, of_spans, span_logs, weighted_loss
 from support import all_relative_error, document_logits, llama, plain_copy
-from test_axolotl_runs import PLUGINS, history, shell
+from test_axolotl_runs import PLUGINS, history
 from words import tokenizer
 
 SPANS = [
@@ -68,8 +68,7 @@ def test_two_processes_are_one(workplace, packed):
         settings |= {"sample_packing": True, "micro_batch_size": 1, "sequence_len": 128}
     path = workplace.config(plugins=PLUGINS, **settings)
     axolotl("preprocess", path)
-    two = ["--launcher", "torchrun", "--", "--nproc-per-node", "2"]
-    shell("train", path, *two, cwd=path.parent, ACCELERATE_USE_CPU="true")
+    train_on_ranks(path)
     alone = workplace.train(**{**settings, "gradient_accumulation_steps": 2})
     documents = from_prepared(alone.trainer.train_dataset)
     assert len(documents) == 8

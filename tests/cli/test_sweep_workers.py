@@ -61,53 +61,53 @@ storage.GRACE = 15
 """
 
 
-@pytest.mark.parametrize("url", [None, "sqlite:///{}/study.db"])
-def test_a_killed_worker_s_trial_is_finished_by_another_one(tmp_path, url):
-    """SIGKILL in the middle of a run: the other one goes on from its checkpoint, and runs the rest once."""
+def killed_and_finished(tmp_path, url, body, killed, meanwhile, **options):
+    """SIGKILL in the middle of a run: another worker goes on from its checkpoint, and runs the rest once.
+
+    Args:
+        killed: the key of the trial in which the first worker is killed.
+        meanwhile: the key of one that the other worker is about by then.
+
+    Returns:
+        What the other worker said, and the trials.
+    """
     url = url and url.format(tmp_path)
-    options = {"trials": 7, "pruner": "none", "storage": url, "before": IMPATIENT}
-    stopped = tmp_path / "runs" / "p0.2_r0.8"
-    first = worker(tmp_path, BODY, **options)
+    options = {"storage": url, "before": IMPATIENT, **options}
+    stopped = tmp_path / "runs" / killed
+    first = worker(tmp_path, body, **options)
     wait_for((stopped / "progress.json").exists, first)
-    second = worker(tmp_path, BODY, **options)
-    wait_for(lambda: any(name == "p1_r1" for name, *_ in order(tmp_path)), second)
+    second = worker(tmp_path, body, **options)
+    wait_for(lambda: any(name == meanwhile for name, *_ in order(tmp_path)), second)
     first.kill()
     first.communicate()
     said = ended(second)
-    assert "p0.2_r0.8 (0.2, 0.8): goes on from checkpoint-5" in said
-    runs = [name for name, *_ in order(tmp_path)]
     found = trials(tmp_path, url)
-    assert Counter(runs) == {**dict.fromkeys(found, 1), "p0.2_r0.8": 2}
-    assert [resume for name, resume, *_ in order(tmp_path) if name == "p0.2_r0.8"][1].endswith("checkpoint-5")
-    assert len(found) == 7
+    assert Counter(name for name, *_ in order(tmp_path)) == {**dict.fromkeys(found, 1), killed: 2}
+    assert [resume for name, resume, *_ in order(tmp_path) if name == killed][1].endswith("checkpoint-5")
     assert {trial.state.name for trial in found.values()} == {"COMPLETE"}
-    assert found["p0.2_r0.8"].value == pytest.approx(lowest(0.25))
     assert processes_of(stopped) == []  # what the killed worker had left running
+    return said, found
+
+
+@pytest.mark.parametrize("url", [None, "sqlite:///{}/study.db"])
+def test_a_killed_worker_s_trial_is_finished_by_another_one(tmp_path, url):
+    search = {"trials": 7, "pruner": "none"}
+    said, found = killed_and_finished(tmp_path, url, BODY, "p0.2_r0.8", "p1_r1", **search)
+    assert "p0.2_r0.8 (0.2, 0.8): goes on from checkpoint-5" in said
+    assert len(found) == 7
+    assert found["p0.2_r0.8"].value == pytest.approx(lowest(0.25))
     assert found["p0.2_r0.8"].user_attrs["attempt"] == 2
 
 
 @pytest.mark.parametrize("url", [None, "sqlite:///{}/study.db"])
 def test_two_workers_share_a_grid_and_one_of_them_is_killed(tmp_path, url):
-    """SIGKILL in the middle of a cell: the other one goes on from its checkpoint, and runs the rest once."""
-    url = url and url.format(tmp_path)
-    options = {"prompts": "0,0.2,0.4,0.6,1", "responses": "1", "storage": url, "call": "made_up", "before": IMPATIENT}
-    stopped = tmp_path / "runs" / "p0.2_r1"
-    first = worker(tmp_path, CHECKPOINT, **options)
-    wait_for((stopped / "progress.json").exists, first)
-    second = worker(tmp_path, CHECKPOINT, **options)
-    wait_for(lambda: any(name == "p0.4_r1" for name, *_ in order(tmp_path)), second)
-    first.kill()
-    first.communicate()
-    said = ended(second)
+    grid = {"prompts": "0,0.2,0.4,0.6,1", "responses": "1", "call": "made_up"}
+    said, found = killed_and_finished(tmp_path, url, CHECKPOINT, "p0.2_r1", "p0.4_r1", **grid)
     assert "1 of 5 cells are finished already" in said
     assert "(0.2, 1): goes on from checkpoint-5" in said
-    found = trials(tmp_path, url)
-    assert Counter(name for name, *_ in order(tmp_path)) == {**dict.fromkeys(found, 1), "p0.2_r1": 2}
     assert list(found) == ["p0_r1", "p0.2_r1", "p0.4_r1", "p0.6_r1", "p1_r1"]
-    assert {trial.state.name for trial in found.values()} == {"COMPLETE"}
     for trial in found.values():
         assert trial.value == pytest.approx((trial.params["prompt_weight"] - 0.4) ** 2 + 1.1)
-    assert processes_of(stopped) == []  # what the killed worker had left running
     assert "1.100 *" in said
 
 

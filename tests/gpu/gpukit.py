@@ -6,20 +6,23 @@ written for a GPU is known to work as far as that goes.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import importlib.metadata
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support import Document, all_relative_error, document_logits, llama, reference_step, subprocess_env
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.models.llama import modeling_llama
 
 from wit_plugins.loss.reference import reference_loss
 
@@ -34,6 +37,26 @@ FLOAT32 = (1e-5, 1e-4)
 # plain transformers in bfloat16. Half as much again is allowed for another order of operations. A document that sees
 # the one before it is off by more (`test_the_tolerance_tells_documents_apart`).
 ALLOWED = 1.5
+
+
+_LAYERS = ("LlamaRMSNorm", "LlamaMLP", "apply_rotary_pos_emb")
+_PLAIN = {name: getattr(modeling_llama, name) for name in _LAYERS}
+
+
+@contextlib.contextmanager
+def plain_llama() -> Iterator[None]:
+    """Llama of transformers' own layers, also in a process in which Liger's, which need a GPU, take their place."""
+    taken = {name: getattr(modeling_llama, name) for name in _LAYERS}
+    try:
+        vars(modeling_llama).update(_PLAIN)
+        yield
+    finally:
+        vars(modeling_llama).update(taken)
+
+
+def has_liger_layers() -> bool:
+    """Whether Liger's layers are in this process's Llama."""
+    return all(getattr(modeling_llama, name) is not _PLAIN[name] for name in _LAYERS)
 
 
 def missing_device() -> str | None:
@@ -54,16 +77,45 @@ def missing(package: str) -> str | None:
     return None
 
 
+@functools.cache
 def missing_attention(implementation: str) -> str | None:
-    """Why an implementation of attention cannot be used, if so."""
+    """Why an implementation of attention cannot be used, if so.
+
+    Tried on a model of its own, as only that tells: transformers takes a package or a kernel from a hub, which may not
+    be reached here, and a package may have been built for another torch.
+    """
     if implementation in ("sdpa", "eager"):
         return None
     if not ON_GPU:
         return f"{implementation} needs a GPU"
-    least = {"flash_attention_2": (8, 0), "flash_attention_3": (9, 0)}[implementation]
-    if torch.cuda.get_device_capability() < least:
-        return f"{implementation} needs compute capability {least[0]}.{least[1]}"
-    return missing({"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}[implementation])
+    config = llama(hidden_size=64, intermediate_size=64).config
+    try:
+        kwargs = {"attn_implementation": implementation, "dtype": torch.bfloat16}
+        model = AutoModelForCausalLM.from_config(config, **kwargs).to(DEVICE)
+        model(input_ids=torch.tensor([[3, 4, 5]], device=DEVICE)).logits.sum().item()
+    except Exception as error:  # a library that does not run here may raise whatever it likes
+        return f"{implementation} does not run here: {first_line(error)}"
+    return None
+
+
+@functools.cache
+def missing_4_bit() -> str | None:
+    """Why bitsandbytes cannot quantise on this GPU, if so; tried on a layer."""
+    if reason := missing("bitsandbytes"):
+        return reason
+    try:
+        import bitsandbytes
+
+        layer = bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.bfloat16, quant_type="nf4").to(DEVICE)
+        layer(torch.ones(1, 64, dtype=torch.bfloat16, device=DEVICE)).sum().item()
+    except Exception as error:  # it has a library for each version of CUDA, or none for this one
+        return f"bitsandbytes does not run here: {first_line(error)}"
+    return None
+
+
+def first_line(error: Exception) -> str:
+    """Of what an exception says, with its class."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def skip_if(*reasons: str | None) -> None:
@@ -91,6 +143,7 @@ def plain_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.replace("module.", "").replace("_orig_mod.", ""): value for name, value in tensors.items()}
 
 
+@plain_llama()
 def assert_step(
     recorded: Gradients, loss: float, docs: Sequence[Document], dtype: torch.dtype, model: Any = None
 ) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("trl.trainer", reason="TRL is not installed")
+pytest.importorskip("trl.trainer", reason="TRL is not installed", exc_type=ImportError)
 from gpukit import DEVICE, ON_GPU, skip_if
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ranks"))

@@ -115,7 +115,8 @@ def test_memory_does_not_grow_with_the_batch(device, dtype):
     h, v = 512, 32000
     weight = torch.randn(v, h, device=device, dtype=dtype).requires_grad_()
     chunk = sources.chunk_length(v, dtype) * v * dtype.itemsize
-    for tokens in (4096, 16384):
+    taken = []
+    for tokens in (4096, 4096, 16384):  # the first also makes room for cuBLAS, once
         hidden = torch.randn(tokens, h, device=device, dtype=dtype).requires_grad_()
         targets = torch.randint(v, (tokens,), device=device)
         weights = torch.rand(tokens, device=device)
@@ -125,8 +126,9 @@ def test_memory_does_not_grow_with_the_batch(device, dtype):
         head_nll(hidden, weight, targets, weights).loss.backward()
         beyond = torch.cuda.max_memory_allocated() - before - hidden.nbytes - weight.nbytes
         summed = 0 if dtype == torch.float32 else 4 * weight.numel()
-        assert beyond <= chunk + summed + 3 * softmax._BLOCK_ELEMENTS * 4 + 2**26
+        taken.append(beyond - chunk - summed)
         hidden.grad = weight.grad = None
+    assert max(taken[1:]) <= 3 * softmax._BLOCK_ELEMENTS * 4 + 2**26, taken
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

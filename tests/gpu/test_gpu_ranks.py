@@ -16,7 +16,7 @@ import torch
 import transformers
 from packaging import version
 
-pytest.importorskip("trl.trainer", reason="TRL is not installed")
+pytest.importorskip("trl.trainer", reason="TRL is not installed", exc_type=ImportError)
 from gpukit import DEVICE, ON_GPU, WEIGHTS, skip_if
 from support import all_relative_error, from_dataset, llama, reference_step, subprocess_env
 from trlkit import LEARNING_RATE, dataset

@@ -7,15 +7,19 @@ import gc
 import pytest
 import torch
 
-pytest.importorskip("trl.trainer", reason="TRL is not installed")
+pytest.importorskip("trl.trainer", reason="TRL is not installed", exc_type=ImportError)
+pytest.importorskip("peft", reason="peft is not installed")
 from gpukit import (
     ON_GPU,
     WEIGHTS,
     Gradients,
     assert_step,
+    has_liger_layers,
     in_a_process,
     missing,
+    missing_4_bit,
     missing_attention,
+    plain_llama,
     plain_names,
     skip_if,
     tolerance,
@@ -46,14 +50,17 @@ def check(folder, attention="sdpa", dtype="bfloat16", lora=False, **args):
         trainer_kwargs = {"peft_config": config}
     recorded = Gradients()
     trainer = sft_trainer(folder, model=model, trainer_kwargs=trainer_kwargs, use_cpu=not ON_GPU, **args)
-    reference = plain_copy(trainer.model).cpu() if lora else llama(**HIDDEN)
+    with plain_llama():
+        reference = plain_copy(trainer.model).cpu() if lora else llama(**HIDDEN)
     if lora:
         reference.set_attn_implementation("eager")
     docs = from_dataset(trainer.train_dataset)
     assert len(docs) == 8
     trainer.add_callback(WITCallback(trainer, prompt_weight=WEIGHTS[0], response_weight=WEIGHTS[1]))
     trainer.add_callback(recorded)
+    torch.backends.cuda.matmul.allow_tf32 = False  # accelerate turns it on for a compiled model without autocast
     trainer.train()
+    assert attention == "sdpa" or "flash" in trainer.model.config._attn_implementation
     computed = torch.bfloat16 if args.get("bf16") else dtype
     assert_step(recorded, logs(trainer)[0], docs, computed, reference)
     return trainer
@@ -104,13 +111,20 @@ def test_torch_compile(device, tmp_path, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_liger_kernel(device, tmp_path, dtype):
     skip_if(missing("liger-kernel"), None if ON_GPU else "Liger's kernels need a GPU")
-    in_a_process("test_gpu_trl", "check", tmp_path, dtype=dtype, use_liger_kernel=True)
+    in_a_process("test_gpu_trl", "check_liger", tmp_path, dtype=dtype)
+
+
+def check_liger(folder, **args):
+    """Liger's layers, by transformers' own option."""
+    check(folder, use_liger_kernel=True, **args)
+    assert has_liger_layers()
 
 
 def test_qlora(device, tmp_path):
     """As near the formula on the model's own 4-bit logits as bfloat16 is."""
-    skip_if(missing("bitsandbytes"), None if ON_GPU else "the same on a CPU is in tests/llamafactory")
-    llama(torch.bfloat16, **{**HIDDEN, "hidden_size": 64}).save_pretrained(tmp_path / "model")
+    skip_if(missing_4_bit() if ON_GPU else "the same on a CPU is in tests/llamafactory")
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}  # bitsandbytes wants blocks of 64
+    llama(torch.bfloat16, **sizes).save_pretrained(tmp_path / "model")
     quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=quantised, device_map={"": 0})
     config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "ERROR")
 import pytest
 import torch
 import yaml
+from apart import on_ranks
 from llamafactory.extras.env import VERSION
 from llamafactory.train.tuner import run_exp
 from packaging.version import Version
@@ -27,7 +29,7 @@ from safetensors.torch import load_file
 from support import all_relative_error, llama, plain_copy, subprocess_env
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback, __version__
-from wit_llamafactory import WITCallback, command
+from wit_llamafactory import WITCallback, command, train
 
 from wit_plugins.loss.reference import reference_loss
 
@@ -247,6 +249,21 @@ def start_command(folder: Path, *argv: str, **env: str) -> subprocess.CompletedP
     return subprocess.run(
         [*script, *argv], env=environment(**env), cwd=folder, capture_output=True, text=True, timeout=600
     )
+
+
+def train_on_ranks(*argv: Sequence[str]) -> str:
+    """What the command has torchrun start, `python -m wit_llamafactory.train`, with one rank's arguments each.
+
+    Returns:
+        What they printed.
+    """
+    return on_ranks(_train_on_a_rank, argv, ranks=len(argv))
+
+
+def _train_on_a_rank(argv: Sequence[Sequence[str]]) -> None:
+    os.environ["LLAMAFACTORY_VERBOSITY"] = "INFO"
+    sys.argv[1:] = argv[int(os.environ["RANK"])]
+    sys.exit(train.main())
 
 
 def history(out: Path) -> list[dict[str, Any]]:

@@ -17,8 +17,8 @@ from lfkit import (
     run,
     run_command,
     saved,
-    start_command,
     tokenizer,
+    train_on_ranks,
     trained,
 )
 from support import all_relative_error
@@ -56,13 +56,12 @@ def test_loss_and_step_are_those_of_the_text_and_its_weights(workplace, tmp_path
         assert entry[f"{role}_tokens"] == sum(own != 0 for own in counted) < len(counted) + (role == "prompt")
 
 
-def test_the_command_on_two_processes(workplace, tmp_path):
+def test_two_processes_are_one(workplace, tmp_path):
     config = workplace.write(
         "two.yaml", wit=LAMBDA, dataset="weighted", output_dir=str(tmp_path), per_device_train_batch_size=2,
         gradient_accumulation_steps=2, cutoff_len=512,
     )  # fmt: skip
-    done = start_command(workplace.folder, "train", str(config), FORCE_TORCHRUN="1", NPROC_PER_NODE="2")
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_on_ranks([str(config)], [str(config)])
     docs = data()[1]
     model, after = workplace.model(), saved(tmp_path)
     loss, gradients = expected(plain_copy(model), alone(docs), [doc.weights() for doc in docs])

@@ -1,4 +1,4 @@
-"""Two CPU processes under LLaMA-Factory's own torchrun: the same loss and the same step as one."""
+"""Two CPU processes, under LLaMA-Factory's own torchrun and forked: the same loss and the same step as one."""
 
 import os
 import pickle
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from apart import Failed
 from lfkit import (
     COUNT,
     LEARNING_RATE,
@@ -29,6 +30,7 @@ from lfkit import (
     saved,
     start_command,
     step,
+    train_on_ranks,
     trained,
 )
 from support import all_relative_error
@@ -53,7 +55,7 @@ def scored_by(workplace, layout):
 @pytest.mark.parametrize(
     ("weights", "layout", "batch", "accumulation", "tuning"),
     [
-        ((0.4, 0.6), "unpacked", 2, 4, "full"),
+        ((0.4, 0.6), "unpacked", 2, 4, "full"),  # by the command and its own launcher
         ((0.0, 1.0), "packing", 1, 2, "full"),
         pytest.param((1.0, 0.2), "neat_packing", 2, 1, "lora", marks=NEAT),
     ],
@@ -70,9 +72,12 @@ def test_two_processes_take_the_step_of_one(workplace, tmp_path, weights, layout
         output_dir=str(tmp_path),
         **layout_args(layout),
     )
-    done = start_command(workplace.folder, "train", str(config), **TORCHRUN)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "distributed tasks at" in done.stdout + done.stderr  # LLaMA-Factory's own launcher
+    if layout == "unpacked":
+        done = start_command(workplace.folder, "train", str(config), **TORCHRUN)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "distributed tasks at" in done.stdout + done.stderr
+    else:
+        train_on_ranks([str(config)], [str(config)])
     (entry,) = [entry for entry in history(tmp_path) if "loss" in entry]
     before = lora_before(workplace, tmp_path) if tuning == "lora" else workplace.model()
     loss, grads = step(plain_copy(before), scored_by(workplace, layout), *weights)
@@ -112,37 +117,18 @@ def test_an_elastic_restart_with_overrides(workplace, tmp_path):
 
 def test_a_worker_without_weights_stops_the_run(workplace, tmp_path):
     """What a second node with another configuration would be: nothing is trained anywhere."""
-    script = (
-        "import os, sys; from wit_llamafactory.train import main\n"
-        "sys.argv[1:] = [f'rank{os.environ[\"RANK\"]}.yaml']\n"
-        "sys.exit(main())\n"
-    )
-    (tmp_path / "worker.py").write_text(script)
     args = {"per_device_train_batch_size": 8, "output_dir": str(tmp_path / "out")}
     for rank, wit in enumerate((WEIGHTS, None)):
         (tmp_path / f"rank{rank}.yaml").write_text(workplace.write("rank.yaml", wit=wit, **args).read_text())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "worker.py"]
-    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0
-    assert "rank1.yaml: no wit block" in done.stderr
+    with pytest.raises(Failed, match=r"rank1.yaml: no wit block"):
+        train_on_ranks(*([str(tmp_path / f"rank{rank}.yaml")] for rank in (0, 1)))
     assert not (tmp_path / "out" / "trainer_state.json").exists()
 
 
 def test_workers_with_other_weights_stop_the_run(workplace, tmp_path):
-    script = (
-        "import os, sys; from wit_llamafactory.train import main\n"
-        "sys.argv.append(f'wit.prompt_weight=0.{os.environ[\"RANK\"]}')\n"
-        "sys.exit(main())\n"
-    )
-    (tmp_path / "worker.py").write_text(script)
     config = workplace.write(f"{tmp_path.name}.yaml", per_device_train_batch_size=8, output_dir=str(tmp_path / "out"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "worker.py"]
-    done = subprocess.run(
-        [*command, str(config)], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode != 0
-    assert "prompt_weight=0.0" in done.stderr
-    assert "prompt_weight=0.1" in done.stderr
+    with pytest.raises(Failed, match=r"(?s)prompt_weight=0\.0.*prompt_weight=0\.1"):
+        train_on_ranks(*([str(config), f"wit.prompt_weight=0.{rank}"] for rank in (0, 1)))
     assert not (tmp_path / "out" / "trainer_state.json").exists()
 
 

@@ -67,44 +67,47 @@ def test_sstoken_refuses_documents_that_attend_to_each_other(workplace, tmp_path
         on_an_adapter(workplace, tmp_path, "sstoken", {}, packing=True, cutoff_len=128)
 
 
-def test_tl_training_reads_the_text(workplace, tmp_path):
-    tools = ["get_weather", "get_web", "search"]
-    said = [f"CALL {tools[index % 3]}({'blue ' * index}) and that was all" for index in range(7)]
-    rows = [{"instruction": "CALL get_web", "input": "", "output": text} for text in [*said, "none"]]
-    workplace.dataset("calls", rows)
-    wit = {"prompt_weight": 0.4, "response_weight": 0.6}
-    strategies = {"tl_training": {"tools": tools, "call": r"CALL (?P<name>\w+)", "max_weight": 6}}
-    recorder = run(workplace.config(dataset="calls", output_dir=str(tmp_path)), {**wit, "strategies": strategies})
-    docs = recorder.docs()
-    weights = [
-        literature.tl_training_weights(from_ids(tokenizer(), d.input_ids, d.is_response), tools, 0.4, 0.6, 6)
-        for d in docs
-    ]
-    assert len({round(weight, 6) for own in weights for weight in own}) >= 3
+def trained_by_text(workplace, tmp_path, method, options, rows):
+    """A run of a method on rows of questions and answers; its documents are those of a run without it."""
+    settings = {"dataset": workplace.dataset(method, [{"input": "", **row} for row in rows])}
+    wit = {"prompt_weight": 0.4, "response_weight": 0.6, "strategies": {method: options}}
+    recorder = run(workplace.config(output_dir=str(tmp_path / method), **settings), wit)
+    return recorder, run(workplace.config(output_dir=str(tmp_path / "plain"), **settings), (0.4, 0.6)).docs()
+
+
+def assert_weighted(recorder, docs, weights):
+    """The loss and the step are those of documents whose tokens weigh so much."""
     loss = weighted_loss(alone(docs)(recorder.initial.train()), weights)
     recorder.initial.zero_grad()
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in recorder.initial.named_parameters()}
     assert recorder.logged() == [pytest.approx(loss.item(), **LOSS)]
     assert all_relative_error(recorder.taken, gradients) < 1e-4
+
+
+def written(doc):
+    return from_ids(tokenizer(), doc.input_ids, doc.is_response)
+
+
+def test_tl_training_reads_the_text(workplace, tmp_path):
+    tools = ["get_weather", "get_web", "search"]
+    said = [f"CALL {tools[index % 3]}({'blue ' * index}) and that was all" for index in range(7)]
+    rows = [{"instruction": "CALL get_web", "output": text} for text in [*said, "none"]]
+    options = {"tools": tools, "call": r"CALL (?P<name>\w+)", "max_weight": 6}
+    recorder, docs = trained_by_text(workplace, tmp_path, "tl_training", options, rows)
+    weights = [literature.tl_training_weights(written(doc), tools, 0.4, 0.6, 6) for doc in docs]
+    assert len({round(weight, 6) for own in weights for weight in own}) >= 3
+    assert_weighted(recorder, docs, weights)
 
 
 def test_fait_compares_with_the_wrong_answer(workplace, tmp_path):
     said = [(literature.marked(right)[0], wrong) for right, wrong in literature.FAIT]
-    rows = [{"instruction": "say it", "input": "", "output": right, "wrong": wrong} for right, wrong in said]
-    workplace.dataset("answers", rows)
-    strategies = {"fait": {"wrong_key": "wrong", "weight": 2.5}}
-    wit = {"prompt_weight": 0.4, "response_weight": 0.6, "strategies": strategies}
-    recorder = run(workplace.config(dataset="answers", output_dir=str(tmp_path / "fait")), wit)
-    plain = run(workplace.config(dataset="answers", output_dir=str(tmp_path / "plain")), (0.4, 0.6))
-    docs, weights = plain.docs(), []
-    for doc, (right, _) in zip(docs, literature.FAIT, strict=True):
-        written = from_ids(tokenizer(), doc.input_ids, doc.is_response)
-        weights.append(literature.fait_weights(written, right, 2.5, 0.4, 0.6))
+    rows = [{"instruction": "say it", "output": right, "wrong": wrong} for right, wrong in said]
+    options = {"wrong_key": "wrong", "weight": 2.5}
+    recorder, docs = trained_by_text(workplace, tmp_path, "fait", options, rows)
+    weights = [
+        literature.fait_weights(written(doc), right, 2.5, 0.4, 0.6)
+        for doc, (right, _) in zip(docs, literature.FAIT, strict=True)
+    ]
     assert sum(any(weight > 0.6 for weight in own) for own in weights) == 5
-    loss = weighted_loss(alone(docs)(recorder.initial.train()), weights)
-    recorder.initial.zero_grad()
-    loss.backward()
-    gradients = {name: parameter.grad for name, parameter in recorder.initial.named_parameters()}
-    assert recorder.logged() == [pytest.approx(loss.item(), **LOSS)]
-    assert all_relative_error(recorder.taken, gradients) < 1e-4
+    assert_weighted(recorder, docs, weights)

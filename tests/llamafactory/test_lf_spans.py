@@ -14,8 +14,8 @@ from lfkit import (
     rows_of,
     run,
     saved,
-    start_command,
     tokenizer,
+    train_on_ranks,
     trained,
 )
 from span_reference import expected, from_ids, of_spans, span_logs, weighted_loss
@@ -83,7 +83,7 @@ def test_loss_and_step_are_those_of_the_text(tmp_path, layout):
     [("unpacked", "nonzero_tokens", 4), pytest.param("neat_packing", "weight_sum", 1, marks=NEAT)],
 )
 def test_two_processes_are_one(tmp_path, layout, normalization, batch):
-    """Loss, step and the spans' losses are those of all documents' text, by the command and its own launcher."""
+    """Loss, step and the spans' losses are those of all documents' text."""
     workplace = place(tmp_path)
     workplace.dataset("spans", data())
     wit = {
@@ -94,8 +94,7 @@ def test_two_processes_are_one(tmp_path, layout, normalization, batch):
     }
     settings = {"dataset": "spans", "cutoff_len": 256, "per_device_train_batch_size": batch, **layout_args(layout)}
     path = workplace.write(wit=wit, **settings)
-    done = start_command(tmp_path, "train", str(path), FORCE_TORCHRUN="1", NPROC_PER_NODE="2")
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_on_ranks([str(path)], [str(path)])
     entry = next(entry for entry in history(tmp_path / "out") if "loss" in entry)
 
     own = run(workplace.config(**{**settings, "neat_packing": None}, output_dir=str(tmp_path / "docs")))

@@ -1,8 +1,8 @@
 """One table of cases for all frameworks; its runs on several CPU processes, and what one process says of them.
 
-Each framework has a script that runs the whole table in one launch, since starting is what costs, and a test file that
-holds every case against the formula in float64. Nothing is run in the process of the tests, and nothing of the
-reference in the processes of the ranks.
+Each framework has a module whose `run` trains a case, and the whole table is one launch (`rank.py`), since starting is
+what costs; its test file holds every case against the formula in float64. Nothing is run in the process of the tests,
+and nothing of the reference in the processes of the ranks.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ LEARNING_RATE = 0.05
 HELD_OUT = 7  # examples; in batches of one on two or four ranks the sampler repeats some, which must not count twice
 RANKS = (1, 2, 4)
 LORA: dict[str, Any] = {"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
-PACKED_ROWS = 4  # that each framework makes of its documents, at the length that its script packs to
+PACKED_ROWS = 4  # that each framework makes of its documents, at the length that its module packs to
 
 # Documents of uneven length, all of them one step, dealt out to the ranks: the ranks' numbers of tokens differ in every
-# case. What a key means to a framework is in its script.
+# case. What a key means to a framework is in its module.
 CASES: dict[str, dict[str, Any]] = {
     "full": {},
     "accumulated": {"accumulate": 2},
@@ -108,7 +108,7 @@ def fresh_model(folder: Path, case: dict[str, Any]) -> Any:
 
 
 def run_cases(run: Callable[[Path, dict[str, Any], str, Path], None]) -> None:
-    """What a framework's script does: every case of the launch, each into a folder of its own.
+    """What a rank does: every case of the launch, each into a folder of its own.
 
     Args:
         run: trains one case. Is given the workplace, the case, how it is parallel, and the folder for what comes of it.
@@ -212,10 +212,11 @@ VARIABLES = {
 }
 
 
-def torchrun(script: Path, arguments: Sequence[str], ranks: int, nodes: int = 1, **variables: str) -> tuple[int, str]:
-    """A script on so many processes of this machine; the exit code and everything that was printed.
+def torchrun(module: str, arguments: Sequence[str], ranks: int, nodes: int = 1, **variables: str) -> tuple[int, str]:
+    """The table of a framework on so many processes of this machine; the exit code and everything that was printed.
 
     Args:
+        module (`str`): the framework's, beside this file.
         ranks (`int`): how many in all.
         nodes (`int`): how many launchers share them, each as it would be started on a machine of its own.
     """
@@ -226,7 +227,7 @@ def torchrun(script: Path, arguments: Sequence[str], ranks: int, nodes: int = 1,
     port, commands = free_port(), []
     for node in range(nodes):
         own = rendezvous(node, nodes, port) if nodes > 1 else ["--standalone"]
-        commands.append([*launcher, *own, str(script), *arguments])
+        commands.append([*launcher, *own, str(here / "rank.py"), module, *arguments])
     return run_together(commands, [environment] * nodes)
 
 
@@ -274,14 +275,14 @@ class Launches:
 
     Args:
         folder (`Path`): for the runs; has the workplace in it.
-        script (`str`): the framework's, beside this file.
+        module (`str`): the framework's, beside this file.
         cases (`dict[str, dict]`): its table.
     """
 
-    def __init__(self, folder: Path, script: str, cases: dict[str, dict[str, Any]]) -> None:
+    def __init__(self, folder: Path, module: str, cases: dict[str, dict[str, Any]]) -> None:
         self.workplace = folder / "workplace"
         self.workplace.mkdir()
-        self.script, self.cases = Path(__file__).parent / script, cases
+        self.module, self.cases = module, cases
         self._folder, self._done = folder, dict[tuple[str, int, int], tuple[Path, str]]()
 
     def of(self, name: str, parallel: str, ranks: int, nodes: int = 1) -> tuple[dict[str, Any], Path]:
@@ -291,7 +292,7 @@ class Launches:
             out = self._folder / "-".join(map(str, key))
             out.mkdir()
             arguments = [str(self.workplace), str(out), parallel, json.dumps(list(self.cases.values()))]
-            self._done[key] = out, torchrun(self.script, arguments, ranks, nodes, **VARIABLES[parallel])[1]
+            self._done[key] = out, torchrun(self.module, arguments, ranks, nodes, **VARIABLES[parallel])[1]
         out, printed = self._done[key]
         folder = out / f"case-{list(self.cases).index(name)}"
         assert (folder / "log.json").is_file(), printed[-6000:]

@@ -73,7 +73,3 @@ def run(workplace: Path, case: dict[str, Any], parallel: str, folder: Path) -> N
     trainer = train(path).trainer
     assert len(trainer.train_dataset) == (PACKED if case.get("packed") else UNPACKED)
     rankskit.keep(trainer, parallel, folder)
-
-
-if __name__ == "__main__":
-    rankskit.run_cases(run)

@@ -42,7 +42,3 @@ def run(workplace: Path, case: dict[str, Any], parallel: str, folder: Path) -> N
     trainer: Any = weights.trainer
     assert len(trainer.train_dataset) == (rankskit.PACKED_ROWS if case.get("packed") else DOCUMENTS)
     rankskit.keep(trainer, parallel, folder)
-
-
-if __name__ == "__main__":
-    rankskit.run_cases(run)

@@ -40,7 +40,3 @@ def run(workplace: Path, case: dict[str, Any], parallel: str, folder: Path) -> N
     trainer.add_callback(WITCallback(trainer, **weights, **case.get("wit", {})))
     trainer.train()
     rankskit.keep(trainer, parallel, folder)
-
-
-if __name__ == "__main__":
-    rankskit.run_cases(run)

@@ -37,7 +37,7 @@ TABLE = CASES
 
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
-    made = Launches(tmp_path_factory.mktemp("axolotl"), "run_axolotl.py", TABLE)
+    made = Launches(tmp_path_factory.mktemp("axolotl"), "run_axolotl", TABLE)
     write_models(made.workplace, tokenizer(), vocab_size=64)
 
     def write(name: str, data: list[dict[str, object]]) -> None:

@@ -21,7 +21,7 @@ TABLE = CASES
 
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
-    made = Launches(tmp_path_factory.mktemp("llamafactory"), "run_llamafactory.py", TABLE)
+    made = Launches(tmp_path_factory.mktemp("llamafactory"), "run_llamafactory", TABLE)
     tokens = tokenizer()
     write_models(made.workplace, tokens, vocab_size=len(tokens), max_position_embeddings=512, eos_token_id=1)
     place = Place(made.workplace)

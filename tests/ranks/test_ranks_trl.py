@@ -19,7 +19,7 @@ TABLE = {**CASES, "padding-free": {"args": {"padding_free": True, "max_length": 
 
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
-    made = Launches(tmp_path_factory.mktemp("trl"), "run_trl.py", TABLE)
+    made = Launches(tmp_path_factory.mktemp("trl"), "run_trl", TABLE)
     write_models(made.workplace, tokenizer())
     return made
 

@@ -1,11 +1,13 @@
 """Groups of samples through the real `SFTTrainer`: a denominator and logged losses for each (MFTCoder)."""
 
+import json
+
 import literature
 import pytest
 import torch
+from apart import on_ranks
 from datasets import Dataset
 from support import Document, all_relative_error, document_logits, documents, plain_copy
-from test_distributed import launch
 from test_literature import LEARNING_RATE, in_order
 from trl import SFTConfig
 from trlkit import logs, sft_trainer, tokenizer, weights_of
@@ -167,59 +169,60 @@ def test_eval_loss_is_that_of_a_run_without_groups(tmp_path):
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
-PACKED = {"packing": True, "max_length": 16, "per_device_train_batch_size": 1}
-TWO_RANKS = """
-import json, pathlib, sys, torch
-from test_groups import MFTCODER, PACKED, coba_trainer, prepared, rows, trainer_of
-from trlkit import weights_of
-from wit_trl import WITCallback
-folder = pathlib.Path(sys.argv[1])
-for name, packed in (("unpacked", {}), ("packed", PACKED)):
-    torch.manual_seed(0)
-    held_out = prepared(rows(7, seed=3))
-    args = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 1, **packed}
-    args |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2}
-    trainer, _ = trainer_of(folder / name, trainer_kwargs={"eval_dataset": held_out}, **args)
-    trainer.add_callback(WITCallback(trainer, 0.2, 0.8, strategies=MFTCODER))
+SIZES = {"unpacked": {}, "packed": {"packing": True, "max_length": 16, "per_device_train_batch_size": 1}}
+
+
+def on_two(accumulate, **packed):
+    return {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulate, "max_steps": 1, **packed}
+
+
+def train_a_step(folder, packed):
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2}
+    held_out = {"trainer_kwargs": {"eval_dataset": prepared(rows(7, seed=3))}}
+    trainer, _ = trainer_of(folder, **held_out, **evaluated, **on_two(2, **packed))
+    trainer.add_callback(WITCallback(trainer, *WEIGHTS["weighted"], strategies=MFTCODER))
     trainer.train()
     if trainer.is_world_process_zero():
-        torch.save((trainer.state.log_history, weights_of(trainer)), folder / f"{name}.pt")
-torch.manual_seed(0)
-trainer, _ = coba_trainer(folder / "coba", per_device_train_batch_size=2, per_device_eval_batch_size=2)
-trainer.train()
-if trainer.is_world_process_zero():
-    torch.save(trainer.state.log_history, folder / "coba.pt")
-"""
+        torch.save((trainer.state.log_history, weights_of(trainer)), folder / "after.pt")
 
 
-def test_two_ranks_are_one(tmp_path):
+@pytest.mark.parametrize("packed", SIZES.values(), ids=SIZES)
+def test_two_ranks_are_one(tmp_path, packed):
     """Which have different tasks, and one of them none of a task that the other has."""
-    done = launch(tmp_path, {}, script=TWO_RANKS)
-    assert done.returncode == 0, done.stderr[-9000:]
-    for name, packed in (("unpacked", {}), ("packed", PACKED)):
-        args = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 1, **packed}
-        trainer, batches = trainer_of(tmp_path, **args)
-        assert len(batches) >= 4
-        on_first = {literature.task(doc.input_ids) for part in batches[0:4:2] for doc in part}
-        loss, grads = expected(trainer.model, batches[:4], WEIGHTS["weighted"])
-        before = weights_of(trainer)
-        (training, evaluation, *_), after = torch.load(tmp_path / f"{name}.pt", weights_only=False)
-        assert training["loss"] == pytest.approx(loss, rel=1e-5), name
-        taken = {n: (before[n] - p) / LEARNING_RATE for n, p in after.items()}
-        assert all_relative_error(taken, grads) < 1e-4, name
-        docs = [doc for part in batches[:4] for doc in part]
-        assert only(training, literature.TASKS) == pytest.approx(group_losses(trainer.model, docs), rel=1e-5)
-        if not packed:
-            assert len(on_first) < 3
-            trainer.model.load_state_dict(after)
-            own = [doc for row in rows(7, seed=3) for doc in pieces(row)]
-            of_eval = {f"eval_{key}": value for key, value in group_losses(trainer.model, own).items()}
-            assert only(evaluation, literature.TASKS) == pytest.approx(of_eval, rel=1e-5)
+    on_ranks(train_a_step, tmp_path, packed)
+    trainer, batches = trainer_of(tmp_path, **on_two(4, **packed))
+    assert len(batches) >= 4
+    on_first = {literature.task(doc.input_ids) for part in batches[0:4:2] for doc in part}
+    loss, grads = expected(trainer.model, batches[:4], WEIGHTS["weighted"])
+    before = weights_of(trainer)
+    (training, evaluation, *_), after = torch.load(tmp_path / "after.pt", weights_only=False)
+    assert training["loss"] == pytest.approx(loss, rel=1e-5)
+    taken = {n: (before[n] - p) / LEARNING_RATE for n, p in after.items()}
+    assert all_relative_error(taken, grads) < 1e-4
+    docs = [doc for part in batches[:4] for doc in part]
+    assert only(training, literature.TASKS) == pytest.approx(group_losses(trainer.model, docs), rel=1e-5)
+    if not packed:
+        assert len(on_first) < 3
+        trainer.model.load_state_dict(after)
+        own = [doc for row in rows(7, seed=3) for doc in pieces(row)]
+        of_eval = {f"eval_{key}": value for key, value in group_losses(trainer.model, own).items()}
+        assert only(evaluation, literature.TASKS) == pytest.approx(of_eval, rel=1e-5)
+
+
+def train_coba(folder):
+    trainer, _ = coba_trainer(folder, per_device_train_batch_size=2, per_device_eval_batch_size=2)
+    trainer.train()
+    if trainer.is_world_process_zero():
+        (folder / "losses.json").write_text(json.dumps(logs(trainer)))
+
+
+def test_coba_on_two_ranks(tmp_path):
+    on_ranks(train_coba, tmp_path)
     trainer, _ = coba_trainer(tmp_path)
     trainer.train()
-    on_two = [entry["loss"] for entry in torch.load(tmp_path / "coba.pt", weights_only=False) if "loss" in entry]
-    assert len(on_two) == 6
-    assert on_two == pytest.approx(logs(trainer), rel=1e-4)
+    on_two_ranks = json.loads((tmp_path / "losses.json").read_text())
+    assert len(on_two_ranks) == 6
+    assert on_two_ranks == pytest.approx(logs(trainer), rel=1e-4)
 
 
 def test_a_group_that_is_not_listed_is_refused(tmp_path):

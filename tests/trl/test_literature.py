@@ -5,12 +5,13 @@ import pytest
 import test_fait
 import test_tl_training
 import torch
+from apart import on_ranks
 from support import all_relative_error, from_dataset, plain_copy
-from test_distributed import launch
 from torch.utils.data import SequentialSampler
-from trlkit import logs, sft_trainer, weights_of
+from trlkit import dataset, logs, sft_trainer, weights_of
 from wit_trl import WITCallback
 
+import wit_plugins
 from wit_plugins import hookimpl, share_kept
 from wit_plugins.testing import registered
 
@@ -97,52 +98,69 @@ def test_what_a_strategy_of_one_s_own_is_told(tmp_path, monkeypatch, method, los
         check(tmp_path, method, "unpacked", weights, options, loss_impl=loss_impl)
 
 
-TWO_RANKS = """
-import json, pathlib, sys, torch
-import test_fait, test_tl_training, wit_plugins
-from test_literature import OWN, in_order, methods
-from trlkit import logs, weights_of
-from wit_trl import WITCallback
-folder = pathlib.Path(sys.argv[1])
-for name, (plugin, *_) in OWN.items():
-    wit_plugins.register(plugin, name)
+def for_two_ranks(tmp_path, **args):
+    """What `in_order` makes, of documents of which two ranks get different numbers of tokens."""
+    data = dataset("tokenised", seed=1)
+    trainer, batches = in_order(tmp_path, data=data, per_device_train_batch_size=2, **args)
+    counts = [sum(len(doc.input_ids) - 1 for docs in batches[rank::2] for doc in docs) for rank in (0, 1)]
+    assert counts[0] != counts[1]
+    return trainer, batches
 
 
-def run(trainer, method):
+def train_on_ranks(folder, method, args, options):
+    """A rank's part of a run; what came of it is kept by the first."""
+    for name, (plugin, *_) in OWN.items():
+        wit_plugins.register(plugin, name)
+    attached = {"fait": test_fait.attached, "tl_training": test_tl_training.attached}
+    if method in attached:
+        trainer = attached[method](folder, **args)
+    else:
+        model = literature.adapted() if method in COMPARING and "reference" not in options else None
+        trainer, _ = for_two_ranks(folder, model=model, gradient_accumulation_steps=2, **args)
+        trainer.add_callback(WITCallback(trainer, *WEIGHTS["weighted"], strategies={method: options}))
+    assert trainer.accelerator.num_processes == 2
     trainer.train()
     if trainer.is_world_process_zero():
-        torch.save((logs(trainer), weights_of(trainer)), folder / f"{method}.pt")
+        torch.save((logs(trainer), weights_of(trainer)), folder / "after.pt")
 
 
-for method, (_, options) in methods().items():
-    torch.manual_seed(0)
-    trainer, _ = in_order(folder / method, per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    trainer.add_callback(WITCallback(trainer, 0.2, 0.8, strategies={method: options}))
-    run(trainer, method)
-alone = {"per_device_train_batch_size": 1}  # each rank has one row at a time
-run(test_fait.attached(folder / "fait", gradient_accumulation_steps=4, **alone), "fait")
-run(test_tl_training.attached(folder / "tl_training", gradient_accumulation_steps=3, **alone), "tl_training")
-"""
+def assert_ranks_are_one(folder, trainer, expected, method, options=None, **args):
+    """Two ranks, each with half of the step's micro-batches, take the step that is expected of one process."""
+    on_ranks(train_on_ranks, folder, method, args, options or {})
+    loss, grads = expected
+    logged, after = torch.load(folder / "after.pt")
+    assert logged == pytest.approx([loss], rel=1e-5)
+    before, rate = weights_of(trainer), trainer.args.learning_rate
+    assert all_relative_error({n: (before[n] - p) / rate for n, p in after.items()}, grads) < 1e-4
 
 
-def test_two_ranks_are_one(tmp_path, monkeypatch):
-    """Every method but those that compare with a reference or sort, in one start of the two processes."""
+@pytest.mark.parametrize("method", methods())
+def test_two_ranks_are_one(tmp_path, monkeypatch, method):
     monkeypatch.setattr(literature, "METHODS", methods())
-    done = launch(tmp_path, {}, script=TWO_RANKS)
-    assert done.returncode == 0, done.stderr[-9000:]
-    trainer, batches = in_order(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    trainer, batches = for_two_ranks(tmp_path)
+    step = literature.step(plain_copy(trainer.model), method, batches, WEIGHTS["weighted"])
+    assert_ranks_are_one(tmp_path, trainer, step, method, literature.METHODS[method][1])
 
-    def is_one(method, trainer, loss, grads):
-        logged, after = torch.load(tmp_path / f"{method}.pt")
-        assert logged == pytest.approx([loss], rel=1e-5), method
-        before, rate = weights_of(trainer), trainer.args.learning_rate
-        taken = {n: (before[n] - p) / rate for n, p in after.items()}
-        assert all_relative_error(taken, grads) < 1e-4, method
 
-    for method in literature.METHODS:
-        step = literature.step(plain_copy(trainer.model), method, batches, WEIGHTS["weighted"])
-        is_one(method, trainer, *step)
-    trainer = test_fait.attached(tmp_path)
-    is_one("fait", trainer, *test_fait.expected(tmp_path, trainer.model))
-    trainer = test_tl_training.attached(tmp_path)
-    is_one("tl_training", trainer, *test_tl_training.expected(trainer))
+COMPARING = {"rho1": (literature.rho1_step, {"share": literature.SHARE}), "sstoken": (literature.sstoken_step, {})}
+
+
+@pytest.mark.parametrize("method", COMPARING)
+def test_two_ranks_that_compare_with_the_model_below_its_adapter_are_one(tmp_path, method):
+    function, options = COMPARING[method]
+    trainer, batches = for_two_ranks(tmp_path, model=literature.adapted())
+    step = function(plain_copy(trainer.model).train(), batches, WEIGHTS["weighted"])
+    assert_ranks_are_one(tmp_path, trainer, step, method, options)
+
+
+@pytest.mark.parametrize(("method", "accumulate"), [("fait", 4), ("tl_training", 3)])
+def test_two_ranks_whose_weights_are_of_the_text_are_one(tmp_path, method, accumulate):
+    """Each has one row at a time."""
+    if method == "fait":
+        trainer = test_fait.attached(tmp_path)
+        step = test_fait.expected(tmp_path, trainer.model)
+    else:
+        trainer = test_tl_training.attached(tmp_path)
+        step = test_tl_training.expected(trainer)
+    rows = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulate}
+    assert_ranks_are_one(tmp_path, trainer, step, method, **rows)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from literature import SHARE, adapted, rho1_step
 from support import all_relative_error, llama, plain_copy
-from test_distributed import launch
 from test_literature import LAYOUTS, LEARNING_RATE, in_order
 from trlkit import logs, sft_trainer, weights_of
 from wit_trl import WITCallback
@@ -47,32 +46,6 @@ def test_the_reference_stays_what_it_was(tmp_path, loss_impl):
             for name, parameter in copy.named_parameters():
                 parameter -= 0.05 * grads.get(name, 0)
     assert logs(trainer) == pytest.approx(expected, rel=1e-4)
-
-
-TWO_RANKS = """
-import pathlib, sys, torch
-from test_literature import in_order
-from literature import SHARE, adapted
-from trlkit import logs, weights_of
-from wit_trl import WITCallback
-folder = pathlib.Path(sys.argv[1])
-trainer, _ = in_order(folder, model=adapted(), per_device_train_batch_size=2, gradient_accumulation_steps=2)
-trainer.add_callback(WITCallback(trainer, 0.2, 0.8, strategies={"rho1": {"share": SHARE}}))
-trainer.train()
-if trainer.is_world_process_zero():
-    torch.save((logs(trainer)[0], weights_of(trainer)), folder / "rho1.pt")
-"""
-
-
-def test_two_ranks_are_one(tmp_path):
-    done = launch(tmp_path, {}, script=TWO_RANKS)
-    assert done.returncode == 0, done.stderr[-9000:]
-    trainer, batches = in_order(tmp_path, model=adapted(), per_device_train_batch_size=2)
-    loss, grads = rho1_step(plain_copy(trainer.model).train(), batches, (0.2, 0.8))
-    logged, after = torch.load(tmp_path / "rho1.pt")
-    assert logged == pytest.approx(loss, rel=1e-5)
-    taken = {n: (p - after[n]) / LEARNING_RATE for n, p in weights_of(trainer).items()}
-    assert all_relative_error(taken, grads) < 1e-4
 
 
 def test_the_selected_set_by_hand():

@@ -4,7 +4,6 @@ import pytest
 import torch
 from literature import adapted, sstoken_step
 from support import all_relative_error, from_dataset, llama, plain_copy
-from test_distributed import launch
 from test_literature import LAYOUTS, LEARNING_RATE, in_order
 from trlkit import logs, sft_trainer, weights_of
 from wit_trl import WITCallback
@@ -59,32 +58,6 @@ def test_whatever_computes_the_attention(tmp_path, made, implementation, args):
     assert base.config._attn_implementation == implementation
     taken = {n: (before[n] - p) / LEARNING_RATE for n, p in weights_of(trainer).items()}
     assert logs(trainer)[0] == pytest.approx(loss, rel=1e-5)
-    assert all_relative_error(taken, grads) < 1e-4
-
-
-TWO_RANKS = """
-import pathlib, sys, torch
-from test_literature import in_order
-from literature import adapted
-from trlkit import logs, weights_of
-from wit_trl import WITCallback
-folder = pathlib.Path(sys.argv[1])
-trainer, _ = in_order(folder, model=adapted(), per_device_train_batch_size=2, gradient_accumulation_steps=2)
-trainer.add_callback(WITCallback(trainer, 0.2, 0.8, strategies={"sstoken": {}}))
-trainer.train()
-if trainer.is_world_process_zero():
-    torch.save((logs(trainer)[0], weights_of(trainer)), folder / "sstoken.pt")
-"""
-
-
-def test_two_ranks_are_one(tmp_path):
-    done = launch(tmp_path, {}, script=TWO_RANKS)
-    assert done.returncode == 0, done.stderr[-9000:]
-    trainer, batches = in_order(tmp_path, model=adapted(), per_device_train_batch_size=2)
-    loss, grads = sstoken_step(plain_copy(trainer.model).train(), batches, (0.2, 0.8))
-    logged, after = torch.load(tmp_path / "sstoken.pt")
-    assert logged == pytest.approx(loss, rel=1e-5)
-    taken = {n: (p - after[n]) / LEARNING_RATE for n, p in weights_of(trainer).items()}
     assert all_relative_error(taken, grads) < 1e-4
 
 

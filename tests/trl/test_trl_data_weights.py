@@ -8,7 +8,7 @@ import pytest
 import yaml
 from datasets import Dataset
 from support import all_relative_error
-from test_cli import ARGS, first_loss, run
+from test_cli import ARGS, TWO_PROCESSES, first_loss, run
 from transformers import LlamaForCausalLM
 from trl import SFTConfig
 from trlkit import LEARNING_RATE
@@ -239,8 +239,9 @@ def files(folder, made, **changes):
 
 
 def test_by_itself_on_the_command_line_in_two_processes(tmp_path):
+    """The weights of the file are on in every process; accelerate's options are taken beside TRL's."""
     files(tmp_path, rows(), per_device_train_batch_size=4)
-    done = run(tmp_path, "sft", "--config", "sft.yaml", "--multi_gpu", "--num_processes", "2")
+    done = run(tmp_path, "sft", "--config", "sft.yaml", *TWO_PROCESSES)
     assert done.returncode == 0, done.stderr[-3000:]
     before = model()
     expected, gradients = expected_step(before, reference(rows()), WEIGHTS, "nonzero_tokens")

@@ -8,8 +8,7 @@ import pytest
 import torch
 from literature import SHARE, adapted, rho1_step, sstoken_step
 from support import all_relative_error, from_dataset, llama, plain_copy
-from test_distributed import launch
-from test_literature import LAYOUTS, LEARNING_RATE, in_order
+from test_literature import LAYOUTS, LEARNING_RATE, assert_ranks_are_one, for_two_ranks, in_order
 from trlkit import dataset, logs, sft_trainer, weights_of
 from wit_trl import WITCallback
 
@@ -108,32 +107,11 @@ def test_the_base_model_s_scores_are_the_model_without_its_adapter(tmp_path):
     assert all_relative_error(runs["scores"][1], runs["adapter off"][1]) < 1e-5
 
 
-TWO_RANKS = """
-import pathlib, sys, torch
-from test_literature import in_order
-from literature import SHARE
-from trlkit import logs, weights_of
-from wit_trl import WITCallback
-folder = pathlib.Path(sys.argv[1])
-trainer, _ = in_order(folder, per_device_train_batch_size=2, gradient_accumulation_steps=2, dataloader_num_workers=1)
-strategies = {"rho1": {"share": SHARE, "reference": str(folder / "scores")}}
-trainer.add_callback(WITCallback(trainer, 0.2, 0.8, strategies=strategies))
-trainer.train()
-if trainer.is_world_process_zero():
-    torch.save((logs(trainer)[0], weights_of(trainer)), folder / "rho1.pt")
-"""
-
-
 def test_two_ranks_are_one(tmp_path):
-    trainer, batches = in_order(tmp_path, per_device_train_batch_size=2)
-    write_scores(tmp_path / "scores", trainer.train_dataset)
-    done = launch(tmp_path, {}, script=TWO_RANKS)
-    assert done.returncode == 0, done.stderr[-9000:]
-    loss, grads = rho1_step(plain_copy(trainer.model), batches, (0.2, 0.8), reference())
-    logged, after = torch.load(tmp_path / "rho1.pt")
-    assert logged == pytest.approx(loss, rel=1e-5)
-    taken = {n: (p - after[n]) / LEARNING_RATE for n, p in weights_of(trainer).items()}
-    assert all_relative_error(taken, grads) < 1e-4
+    trainer, batches = for_two_ranks(tmp_path)
+    options = {"share": SHARE, "reference": write_scores(tmp_path / "scores", trainer.train_dataset)}
+    step = rho1_step(plain_copy(trainer.model), batches, (0.2, 0.8), reference())
+    assert_ranks_are_one(tmp_path, trainer, step, "rho1", options, dataloader_num_workers=1)
 
 
 def test_a_document_without_scores_is_refused_before_training(tmp_path):

@@ -1,15 +1,13 @@
 """Spans through the real `SFTTrainer`: loss and step equal a float64 computation from the text, packed and unpacked."""
 
-import json
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
+from apart import on_ranks
 from datasets import Dataset
 from span_reference import expected, from_ids, of_spans, span_logs, weighted_loss
-from support import all_relative_error, document_logits, from_dataset, llama, plain_copy, subprocess_env
+from support import all_relative_error, document_logits, from_dataset, llama, plain_copy
 from tokenizers_by_kind import byte_level
 from trlkit import LEARNING_RATE, logs, sft_trainer, weights_of
 from wit_trl import WITCallback
@@ -86,50 +84,32 @@ def test_loss_and_step_are_those_of_the_text(tmp_path, args, loss_impl):
     assert all_relative_error(taken, gradients) < 1e-4
 
 
-ON_TWO = """
-import json, pathlib, sys, torch
-import test_trl_spans as t
-from trlkit import weights_of
-from wit_trl import WITCallback
+PACKED = {"packing": True, "max_length": 300}
+CASES = {
+    "unpacked": ("nonzero_tokens", {"per_device_train_batch_size": 4}),
+    "accumulated": ("weight_sum", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
+    "packed": ("nonzero_tokens", {"per_device_train_batch_size": 2, **PACKED}),
+    "packed, accumulated": (
+        "weight_sum",
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, **PACKED},
+    ),
+}
 
-folder = pathlib.Path(sys.argv[1])
-for number, (normalization, args) in enumerate(t.CASES):
-    trainer = t.made(folder, held_out=8 if args.get("packing") else 3, **args)
-    trainer.add_callback(WITCallback(trainer, prompt_weight=0.2, response_weight=0.8, normalization=normalization,
-                                     strategies={"spans": t.SPANS}))
+
+def train(folder, normalization, args):
+    trainer = made(folder, held_out=8 if args.get("packing") else 3, **args)
+    weights = {"prompt_weight": 0.2, "response_weight": 0.8, "normalization": normalization}
+    trainer.add_callback(WITCallback(trainer, **weights, strategies={"spans": SPANS}))
     assert trainer.accelerator.num_processes == 2
     trainer.train()
     if trainer.is_world_process_zero():
-        (folder / f"{number}.json").write_text(json.dumps(trainer.state.log_history))
-        torch.save(weights_of(trainer), folder / f"{number}.pt")
-"""
-CASES = [
-    ("nonzero_tokens", {"per_device_train_batch_size": 4}),
-    ("weight_sum", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
-    ("nonzero_tokens", {"per_device_train_batch_size": 2, "packing": True, "max_length": 300}),
-    (
-        "weight_sum",
-        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "packing": True, "max_length": 300},
-    ),
-]
+        torch.save((trainer.state.log_history, weights_of(trainer)), folder / "after.pt")
 
 
-@pytest.fixture(scope="module")
-def on_two_ranks(tmp_path_factory):
-    """All cases in two processes that are started once."""
-    folder = tmp_path_factory.mktemp("two")
-    (folder / "run.py").write_text(ON_TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "run.py"]
-    done = subprocess.run([*command, str(folder)], env=subprocess_env(), cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
-
-
-@pytest.mark.xdist_group("spans on two ranks")
-@pytest.mark.parametrize("number", range(len(CASES)))
-def test_two_processes_are_one(on_two_ranks, tmp_path, number):
+@pytest.mark.parametrize(("normalization", "args"), CASES.values(), ids=CASES)
+def test_two_processes_are_one(tmp_path, normalization, args):
     """Loss, step and the spans' losses, in training and evaluation, are those of all documents' text."""
-    normalization, args = CASES[number]
+    on_ranks(train, tmp_path, normalization, args)
     alone = made(tmp_path, **args)
     documents = from_dataset(alone.train_dataset)
     if args.get("packing"):
@@ -140,11 +120,11 @@ def test_two_processes_are_one(on_two_ranks, tmp_path, number):
     scored = list(document_logits(model, documents))
     loss = weighted_loss(scored, weights, normalization)
     loss.backward()
-    history = json.loads((on_two_ranks / f"{number}.json").read_text())
+    history, after = torch.load(tmp_path / "after.pt", weights_only=False)
     training, evaluation = history[0], next(entry for entry in history if "eval_loss" in entry)
     assert training["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert of_spans(training) == pytest.approx(span_logs(scored, written, SPANS, NAMES, weights), rel=1e-5)
-    before, after = weights_of(alone), torch.load(on_two_ranks / f"{number}.pt")
+    before = weights_of(alone)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     taken = {name: (before[name] - after[name]) / LEARNING_RATE for name in gradients}
     assert all_relative_error(taken, gradients) < 1e-4

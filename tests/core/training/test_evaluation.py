@@ -1,18 +1,13 @@
 """Evaluation: comparable between weightings, every row once, the framework's own at (0, 1)."""
 
 import json
-import subprocess
-import sys
+import logging
 
 import numpy as np
 import pytest
 import torch
-from support import (
-    llama,
-    reference_step,
-    role_losses,
-    subprocess_env,
-)
+from apart import on_ranks
+from support import llama, reference_step, role_losses
 from trainkit import CONFIG, DOCS, EXAMPLES, first_log, make_trainer, tokenizer
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -109,49 +104,51 @@ def test_packed_evaluation_counts_every_row(tmp_path, rows_per_batch, count):
     assert {k: metrics[f"eval_{k}"] for k in expected} == pytest.approx(expected, rel=1e-4)
 
 
-EVALUATE_ON_TWO = """
-import json, logging, pathlib, sys
-import torch, trainkit as k
-from test_evaluation import TWO_RANKS, PackedEvaluation, Stream, pack
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer
-from wit_plugins import attach
-
 class Whole(Trainer):
+    """Nobody shares out what its loader gives."""
+
     def get_eval_dataloader(self, eval_dataset=None):
         return torch.utils.data.DataLoader(eval_dataset, 2, collate_fn=self.data_collator)
 
-folder = pathlib.Path(sys.argv[1])
-warned = []
-logging.getLogger("wit_plugins").addHandler(type("Keep", (logging.Handler,), {"emit": lambda _, r: warned.append(r)})())
-results = []
-for case, count, _ in TWO_RANKS:
-    examples = k.EXAMPLES[:count]
-    options = {"per_device_eval_batch_size": 2}
+
+class Kept(logging.Handler):
+    """What was logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.records = []
+
+    def emit(self, record):
+        self.records.append(record.getMessage())
+
+
+def evaluate_on_two(folder, case, count):
+    kept = Kept()
+    logging.getLogger("wit_plugins").addHandler(kept)
+    examples, options = EXAMPLES[:count], {"per_device_eval_batch_size": 2}
     if case == "padded":
-        trainer = k.make_trainer(folder, **options)
+        trainer = make_trainer(folder, **options)
     elif case == "dispatched":
         options["accelerator_config"] = {"dispatch_batches": True}
         examples = Stream(examples)
         # accelerate's dispatcher joins the ranks' batches before it shares them out, so that they must be of one length
-        collator = DataCollatorForSeq2Seq(k.tokenizer(), pad_to_multiple_of=16)
-        trainer = k.make_trainer(folder, collator=collator, **options)
+        trainer = make_trainer(folder, collator=DataCollatorForSeq2Seq(tokenizer(), pad_to_multiple_of=16), **options)
     elif case == "whole":
-        trainer = k.make_trainer(folder, cls=Whole)
+        trainer = make_trainer(folder, cls=Whole)
     elif case == "flattened":
-        trainer = k.make_trainer(folder, collator=DataCollatorWithFlattening(), **options)
+        trainer = make_trainer(folder, collator=DataCollatorWithFlattening(), **options)
     else:
-        trainer = k.make_trainer(folder, cls=PackedEvaluation, collator=pack)
+        trainer = make_trainer(folder, cls=PackedEvaluation, collator=pack)
         trainer.rows_per_batch = 2
         trainer.accelerator.even_batches = case == "evened"
-    attach(trainer, k.CONFIG)
-    warned.clear()
+    attach(trainer, CONFIG)
     metrics = trainer.evaluate(examples)
     assert trainer.accelerator.num_processes == 2
-    said = any("they cannot be told apart" in record.getMessage() for record in warned)
-    results.append({"metrics": metrics, "warned": said})
-if trainer.is_world_process_zero():
-    (folder / "results.json").write_text(json.dumps(results))
-"""
+    warned = any("they cannot be told apart" in message for message in kept.records)
+    if trainer.is_world_process_zero():
+        (folder / "result.json").write_text(json.dumps({"metrics": metrics, "warned": warned}))
+
+
 TWO_RANKS = [  # the case, how many documents, which of them instead of the last
     ("padded", 9, []),  # 4 a step: the last holds 1 real row and 3 repeated ones
     ("padded", 3, []),
@@ -163,25 +160,15 @@ TWO_RANKS = [  # the case, how many documents, which of them instead of the last
 ]
 
 
-@pytest.fixture(scope="module")
-def on_two_ranks(tmp_path_factory):
-    """All cases in two processes that are started once."""
-    folder = tmp_path_factory.mktemp("two")
-    (folder / "run.py").write_text(EVALUATE_ON_TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "run.py"]
-    env = subprocess_env(ACCELERATE_USE_CPU="true")
-    env["PYTHONPATH"] = f"{__file__.rpartition('/')[0]}:{env['PYTHONPATH']}"
-    done = subprocess.run([*command, str(folder)], env=env, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "results.json").read_text())
-
-
 @pytest.mark.slow
-@pytest.mark.xdist_group("evaluation on two ranks")
-@pytest.mark.parametrize("number", range(len(TWO_RANKS)), ids=[f"{case}-{count}" for case, count, _ in TWO_RANKS])
-def test_evaluation_on_two_ranks(on_two_ranks, number):
+@pytest.mark.parametrize(
+    ("case", "count", "repeated"), TWO_RANKS, ids=[f"{case}-{count}" for case, count, _ in TWO_RANKS]
+)
+def test_evaluation_on_two_ranks(tmp_path, monkeypatch, case, count, repeated):
     """Every document counts, once where rows tell it; else the repeated count too, and a warning says so."""
-    (case, count, repeated), result = TWO_RANKS[number], on_two_ranks[number]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    on_ranks(evaluate_on_two, tmp_path, case, count)
+    result = json.loads((tmp_path / "result.json").read_text())
     counted = DOCS[:count]
     if repeated:
         counted = counted[: count - 1] + [DOCS[i] for i in repeated]

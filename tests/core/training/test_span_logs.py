@@ -1,14 +1,11 @@
 """Each span's own loss in the log, on one process and two, and the loss and the step that they are part of."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
+from apart import on_ranks
 from span_reference import expected, from_ids, of_spans, span_logs, weighted_loss
-from support import all_relative_error, document_logits, llama, plain_copy, subprocess_env
-from trainkit import DOCS, first_log, make_trainer, tokenizer
+from support import all_relative_error, document_logits, llama, plain_copy
+from trainkit import DOCS, EXAMPLES, first_log, make_trainer, tokenizer
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer
 
 from wit_plugins import WeightsNotAppliedError, WITConfig, attach
@@ -80,24 +77,6 @@ def test_a_trainer_that_loses_the_spans_stops(tmp_path):
         trainer.train()
 
 
-ON_TWO = """
-import json, pathlib, sys, torch
-import test_span_logs as t
-import trainkit
-from wit_plugins import attach
-
-folder = pathlib.Path(sys.argv[1])
-for number, (layout, options, args) in enumerate(t.CASES):
-    trainer = t.trainer_for(folder, layout, per_device_eval_batch_size=2, eval_strategy="epoch", **args)
-    trainer.eval_dataset = trainkit.EXAMPLES[:9]
-    attach(trainer, t.config(**options))
-    assert trainer.accelerator.num_processes == 2
-    trainer.train()
-    if trainer.is_world_process_zero():
-        (folder / f"{number}.json").write_text(json.dumps(trainer.state.log_history))
-        torch.save({n: p.detach() for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()},
-                   folder / f"{number}.pt")
-"""
 CASES = [
     ("padded", {}, {"per_device_train_batch_size": 6}),
     ("padded", {"normalization": "weight_sum"}, {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}),
@@ -107,32 +86,30 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def on_two_ranks(tmp_path_factory):
-    """All cases in two processes that are started once."""
-    folder = tmp_path_factory.mktemp("two")
-    (folder / "run.py").write_text(ON_TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "run.py"]
-    env = subprocess_env(ACCELERATE_USE_CPU="true")
-    env["PYTHONPATH"] = f"{__file__.rpartition('/')[0]}:{env['PYTHONPATH']}"
-    done = subprocess.run([*command, str(folder)], env=env, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+def train(folder, layout, options, args):
+    trainer = trainer_for(folder, layout, per_device_eval_batch_size=2, eval_strategy="epoch", **args)
+    trainer.eval_dataset = EXAMPLES[:9]
+    attach(trainer, config(**options))
+    assert trainer.accelerator.num_processes == 2
+    trainer.train()
+    if trainer.is_world_process_zero():
+        after = {n: p.detach() for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()}
+        torch.save((trainer.state.log_history, after), folder / "after.pt")
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("spans on two ranks")
-@pytest.mark.parametrize("number", range(len(CASES)))
-def test_two_ranks_are_one(on_two_ranks, number):
+@pytest.mark.parametrize(("layout", "options", "args"), CASES)
+def test_two_ranks_are_one(tmp_path, monkeypatch, layout, options, args):
     """Loss, step and log equal the computation from all documents, though the ranks' tokens differ in number."""
-    layout, options, _ = CASES[number]
-    history = json.loads((on_two_ranks / f"{number}.json").read_text())
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    on_ranks(train, tmp_path, layout, options, args)
+    history, after = torch.load(tmp_path / "after.pt", weights_only=False)
     training, evaluation = history[0], next(entry for entry in history if "eval_loss" in entry)
     model = plain_copy(llama()).train()
     loss = weighted_loss(document_logits(model, DOCS), WEIGHTS, options.get("normalization", "nonzero_tokens"))
     loss.backward()
     assert training["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    before, after = llama().state_dict(), torch.load(on_two_ranks / f"{number}.pt")
+    before = llama().state_dict()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     taken = {name: (before[name] - after[name]) / LEARNING_RATE for name in gradients}
     assert all_relative_error(taken, gradients) < 1e-4

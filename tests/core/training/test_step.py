@@ -1,13 +1,14 @@
 """One optimizer step of a plain trainer against the formula, whatever computes it."""
 
 import copy
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from apart import on_ranks
 from support import (
+    Document,
     all_relative_error,
     aux_loss_step,
     llama,
@@ -113,41 +114,33 @@ def test_the_auxiliary_loss_over_micro_batches_is_transformers_own(tmp_path, tak
     assert all_relative_error(taken, expected) < 1e-4
 
 
-TWO_RANKS = """
-import sys, torch
-from support import Document, all_relative_error, mixtral
-from trainkit import make_trainer
-from wit_plugins import WITConfig, attach
-generator = torch.Generator().manual_seed(3)
-docs = [Document(torch.randint(3, 61, (9,), generator=generator).tolist(), [False] * 4 + [True] * 5) for _ in range(8)]
-for takes_loss_arguments in (True, False):
-    after = []
-    for weighted in (False, True):
-        model = mixtral()
-        model.accepts_loss_kwargs = takes_loss_arguments
-        args = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
-        trainer = make_trainer(__import__("pathlib").Path(sys.argv[1]), model, [d.example() for d in docs], **args)
-        assert trainer.accelerator.num_processes == 2
-        if weighted:
-            attach(trainer, WITConfig(prompt_weight=0.0))
-        before = {n: p.detach().clone() for n, p in model.named_parameters()}
-        trainer.train()
-        after.append({n: before[n] - p.detach() for n, p in model.named_parameters()})
-    for part in ("", "mlp.gate"):
-        own, mine = ({n: t for n, t in taken.items() if part in n} for taken in after)
-        assert all_relative_error(mine, own) < 1e-4, (takes_loss_arguments, part, all_relative_error(mine, own))
-"""
+def train_experts(folder):
+    generator = torch.Generator().manual_seed(3)
+    tokens = [torch.randint(3, 61, (9,), generator=generator).tolist() for _ in range(8)]
+    examples = [Document(ids, [False] * 4 + [True] * 5).example() for ids in tokens]
+    for takes_loss_arguments in (True, False):
+        after = []
+        for weighted in (False, True):
+            model = mixtral()
+            model.accepts_loss_kwargs = takes_loss_arguments
+            args = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
+            trainer = make_trainer(folder, model, examples, **args)
+            assert trainer.accelerator.num_processes == 2
+            if weighted:
+                attach(trainer, WITConfig(prompt_weight=0.0))
+            before = {n: p.detach().clone() for n, p in model.named_parameters()}
+            trainer.train()
+            after.append({n: before[n] - p.detach() for n, p in model.named_parameters()})
+        for part in ("", "mlp.gate"):
+            own, mine = ({n: t for n, t in taken.items() if part in n} for taken in after)
+            error = all_relative_error(mine, own)
+            assert error < 1e-4, (takes_loss_arguments, part, error)
 
 
 @pytest.mark.slow
 def test_the_auxiliary_loss_over_ranks_is_transformers_own(tmp_path):
     """Two ranks, two micro-batches; as many tokens in each, so that whole losses averaged are the step's loss."""
-    (tmp_path / "run.py").write_text(TWO_RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "run.py", "."]
-    env = subprocess_env()
-    env["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), env["PYTHONPATH"]])
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_ranks(train_experts, tmp_path)
 
 
 def test_autocast(tmp_path):
