@@ -32,15 +32,6 @@ STAGE = int(os.environ.get("WIT_TEST_STAGE", "2"))
 PARALLEL = f"zero{STAGE}" if WAY == "sp_size" else "fsdp2"
 
 
-class WithPositions(DataCollatorForSeq2Seq):
-    """What DeepSpeed asks of a collator, and TRL's does by itself."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        batch = super().__call__(*args, **kwargs)
-        rows = batch["input_ids"]
-        return {**batch, "position_ids": torch.arange(rows.shape[1]).expand(rows.shape)}
-
-
 def trainer_of(case: dict[str, Any]) -> Any:
     rows = Dataset.from_list([doc.example() for doc in documents_of(case)])
     given = dict(case.get("args", {}))
@@ -70,7 +61,7 @@ def trainer_of(case: dict[str, Any]) -> Any:
     data = {"train_dataset": stream, "eval_dataset": rows.select(range(EVALUATED)), "processing_class": tokenizer()}
     folder = str(FOLDER / "out")
     if case.get("trainer") == "transformers":
-        collator = (DataCollatorForSeq2Seq if WAY == "cp_size" else WithPositions)(tokenizer(), padding=True)
+        collator = DataCollatorForSeq2Seq(tokenizer(), padding=True)
         collator.tokenizer.padding_side = case.get("side", "right")
         return Trainer(model_of(case), TrainingArguments(folder, **settings), data_collator=collator, **data)
     settings = {"bf16": False, "gradient_checkpointing": False, "max_length": 64, **settings}

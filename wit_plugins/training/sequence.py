@@ -52,6 +52,9 @@ class ShiftingCollator:
         batch = self.collator(*args, **kwargs)
         if CODES_KEY in batch:
             lengthen_and_shift(batch, self.parts, "sp_size")
+            if "position_ids" not in batch:  # DeepSpeed asks for them; those of whole rows, which the model would make
+                rows = batch["input_ids"]
+                batch["position_ids"] = torch.arange(rows.shape[1]).expand(rows.shape).contiguous()
         return batch
 
 

@@ -20,7 +20,7 @@ from wit_plugins.training import parallelism
 from wit_plugins.training.adapter import TrainerAdapter
 from wit_plugins.training.context import cut_too, lengthen_and_shift
 from wit_plugins.training.parallelism import check_parallelism
-from wit_plugins.training.sequence import share_of_loss
+from wit_plugins.training.sequence import ShiftingCollator, share_of_loss
 
 FILLING = {"input_ids": 0, "labels": -100, "attention_mask": 0, "weighted_labels": -100}
 WIT = {"prompt_weight": 0.2, "response_weight": 0.8}
@@ -188,6 +188,18 @@ def test_what_is_refused_with_cut_rows(monkeypatch, sizes, changes, message):
         return
     with pytest.raises(WITConfigError, match=message):
         check_parallelism(trainer, adapter, strategies, model)
+
+
+def test_rows_go_to_deepspeed_s_loader_with_shifted_codes_and_their_positions(batch):
+    """It shifts the labels itself, cuts every tensor in equal parts, and refuses a batch without positions."""
+    whole = batch["weighted_labels"]
+    missing = -whole.shape[1] % 7
+    assert missing
+    made = ShiftingCollator(lambda: dict(batch), 7)()
+    assert {value.shape for value in made.values()} == {(6, whole.shape[1] + missing)}
+    assert torch.equal(made["weighted_labels"], functional.pad(whole[:, 1:], (0, missing + 1), value=-100))
+    assert torch.equal(made["labels"], functional.pad(batch["labels"], (0, missing), value=-100))
+    assert made["position_ids"].tolist() == [list(range(whole.shape[1] + missing))] * 6
 
 
 class Ranks:
