@@ -182,6 +182,14 @@ def test_a_ray_worker_gets_the_weights_with_the_pickled_callback(workplace, tmp_
     assert entry["loss"] == pytest.approx(loss, **LOSS)
 
 
+def test_what_ray_sends_cannot_be_read_without_the_package(monkeypatch):
+    sent = pickle.dumps({"callbacks": [WITCallback(**WEIGHTS)]})
+    monkeypatch.setitem(sys.modules, "wit_llamafactory", None)
+    monkeypatch.delitem(sys.modules, "wit_llamafactory.callback")
+    with pytest.raises(ModuleNotFoundError, match="wit_llamafactory"):
+        pickle.loads(sent)
+
+
 @pytest.mark.skipif(
     Version("0.9.5") > LLAMAFACTORY, reason="0.9.4 runs Ray through ray.train, which its environment does not have"
 )
