@@ -73,6 +73,8 @@ GPU = {"trl": "trl-1.16", "axolotl": "axolotl-0.19", "llamafactory": "llamafacto
 # No environment of its own but a folder beside one: without its kernels DeepSpeed is Python, the same for any torch.
 PINS["deepspeed"] = ["deepspeed==0.19.8", "einops==0.8.2", "hjson==3.1.0", "ninja==1.13.2"]
 PINS["deepspeed"] += ["msgpack==1.2.4", "py-cpuinfo==9.0.0"]
+# The same, for Axolotl: what `ray[train]` adds to it. LLaMA-Factory's environment has Ray.
+PINS["ray"] = ["ray==2.60.0", "tensorboardX==2.6.5", "msgpack==1.2.4"]
 
 # What TRL does not bring: this project's own requirements, and what its tests need.
 NEWEST = ["pluggy", "pydantic", "regex", "rich", "matplotlib", "pytest", "pytest-xdist", "hypothesis"]
@@ -217,21 +219,28 @@ def llamafactory_oldest(session: nox.Session) -> None:
     pytest(session, "llamafactory-0.9.4", "tests/llamafactory")
 
 
-def with_deepspeed(session: nox.Session, name: str, env: dict[str, str]) -> dict[str, str]:
-    """The variables with which DeepSpeed is importable in an environment, too; built from source if it is not there."""
-    folder = environment_folder("deepspeed")
+def beside(session: nox.Session, name: str, extra: str, env: dict[str, str], **built: str) -> dict[str, str]:
+    """The variables with which what `PINS` has as `extra` is importable in an environment, too.
+
+    `built` are variables for a package that is built from source.
+    """
+    folder = environment_folder(extra)
     if not (folder / "complete").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         pip = [str(environment(session, name) / "pip"), "install", "--quiet", "--disable-pip-version-check"]
         pip += ["--no-deps", "--no-build-isolation", "--target", str(folder)]
-        built = {"DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}
-        session.run(*pip, *PINS["deepspeed"], env=built, external=True)
+        session.run(*pip, *PINS[extra], env=built, external=True)
         (folder / "complete").touch()
+    return {**env, "PYTHONPATH": os.pathsep.join([env["PYTHONPATH"], str(folder)])}
+
+
+def with_deepspeed(session: nox.Session, name: str, env: dict[str, str]) -> dict[str, str]:
+    """The variables with which DeepSpeed is importable in an environment, too; built from source if it is not there."""
+    env = beside(session, name, "deepspeed", env, DS_BUILD_OPS="0", DS_ACCELERATOR="cpu")
     # It compiles a part of itself for this torch when it is first used.
     compiled = {"TORCH_EXTENSIONS_DIR": str(environment_folder(name) / "torch-extensions")}
     path = [str(environment_folder(name) / "bin"), os.environ.get("PATH", os.defpath)]
-    paths = {"PATH": os.pathsep.join(path), "PYTHONPATH": os.pathsep.join([env["PYTHONPATH"], str(folder)])}
-    return {**env, **compiled, **paths}
+    return {**env, **compiled, "PATH": os.pathsep.join(path)}
 
 
 RANKS = {
@@ -247,7 +256,7 @@ RANKS = {
 
 @nox.session
 def ranks(session: nox.Session) -> None:
-    """Many ranks, on one, two and four CPU processes: DDP, FSDP2 and DeepSpeed in all three frameworks, and two nodes.
+    """Many ranks, on one, two and four CPU processes: DDP, FSDP2, DeepSpeed, two nodes, and Ray where there is one.
 
     In TRL and plain transformers also rows that are cut over ranks and tensor parallelism. Not a default session, and a
     long one. The cases of a launch are run one after the other, and launches with four processes are enough for a
@@ -255,8 +264,11 @@ def ranks(session: nox.Session) -> None:
     """
     for name, paths in RANKS.items():
         binaries, env = install(session, name)
+        env = with_deepspeed(session, name, env)
+        if name.startswith("axolotl"):
+            env = beside(session, name, "ray", env)
         command = [str(binaries / "pytest"), "--durations", "15", *paths, *session.posargs]
-        session.run(*command, env=with_deepspeed(session, name, env), success_codes=[0, 5], external=True)
+        session.run(*command, env=env, success_codes=[0, 5], external=True)
 
 
 @nox.session

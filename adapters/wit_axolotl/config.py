@@ -64,6 +64,22 @@ def read_config(cfg: Mapping[str, Any]) -> WITConfig:
     return config
 
 
+class _NeedsThisPackage(float):
+    """A number that cannot be unpickled where this package is missing."""
+
+
+def require_where_unpickled(cfg: Any) -> None:
+    """Make a configuration with a `wit:` block unreadable, once pickled, to a process that has not this package.
+
+    Axolotl prints the ImportError of a plugin and trains on without it. Under Ray that happens in workers, whose
+    environment may be another than the command's, which sends them the configuration.
+
+    Args:
+        cfg (`DictDefault`): the whole configuration, for which [`read_config`] has been called.
+    """
+    cfg["wit"]["prompt_weight"] = _NeedsThisPackage(cfg["wit"]["prompt_weight"])
+
+
 def _true(value: Any) -> bool:
     return bool(value)
 

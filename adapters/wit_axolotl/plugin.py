@@ -12,7 +12,7 @@ from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 
-from wit_axolotl.config import PLUGIN, is_listed, read_config
+from wit_axolotl.config import PLUGIN, is_listed, read_config, require_where_unpickled
 from wit_axolotl.versions import check_version
 from wit_plugins import WITConfig, WITConfigError, attach, front_door
 from wit_plugins.tokens.own_labels import OwnLabelsCollator
@@ -39,6 +39,8 @@ class WITPlugin(BasePlugin):
         # Axolotl's plugin manager outlives a run: it also calls plugins that the present configuration does not name.
         if is_listed(cfg):
             self._config = read_config(cfg)
+            if cfg.get("use_ray"):
+                require_where_unpickled(cfg)
             from wit_axolotl import patch  # with Axolotl's data pipeline, which need not be loaded to say what is wrong
 
             patch.install()

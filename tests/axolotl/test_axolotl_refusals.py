@@ -1,5 +1,6 @@
 """What cannot be exact stops `axolotl` before anything is loaded, with the way out."""
 
+import pickle
 import sys
 
 import pytest
@@ -52,6 +53,29 @@ def test_configurations(place, command, settings, message):
     with pytest.raises(WITConfigError, match=f"(?s){message}"):
         axolotl(command, path, *(["--launcher", "python"] if command == "train" else []))
     assert not (path.parent / "out").exists()
+
+
+def test_under_ray_the_command_refuses_before_there_are_workers(place):
+    """Ray, the first thing that would be missed, is not in this environment."""
+    path = place.config(wit={"promt_weight": 0.4})
+    with pytest.raises(WITConfigError, match="did you mean 'prompt_weight'"):
+        axolotl("train", path, "--use-ray", "--ray-num-workers", "2")
+    with pytest.raises(ModuleNotFoundError, match="No module named 'ray'"):
+        axolotl("train", place.config(), "--use-ray", "--ray-num-workers", "2")
+
+
+def test_what_ray_sends_cannot_be_read_without_the_package(place, monkeypatch):
+    """Axolotl prints the ImportError of a plugin and trains on without it, in a worker too."""
+    from axolotl.cli.config import load_cfg
+
+    wit = {"prompt_weight": 0.4, "sample_weight_key": None, "strategies": {"dft": None}}
+    cfg = load_cfg(str(place.config(wit=wit)), use_ray=True)
+    sent = pickle.dumps(pickle.loads(pickle.dumps(cfg.to_dict()["wit"])))  # on its way it may be unpacked and packed
+    assert pickle.loads(sent) == wit
+    monkeypatch.setitem(sys.modules, "wit_axolotl", None)
+    monkeypatch.delitem(sys.modules, "wit_axolotl.config")
+    with pytest.raises(ModuleNotFoundError, match="wit_axolotl"):
+        pickle.loads(sent)
 
 
 def test_a_dataset_without_a_prompt(place):

@@ -266,6 +266,24 @@ def _train_on_a_rank(argv: Sequence[Sequence[str]]) -> None:
     sys.exit(train.main())
 
 
+# Settings of two workers of a Ray that is started on this machine.
+RAY: dict[str, Any] = {
+    "ray_num_workers": 2,
+    "ray_init_kwargs": {"num_cpus": 2, "num_gpus": 0, "include_dashboard": False, "object_store_memory": 10**8},
+}
+
+
+def start_with_ray(config: Path) -> subprocess.CompletedProcess[str]:
+    """`llamafactory-wit train` under Ray, for a configuration with the settings `RAY`."""
+    return subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "ray_on_cpu.py"), str(config)],
+        env=environment(USE_RAY="1", RAY_USAGE_STATS_ENABLED="0"),
+        cwd=config.parent,
+        capture_output=True,
+        text=True,
+    )
+
+
 def history(out: Path) -> list[dict[str, Any]]:
     """The log of a finished run, from its output folder."""
     return json.loads((out / "trainer_state.json").read_text())["log_history"]

@@ -14,6 +14,7 @@ from lfkit import (
     LLAMAFACTORY,
     LOSS,
     NEAT,
+    RAY,
     Version,
     WITCallback,
     alone,
@@ -29,6 +30,7 @@ from lfkit import (
     run,
     saved,
     start_command,
+    start_with_ray,
     step,
     train_on_ranks,
     trained,
@@ -50,6 +52,16 @@ def scored_by(workplace, layout):
         return alone(docs)
     own = run(workplace.config(packing=True, learning_rate=0.0, output_dir=str(workplace.folder / "rows")))
     return in_rows(rows_of(own.dataset, docs))
+
+
+def assert_taken(out, before, scored, weights):
+    """The loss that a finished run logged, and the SGD step that it took from this model, are the formula's."""
+    (entry,) = [entry for entry in history(out) if "loss" in entry]
+    loss, grads = step(plain_copy(before), scored, *weights)
+    assert entry["loss"] == pytest.approx(loss, **LOSS)
+    after = saved(out)
+    taken = {n: (p - after[n.replace(".default.", ".")]) / LEARNING_RATE for n, p in trained(before).items()}
+    assert all_relative_error({n: taken[n] for n in grads}, grads) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -79,14 +91,9 @@ def test_two_processes_take_the_step_of_one(workplace, tmp_path, weights, layout
     else:
         train_on_ranks([str(config)], [str(config)])
     (entry,) = [entry for entry in history(tmp_path) if "loss" in entry]
+    assert entry["response_tokens"] == sum(sum(d.is_response) for d in chatml(COUNT))
     before = lora_before(workplace, tmp_path) if tuning == "lora" else workplace.model()
-    loss, grads = step(plain_copy(before), scored_by(workplace, layout), *weights)
-    assert entry["loss"] == pytest.approx(loss, **LOSS)
-    docs = chatml(COUNT)
-    assert entry["response_tokens"] == sum(sum(d.is_response) for d in docs)
-    after = saved(tmp_path)
-    taken = {n: (p - after[n.replace(".default.", ".")]) / LEARNING_RATE for n, p in trained(before).items()}
-    assert all_relative_error({n: taken[n] for n in grads}, grads) < 1e-4
+    assert_taken(tmp_path, before, scored_by(workplace, layout), weights)
 
 
 FAILS_ONCE = """
@@ -161,48 +168,25 @@ def test_a_ray_worker_gets_the_weights_with_the_pickled_callback(workplace, tmp_
     assert entry["loss"] == pytest.approx(loss, **LOSS)
 
 
-RAY_DRIVER = """
-import sys
-from pathlib import Path
-
-import ray
-from llamafactory.train import tuner
-from ray.util.placement_group import placement_group
-from wit_llamafactory.command import main
-
-# On a CPU LLaMA-Factory asks for ten times the cores that there are, and Ray's address from a dashboard.
-worker = tuner.get_ray_remote_config_for_worker
-tuner.get_placement_group = lambda count: (placement_group([{"CPU": 1}] * 2), {"CPU": 1})
-tuner.get_ray_remote_config_for_worker = lambda **options: {**worker(**options), "num_cpus": 1}
-sys.argv = ["llamafactory-wit", "train", sys.argv[1], f"master_addr={ray.util.get_node_ip_address()}"]
-sys.exit(main())
-"""
+def test_what_ray_sends_cannot_be_read_without_the_package(monkeypatch):
+    sent = pickle.dumps({"callbacks": [WITCallback(**WEIGHTS)]})
+    monkeypatch.setitem(sys.modules, "wit_llamafactory", None)
+    monkeypatch.delitem(sys.modules, "wit_llamafactory.callback")
+    with pytest.raises(ModuleNotFoundError, match="wit_llamafactory"):
+        pickle.loads(sent)
 
 
 @pytest.mark.skipif(
     Version("0.9.5") > LLAMAFACTORY, reason="0.9.4 runs Ray through ray.train, which its environment does not have"
 )
 def test_two_ray_workers(workplace, tmp_path):
-    """`USE_RAY=1 llamafactory-wit train` with two workers of a Ray on this machine."""
+    """`USE_RAY=1 llamafactory-wit train` with two workers of a Ray on this machine: the step of one."""
     config = workplace.write(
-        f"{tmp_path.name}.yaml",
-        wit=WEIGHTS,
-        per_device_train_batch_size=8,
-        output_dir=str(tmp_path / "out"),
-        ray_num_workers=2,
-        ray_init_kwargs={"num_cpus": 2, "num_gpus": 0, "include_dashboard": False, "object_store_memory": 10**8},
+        f"{tmp_path.name}.yaml", wit=WEIGHTS, per_device_train_batch_size=8, output_dir=str(tmp_path / "out"), **RAY
     )
-    done = subprocess.run(
-        [sys.executable, "-c", RAY_DRIVER, str(config)],
-        env=environment(USE_RAY="1", RAY_USAGE_STATS_ENABLED="0"),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    done = start_with_ray(config)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 workers for distributed training" in done.stdout + done.stderr
     (entry,) = [entry for entry in history(tmp_path / "out") if "loss" in entry]
-    loss, _ = step(plain_copy(workplace.model()), alone(chatml(COUNT)), 0.4, 0.6)
-    assert entry["loss"] == pytest.approx(loss, **LOSS)
     assert entry["response_tokens"] == sum(sum(d.is_response) for d in chatml(COUNT))
+    assert_taken(tmp_path / "out", workplace.model(), alone(chatml(COUNT)), (0.4, 0.6))

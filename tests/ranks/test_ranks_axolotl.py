@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -87,3 +88,34 @@ def test_two_nodes(launches: Launches, tmp_path: Path, name: str) -> None:
     assert code == 0, printed[-6000:]
     keep_saved(tmp_path / "out", tmp_path)
     assert_step(launches, case, tmp_path)
+
+
+def under_ray(launches: Launches, name: str, folder: Path, hidden: str = "") -> tuple[int, str]:
+    """`axolotl train --use-ray` of a case with two workers, which do not find the module `hidden`."""
+    changes = {"save_strategy": "epoch", "dataset_prepared_path": str(folder / "prepared")}
+    changes["plugins"] = ["ray_axolotl.OnCPU", "wit_axolotl.WITPlugin"]
+    changes["ddp"] = True  # without it Axolotl counts the steps of an epoch as one worker would take them
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump({**settings(launches.workplace, TABLE[name], "ddp", 2, folder), **changes}))
+    environment = subprocess_env(**VARIABLES["ddp"], RAY_USAGE_STATS_ENABLED="0")
+    environment["PYTHONPATH"] += f"{os.pathsep}{Path(__file__).parent}"
+    script = [sys.executable, str(Path(__file__).parent / "ray_axolotl.py"), hidden]
+    command = [*script, "train", str(file), "--use-ray", "--ray-num-workers", "2"]
+    return run_together([command], [environment])
+
+
+@pytest.mark.parametrize("name", ["accumulated", "silent accumulated", "packed LoRA"])
+def test_two_ray_workers(launches: Launches, tmp_path: Path, name: str) -> None:
+    code, printed = under_ray(launches, name, tmp_path)
+    assert code == 0, printed[-6000:]
+    assert len(set(re.findall(r"RayTrainWorker pid=(\d+)", printed))) == 2
+    keep_saved(tmp_path / "out", tmp_path)
+    assert_step(launches, TABLE[name], tmp_path)
+
+
+def test_ray_workers_without_the_package_do_not_train(launches: Launches, tmp_path: Path) -> None:
+    """Axolotl would print that the plugin cannot be imported there, and train without weights."""
+    code, printed = under_ray(launches, "full", tmp_path, hidden="wit_axolotl")
+    assert code != 0
+    assert "No module named 'wit_axolotl" in printed, printed[-6000:]
+    assert not [*(tmp_path / "out").rglob("*.safetensors")]

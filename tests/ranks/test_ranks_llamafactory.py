@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from lfkit import Doc, Place, alpaca, chatml, environment, tokenizer
+from lfkit import RAY, Doc, Place, alpaca, chatml, environment, start_with_ray, tokenizer
 from rankskit import CASES, HELD_OUT, RANKS, WEIGHTS, Launches, free_port, keep_saved, run_together, write_models
 from run_llamafactory import DOCUMENTS, settings
 from support import Document
@@ -64,5 +64,18 @@ def test_two_nodes(launches: Launches, tmp_path: Path, name: str) -> None:
     code, printed = run_together([[*command, "train", str(file)]] * 2, nodes)
     assert code == 0, printed[-6000:]
     assert "num nodes: 2, node rank: 1" in printed  # LLaMA-Factory's own launcher
+    keep_saved(tmp_path / "out", tmp_path)
+    assert_step(launches, case, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["accumulated", "silent accumulated", "packed LoRA"])
+def test_two_ray_workers(launches: Launches, tmp_path: Path, name: str) -> None:
+    """`USE_RAY=1 llamafactory-wit train` with two workers of a Ray on this machine."""
+    case, file = TABLE[name], tmp_path / "cfg.yaml"
+    weights = dict(zip(("prompt_weight", "response_weight"), WEIGHTS, strict=True))
+    file.write_text(yaml.safe_dump({**settings(launches.workplace, case, "ddp", 2, tmp_path), "wit": weights, **RAY}))
+    done = start_with_ray(file)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    assert "2 workers for distributed training" in done.stdout + done.stderr
     keep_saved(tmp_path / "out", tmp_path)
     assert_step(launches, case, tmp_path)
