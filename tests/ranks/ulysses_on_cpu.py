@@ -35,7 +35,7 @@ def install() -> None:
 def forget() -> None:
     """Let another trainer set it up in the same processes, which DeepSpeed has once in a process."""
     ALL_ATTENTION_FUNCTIONS["sdpa"] = _own
-    parallel_state_sp._release_sequence_parallel_groups()
+    parallel_state_sp._SEQUENCE_PARALLEL_GROUP = parallel_state_sp._SEQUENCE_DATA_PARALLEL_GROUP = None
 
 
 def _counted(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -44,9 +44,9 @@ def _counted(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _gather_any(made: list[torch.Tensor], own: torch.Tensor, group: Any = None, **kwargs: Any) -> None:
-    """all_gather of tensors `[B, L]` whose L differ: lengthened, gathered, shortened."""
+    """all_gather of tensors `[B, L]` whose L differ: lengthened, gathered, shortened. (Before 0.19, `[1]` for `[]`.)"""
     if len({tensor.shape for tensor in made}) == 1:
-        _gather(made, own, group=group, **kwargs)
+        _gather(made, own.reshape(made[0].shape), group=group, **kwargs)
         return
     longest = max(tensor.shape[1] for tensor in made)
     padded = [tensor.new_zeros(tensor.shape[0], longest) for tensor in made]

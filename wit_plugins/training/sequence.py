@@ -23,7 +23,7 @@ from wit_plugins.tokens.roles import IGNORE_INDEX
 from wit_plugins.training.context import lengthen_and_shift
 
 # Of DeepSpeed. What it divides gradients by is looked up in none of its interfaces, so a version is known or it is not.
-_FROM, _TESTED, _BEFORE = Version("0.18.2"), Version("0.19.8"), Version("0.20")
+_FROM, _BEFORE = Version("0.19.8"), Version("0.20")
 
 
 def sp_size(accelerator: Any) -> int:
@@ -62,7 +62,7 @@ def unknown_averaging(plugin: Any) -> str | None:
     """Why it is not known what DeepSpeed divides gradients by, as accelerate's `DeepSpeedPlugin` has it configured."""
     found = Version(importlib.metadata.version("deepspeed"))
     if not _FROM <= found < _BEFORE:
-        return f"it is shown to be exact with DeepSpeed {_FROM} to {_TESTED}, and this is {found}; install one of them"
+        return f"it is shown to be exact with DeepSpeed {_FROM}, and this is {found}; install that"
     zero = plugin.deepspeed_config.get("zero_optimization", {})
     stage, scatter = zero.get("stage"), zero.get("reduce_scatter", True)
     if stage not in (1, 2, 3):
