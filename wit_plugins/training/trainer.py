@@ -176,7 +176,6 @@ class WeightedTrainerMixin(_Base):
             self._verify(loss[0] if isinstance(loss, tuple) else loss, step)
         if training:
             wit.verified = True
-        if training:
             wit.training.add(step.result)
         else:
             # A trainer that does not cut the rows of an evaluation computes all of them on every rank of a group.
