@@ -237,6 +237,7 @@ def run_process(command: list[str], env: dict[str, str], limit: float) -> tuple[
     """The exit status, None if it had to be stopped, and the end of what it printed, which is passed on at once."""
     last: deque[str] = deque(maxlen=200)
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
     process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipes)
 
     def pass_on() -> None:
