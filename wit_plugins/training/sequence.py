@@ -22,7 +22,7 @@ from wit_plugins.tokens.collator import CODES_KEY
 from wit_plugins.tokens.roles import IGNORE_INDEX
 from wit_plugins.training.context import lengthen_and_shift
 
-# Of DeepSpeed. What it divides gradients by is looked up in none of its interfaces, so a version is known or it is not.
+# Of DeepSpeed. None of its interfaces says what it divides gradients by, so a version is known or it is not.
 _FROM, _BEFORE = Version("0.19.8"), Version("0.20")
 
 
@@ -69,6 +69,9 @@ def unknown_averaging(plugin: Any) -> str | None:
         return f"zero_optimization.stage = {stage}: it is shown to be exact with stages 1, 2 and 3; use one of them"
     if stage == 3 and scatter is False:
         return "zero_optimization.reduce_scatter = False: with stage 3 it is not shown to be exact; set it to True"
+    for name, off in (("mics_shard_size", -1), ("zero_quantized_gradients", False)):  # they reduce in ways of their own
+        if zero.get(name, off) != off:
+            return f"zero_optimization.{name} = {zero[name]}: it is not shown to be exact with it; take it out"
     return None
 
 

@@ -151,6 +151,7 @@ class Elsewhere(TrainerAdapter):
         ({"sp_size": 2}, {"deepspeed": "0.20.0"}, r"exact with DeepSpeed 0.19.8, and this is 0.20.0"),
         ({"sp_size": 2}, {"zero": {"stage": 0}}, r"zero_optimization.stage = 0: .*exact with stages 1, 2 and 3"),
         ({"sp_size": 2}, {"zero": {"stage": 3, "reduce_scatter": False}}, r"reduce_scatter = False: .*set it to True"),
+        ({"sp_size": 2}, {"zero": {"stage": 3, "mics_shard_size": 2}}, r"mics_shard_size = 2: .*take it out"),
         ({"cp_size": 2, "tp_size": 2}, {}, r"cp_size = 2: .*not shown to be exact together with tp_size = 2"),
         (
             {"cp_size": 2},
