@@ -36,7 +36,7 @@ class Part:
         quick: the arguments that take the place of them for `--quick`, if it needs fewer; or why it is left out.
         tiny: the same for `--tiny`.
         limit: seconds after which it is stopped.
-        needs: the package without which it does not run. Tests say so themselves.
+        needs: the package without which it does not run. Tests for a GPU say so themselves, and name none.
         one_gpu: whether it sees the first GPU only, as transformers' trainer would spread itself over all there are.
     """
 
@@ -78,6 +78,20 @@ def suite(name: str, framework: str, one_gpu: bool = True) -> Part:
     """A file of tests/gpu."""
     pytest = ("-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", f"tests/gpu/test_gpu_{name}.py")
     return Part(f"tests-{name}", framework, pytest, limit=1800, one_gpu=one_gpu)
+
+
+def table(framework: str) -> Part:
+    """The table of `nox -s ranks` over NCCL: DDP, FSDP2, and ZeRO where DeepSpeed is installed."""
+    pytest = ("-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", f"tests/ranks/test_ranks_{framework}.py")
+    return Part(
+        f"table-{framework}",
+        framework,
+        (*pytest, "-k", "not nodes and not ray"),
+        "it takes longer than there is",
+        "`nox -s ranks` runs it on CPU processes",
+        needs=framework,
+        one_gpu=False,
+    )
 
 
 def steps(framework: str) -> Part:
@@ -126,6 +140,9 @@ PARTS = [  # the most telling first: time may run out
     ),
     suite("ranks", "trl", one_gpu=False),
     suite("context", "trl", one_gpu=False),
+    table("trl"),
+    table("axolotl"),
+    table("llamafactory"),
 ]
 PROBE = """
 import importlib.util, sys
@@ -206,8 +223,8 @@ class Place:
             outcome.status, outcome.reason = "skipped", "; ".join(outcome.skipped)
 
     def missing(self, part: Part) -> str | None:
-        """Why a part cannot run here. Tests say so themselves, each with its own reason."""
-        if part.is_test or self.device == "cpu":
+        """Why a part cannot run here. Tests for a GPU say so themselves, each with its own reason."""
+        if (part.is_test and part.needs == "torch") or self.device == "cpu":
             return None
         key = self.pythons[part.framework], part.needs
         if key not in self.probed:

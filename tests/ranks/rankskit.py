@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -28,6 +29,7 @@ from support import Document, all_relative_error, llama, reference_step, role_lo
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
+ON_GPU = os.environ.get("WIT_GPU_DEVICE") == "cuda"  # as `make gpu` sets it: a GPU for each rank, over NCCL
 WEIGHTS = (0.2, 0.8)
 LEARNING_RATE = 0.05
 HELD_OUT = 7  # examples; in batches of one on two or four ranks the sampler repeats some, which must not count twice
@@ -59,7 +61,7 @@ CASES: dict[str, dict[str, Any]] = {
 def parallel_arguments(parallel: str) -> dict[str, Any]:
     """Arguments of transformers' trainers for a kind of parallelism."""
     if parallel == "ddp":
-        return {"use_cpu": True}
+        return {"use_cpu": not ON_GPU}
     if parallel == "fsdp2":
         wrapped = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
         return {"use_cpu": False, "fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2, **wrapped}}
@@ -150,7 +152,7 @@ def _on_cpu(parallel: str) -> Iterator[None]:
         assert not torch.cuda.is_available()
         return "gloo", DistributedType.MULTI_GPU
 
-    if parallel != "ddp":
+    if parallel != "ddp" and not ON_GPU:
         PartialState._prepare_backend, torch.cuda.set_device = prepare, lambda *args: None
     try:
         yield
@@ -166,7 +168,7 @@ def keep(trainer: Any, parallel: str, folder: Path) -> None:
     """Write down what came of a run, and that it was parallel as it says. A collective."""
     assert trainer.state.global_step == 1
     assert trainer.accelerator.num_processes == world_size()
-    after = full_parameters(trainer, parallel)
+    after = {name: parameter.cpu() for name, parameter in full_parameters(trainer, parallel).items()}
     if trainer.accelerator.is_main_process:
         torch.save(after, folder / "after.pt")
         (folder / "log.json").write_text(json.dumps(trainer.state.log_history))
@@ -174,7 +176,7 @@ def keep(trainer: Any, parallel: str, folder: Path) -> None:
 
 def full_parameters(trainer: Any, parallel: str) -> dict[str, torch.Tensor]:
     """The trained parameters as one process would have them, after making sure that they are sharded as they should."""
-    kinds = {"ddp": "MULTI_CPU", "fsdp2": "FSDP"}
+    kinds = {"ddp": "MULTI_GPU" if ON_GPU else "MULTI_CPU", "fsdp2": "FSDP"}
     assert trainer.accelerator.distributed_type.name == kinds.get(parallel, "DEEPSPEED")
     wrapped, several = trainer.model_wrapped, trainer.accelerator.num_processes > 1
     if parallel == "fsdp2":
@@ -210,6 +212,8 @@ VARIABLES = {
     "zero2": {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"},
     "zero3": {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"},
 }
+if ON_GPU:
+    VARIABLES = {parallel: {"WIT_GPU_DEVICE": "cuda"} for parallel in VARIABLES}
 
 
 def torchrun(module: str, arguments: Sequence[str], ranks: int, nodes: int = 1, **variables: str) -> tuple[int, str]:
@@ -287,6 +291,8 @@ class Launches:
 
     def of(self, name: str, parallel: str, ranks: int, nodes: int = 1) -> tuple[dict[str, Any], Path]:
         """A case and the folder in which is what came of it."""
+        if ON_GPU:
+            _skip_on_gpu(parallel, ranks)
         key = (parallel, ranks, nodes)
         if key not in self._done:
             out = self._folder / "-".join(map(str, key))
@@ -321,6 +327,14 @@ class Launches:
             assert evaluations
             for entry in evaluations:
                 assert {key: entry[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def _skip_on_gpu(parallel: str, ranks: int) -> None:
+    """Without a GPU for each rank, or without DeepSpeed, which `nox -s ranks` brings and the GPU suite does not."""
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs; here is {torch.cuda.device_count()}")
+    if parallel.startswith("zero") and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
 
 
 def assert_taken(

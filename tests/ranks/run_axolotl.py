@@ -21,10 +21,11 @@ LORA: dict[str, Any] = {
     # on by default, and classes stay patched for the process
     **{f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")},
 }
-ON_NO_GPU = ["axokit.NoDeviceMap", "axokit.Recorder", "wit_axolotl.WITPlugin"]
+OURS = ["axokit.Recorder", "wit_axolotl.WITPlugin"]
+ON_NO_GPU = OURS if rankskit.ON_GPU else ["axokit.NoDeviceMap", *OURS]
 # How Axolotl says what `rankskit.parallel_arguments` says.
 PARALLEL: dict[str, dict[str, Any]] = {
-    "ddp": {"plugins": ["axokit.UseCPU", "axokit.Recorder", "wit_axolotl.WITPlugin"]},
+    "ddp": {"plugins": OURS if rankskit.ON_GPU else ["axokit.UseCPU", *OURS]},
     "fsdp2": {
         "fsdp_version": 2,
         "fsdp_config": {
@@ -68,7 +69,7 @@ def run(workplace: Path, case: dict[str, Any], parallel: str, folder: Path) -> N
     path.write_text(yaml.safe_dump(settings(workplace, case, parallel, rankskit.world_size(), folder)))
     if parallel.startswith("zero"):
         distributed.distributed_state = None  # what it sets up once a process, and refuses to find at a second run
-        if rankskit.world_size() == 1 and not torch.distributed.is_initialized():
+        if not rankskit.ON_GPU and rankskit.world_size() == 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo")  # on one rank it asks for NCCL itself
     trainer = train(path).trainer
     assert len(trainer.train_dataset) == (PACKED if case.get("packed") else UNPACKED)
