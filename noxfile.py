@@ -29,14 +29,16 @@ TORCH = ["torch==2.13.0", "numpy==2.4.6"]
 TORCH_LLAMAFACTORY = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0", "numpy==2.4.6"]
 CORE = ["pluggy==1.7.0", "pydantic==2.14.3", "accelerate==1.15.0", "setuptools==84.2.1", "wheel==0.48.0"]
 TEST = ["pytest==9.2.0", "pytest-xdist==3.8.0", "hypothesis==6.170.15"]
+# The kernel's interpreter. On Linux the index's torch asks for one version of it, a CPU build for none: no pin here.
+TRITON = "triton; sys_platform == 'linux'"
 SETUPTOOLS = ["setuptools==81.0.0", "wheel==0.48.0"]
 LINT = ["ruff==0.17.5", "mypy==2.4.1", "import-linter==2.16"]
 CLI = ["matplotlib==3.11.2", "rich==15.0.0", "optuna==5.0.0"]
-LIGER = ["liger-kernel==0.8.5", "triton==3.9.0"]
+LIGER = ["liger-kernel==0.8.5"]  # brings Triton, in the version that torch asks for
 GENERATION_METRICS = ["jieba==0.42.1", "nltk==3.10.4", "rouge-chinese==1.0.3"]  # for predict_with_generate
 
 PINS = {
-    "core": [*TORCH, *CORE, *CLI, *TEST, "transformers==5.23.0", "triton==3.9.0"],
+    "core": [*TORCH, *CORE, *CLI, *TEST, "transformers==5.23.0", TRITON],
     "trl-1.16": [
         *[*TORCH, *CORE, *CLI, *TEST, *LINT, *LIGER],
         *["trl==1.16.0", "transformers==5.23.0", "datasets==5.2.0", "peft==0.21.0"],
