@@ -1,7 +1,7 @@
-"""Writes the pages that are made from the code: settings, the reference, and the token in architecture.md.
+"""Writes the pages that are made from the code: settings, the reference, and the token in dev/architecture.md.
 
 `python docs/generate.py` writes them, `--check` only says whether they are up to date (exit code 1 if not), and whether
-the files that architecture.md names exist.
+the files that dev/architecture.md names exist.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _REFERENCE = """# Reference
 What is on this page is public: it can be imported from where it stands here, and changes are announced in the
 changelog. Everything else is private to the project, wherever it lives. `wit_plugins.PROMPT`, `RESPONSE` and `NEITHER`
 are the roles 1, 2 and 0; `wit_plugins.hookimpl` marks an implementation of a hook. Settings are in
-[configuration.md](configuration.md), hooks in [strategies.md](strategies.md) and [adapters.md](adapters.md).
+[configuration.md](../configuration.md), hooks in [strategies.md](strategies.md) and [adapters.md](adapters.md).
 """
 _HEAD = """# Configuration reference
 
@@ -58,7 +58,7 @@ Unknown keys, wrong types and values out of range are errors that name the key, 
 _TAIL = """
 ## Built-in strategies
 
-A strategy is named by what it is registered as; [strategies.md](strategies.md) shows how to register one.
+A strategy is named by what it is registered as; [authors/strategies.md](authors/strategies.md) shows how to register one.
 
 | name | |
 | --- | --- |
@@ -140,7 +140,7 @@ def _markdown(doc: str) -> str:
 
 def architecture() -> str:
     """The page as it stands, with the token's table written anew."""
-    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    text = (DOCS / "dev" / "architecture.md").read_text(encoding="utf-8")
     marks = re.escape("<!-- one token: written by docs/generate.py -->"), re.escape("<!-- end of the token -->")
     return re.sub(
         f"({marks[0]}\n).*?({marks[1]})", lambda m: f"{m[1]}\n{table()}\n{m[2]}", text, count=1, flags=re.DOTALL
@@ -149,14 +149,18 @@ def architecture() -> str:
 
 def missing_files() -> list[str]:
     """Files that architecture.md, or a page as the test of its code, names and that do not exist."""
-    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    text = (DOCS / "dev" / "architecture.md").read_text(encoding="utf-8")
     named = re.findall(r"`((?:wit_plugins|adapters|docs|tests|benchmarks|configs)/[\w./-]+)`", text)
-    for page in DOCS.glob("*.md"):  # and the tests that pages say run their code
+    for page in DOCS.rglob("*.md"):  # and the tests that pages say run their code
         named += re.findall(r"<!-- tested: (\S+) -->", page.read_text(encoding="utf-8"))
     return sorted({name for name in named if not (DOCS.parent / name).exists()})
 
 
-PAGES = {"configuration.md": page, "reference.md": reference, "architecture.md": architecture}
+PAGES = {
+    "configuration.md": page,
+    "authors/reference.md": reference,
+    "dev/architecture.md": architecture,
+}
 
 if __name__ == "__main__":
     wrong = [f"the documentation names {name}, which does not exist" for name in missing_files()]

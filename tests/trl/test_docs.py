@@ -30,7 +30,7 @@ def blocks(page, language="python"):
 
 
 def complete_plugins():
-    return [b for b in blocks("strategies.md") if "@hookimpl" in b]
+    return [b for b in blocks("authors/strategies.md") if "@hookimpl" in b]
 
 
 def as_module(code, name):
@@ -81,7 +81,7 @@ def test_lighter_reasoning_tokens_in_a_real_run(tmp_path, registered):
     plain = reference_loss(list(document_logits(plain_copy(trainer.model), docs)), 0.2, 0.8).item()
     assert abs(numerator / count - plain) > 0.01  # the markers are there, and matter
 
-    registration, *_ = [b for b in blocks("strategies.md") if "wit_plugins.register" in b]
+    registration, *_ = [b for b in blocks("authors/strategies.md") if "wit_plugins.register" in b]
     code = registration.replace("import reasoning ", "#")
     code = code.replace("prompt_weight=0.2,", "prompt_weight=0.2, response_weight=0.8,")
     code = re.sub(r'\{"open".*?\}', repr(options), code)
@@ -253,7 +253,7 @@ def test_the_documented_groups_are_mftcoder(tmp_path, registered):
 
 
 def test_what_the_table_of_methods_says_to_paste_trains(tmp_path):
-    rows = re.findall(r"^\| `(strategies: .*?)` \|", (DOCS / "strategies.md").read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(r"^\| `(strategies: .*?)` \|", (DOCS / "authors/strategies.md").read_text(encoding="utf-8"), re.MULTILINE)
     names = []
     for row in rows:
         strategies = yaml.safe_load(row)["strategies"]
