@@ -253,7 +253,7 @@ def test_the_documented_groups_are_mftcoder(tmp_path, registered):
 
 
 def test_what_the_table_of_methods_says_to_paste_trains(tmp_path):
-    rows = re.findall(r"^\| `(strategies: .*?)` \|", (DOCS / "authors/strategies.md").read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(r"^\| `(strategies: .*?)` \|", (DOCS / "methods.md").read_text(encoding="utf-8"), re.MULTILINE)
     names = []
     for row in rows:
         strategies = yaml.safe_load(row)["strategies"]
