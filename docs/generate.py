@@ -58,10 +58,9 @@ Unknown keys, wrong types and values out of range are errors that name the key, 
 _TAIL = """
 ## Built-in strategies
 
-A strategy is named by what it is registered as; [authors/strategies.md](authors/strategies.md) shows how to register one.
+[spans.md](spans.md) and [methods.md](methods.md) say what they do; [authors/strategies.md](authors/strategies.md) shows how to
+register another.
 
-| name | |
-| --- | --- |
 """
 
 
@@ -69,7 +68,8 @@ def _type(annotation: Any) -> str:
     choices = get_args(annotation)
     if choices and all(isinstance(choice, str) for choice in choices):
         return " or ".join(f"`{choice}`" for choice in choices)
-    return {float: "number"}.get(annotation, "names, or name → options")
+    named = {float: "number", list[str]: "list of names", str | None: "name, or `null`"}
+    return named.get(annotation, "names, or name → options")
 
 
 def page() -> str:
@@ -82,11 +82,8 @@ def page() -> str:
         elif info.default_factory is not None:
             default = "none"
         rows.append(f"| `{name}` | {_type(info.annotation)} | {default} | {info.description} |")
-    strategies = []
-    for name in strategy_names():
-        doc = (plugin_manager().get_plugin(name).__doc__ or "").strip().split("\n")[0]
-        strategies.append(f"| `{name}` | {doc}{' Always on.' if name == 'wit' else ''} |")
-    return _HEAD + "\n".join(rows) + "\n" + _TAIL + "\n".join(strategies) + "\n"
+    names = ", ".join(f"`{name}`" for name in strategy_names() if name != "wit")
+    return _HEAD + "\n".join(rows) + "\n" + _TAIL + f"{names}, and always `wit`.\n"
 
 
 def reference() -> str:
