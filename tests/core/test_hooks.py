@@ -11,7 +11,9 @@ from wit_plugins.plugins import plugin_manager
 
 ROOT = next(p for p in Path(__file__).parents if (p / "docs" / "authors" / "strategies.md").is_file())
 HOOKS = sorted(name for name, value in vars(hookspecs).items() if hasattr(value, f"{hookspecs.PROJECT_NAME}_spec"))
-PAGES = "".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("authors/strategies.md", "authors/adapters.md"))
+PAGES = "".join(
+    (ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("authors/strategies.md", "authors/adapters.md")
+)
 
 
 def section(hook):
