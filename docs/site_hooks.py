@@ -33,4 +33,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         kind = "tree" if (ROOT / target).is_dir() else "blob"
         return f"]({config.repo_url}/{kind}/main/{target}{match[2] or ''})"
 
+    # GitHub needs a backslash before a bar within code in a table, the site shows it.
+    markdown = re.sub(
+        r"^\|.*$",
+        lambda row: re.sub(r"`[^`]*`", lambda code: code[0].replace("\\|", "|"), row[0]),
+        markdown,
+        flags=re.MULTILINE,
+    )
     return re.sub(r"\]\((?![a-z]+:)([^)#\s]+)(#[^)\s]*)?\)", rewritten, markdown)

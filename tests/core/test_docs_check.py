@@ -1,9 +1,13 @@
 """`docs/check.py`: what the documentation mentions exists, and what does not is said."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
+import yaml
+
+from wit_plugins import WITConfig
 
 ROOT = next(p for p in Path(__file__).parents if (p / "docs" / "check.py").is_file())
 _spec = importlib.util.spec_from_file_location("docs_check", ROOT / "docs" / "check.py")
@@ -77,3 +81,27 @@ def test_a_message_that_names_a_page_that_is_gone(repository):
 def test_what_was_written_down_on_a_day_may_name_what_is_gone(repository):
     (repository / "docs" / "dev" / "decisions.md").write_text("# Decisions\n\n`wit_plugins/none.py`, [a](none.md)\n")
     assert check.problems(repository) == ["docs/dev/decisions.md: link to none.md: there is no such file"]
+
+
+def settings_shown():
+    """Every block of settings that a page shows."""
+    for page in check.pages(ROOT):
+        blocks = re.findall(r"^```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+        for number, block in enumerate(blocks):
+            if "weight:" in block or "strategies:" in block:
+                yield pytest.param(block, id=f"{page.relative_to(ROOT).as_posix()}-{number}")
+
+
+BLOCKS = list(settings_shown())
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_blocks_of_settings_are_taken(block):
+    values = yaml.safe_load(block)
+    values = values.get("wit", values)
+    for settings in values if isinstance(values, list) else [values]:  # a list is several runs, in Axolotl's sweeps
+        WITConfig.parse({"prompt_weight": 0.2, **settings})
+
+
+def test_there_are_blocks_of_settings():
+    assert len(BLOCKS) > 8

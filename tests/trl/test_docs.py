@@ -161,6 +161,14 @@ def test_the_script_in_the_trl_guide(tmp_path, monkeypatch, capsys):
     assert np.isfinite(history[-1]["train_loss"])
 
 
+def test_the_lines_of_the_first_page(tmp_path, capsys):
+    names = {"trainer": sft_trainer(tmp_path)}
+    (lines,) = blocks("start.md")
+    exec(lines, names)
+    names["trainer"].train()
+    assert "WIT on: prompt_weight=0.2, response_weight=0.8" in capsys.readouterr().out
+
+
 def test_the_script_about_weights_in_the_data(tmp_path, monkeypatch, capsys):
     """Pasted, with a local model for the hub's name; the turn of weight 0 is not among the reported tokens."""
     llama(vocab_size=64).save_pretrained(tmp_path / "model")
