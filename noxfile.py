@@ -72,6 +72,8 @@ BESIDE_TORCH += ["pydantic==2.14.3", "pydantic-core==2.50.4", "annotated-types==
 BESIDE_TORCH += ["typing-extensions==4.16.0", "cut-cross-entropy==25.1.1", "bitsandbytes==0.50.2"]
 GPU = {"trl": "trl-1.16", "axolotl": "axolotl-0.19", "llamafactory": "llamafactory-0.9.5"}
 
+# The documentation as a website.
+PINS["site"] = ["mkdocs==1.6.1", "mkdocs-material==9.8.2"]
 # No environment of its own but a folder beside one: without its kernels DeepSpeed is Python, the same for any torch.
 PINS["deepspeed"] = ["deepspeed==0.19.8", "einops==0.8.2", "hjson==3.1.0", "ninja==1.13.2"]
 PINS["deepspeed"] += ["msgpack==1.2.4", "py-cpuinfo==9.0.0"]
@@ -135,7 +137,7 @@ def pytest(session: nox.Session, name: str, *paths: str) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style, types, the order of the layers, and whether the generated pages are up to date."""
+    """Style, types, the order of the layers, generated pages, and whether what the documentation mentions exists."""
     binaries, env = install(session, "trl-1.16")
     _lint(session, binaries, env)
 
@@ -146,6 +148,7 @@ def _lint(session: nox.Session, binaries: Path, env: dict[str, str]) -> None:
     session.run(str(binaries / "mypy"), external=True)
     session.run(str(binaries / "lint-imports"), "--no-cache", env=env, external=True)
     session.run(str(binaries / "python"), "docs/generate.py", "--check", env=env, external=True)
+    session.run(str(binaries / "python"), "docs/check.py", external=True)
 
 
 @nox.session
@@ -381,3 +384,10 @@ def docs(session: nox.Session) -> None:
     """Write the generated pages."""
     binaries, env = install(session, "trl-1.16")
     session.run(str(binaries / "python"), "docs/generate.py", env=env, external=True)
+
+
+@nox.session
+def site(session: nox.Session) -> None:
+    """Build the documentation as a website, in `build/site`. A link that leads nowhere is an error."""
+    binaries = environment(session, "site")
+    session.run(str(binaries / "mkdocs"), "build", "--strict", "--site-dir", "build/site", external=True)

@@ -1,11 +1,12 @@
-"""Writes the pages that are made from the code: settings, the reference, and the token in architecture.md.
+"""Writes the pages that are made from the code: settings, the reference, and the token in dev/architecture.md.
 
-`python docs/generate.py` writes them, `--check` only says whether they are up to date (exit code 1 if not), and whether
-the files that architecture.md names exist.
+`python docs/generate.py` writes them, `--check` only says whether they are up to date (exit code 1 if not).
+`docs/check.py` looks whether what pages mention exists.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import re
@@ -16,8 +17,9 @@ from typing import Any, get_args
 from one_token import table
 from pydantic_core import PydanticUndefined
 
+import wit_plugins
 from wit_plugins import WITConfig
-from wit_plugins.plugins import plugin_manager, strategy_names
+from wit_plugins.plugins import strategy_names
 
 DOCS = Path(__file__).parent
 
@@ -34,6 +36,8 @@ PUBLIC = {
     "wit_plugins.training.adapter": ["TrainerAdapter"],
     "wit_plugins.cli.driver": ["FrameworkDriver"],
 }
+# What their `__all__` lists is public, and read from the source: no environment has all three frameworks.
+ADAPTERS = ["wit_trl", "wit_axolotl", "wit_llamafactory"]
 _REFERENCE = """# Reference
 
 <!-- Written by docs/generate.py from the docstrings; edit them there. -->
@@ -41,7 +45,7 @@ _REFERENCE = """# Reference
 What is on this page is public: it can be imported from where it stands here, and changes are announced in the
 changelog. Everything else is private to the project, wherever it lives. `wit_plugins.PROMPT`, `RESPONSE` and `NEITHER`
 are the roles 1, 2 and 0; `wit_plugins.hookimpl` marks an implementation of a hook. Settings are in
-[configuration.md](configuration.md), hooks in [strategies.md](strategies.md) and [adapters.md](adapters.md).
+[configuration.md](../configuration.md), hooks in [strategies.md](strategies.md) and [adapters.md](adapters.md).
 """
 _HEAD = """# Configuration reference
 
@@ -58,10 +62,9 @@ Unknown keys, wrong types and values out of range are errors that name the key, 
 _TAIL = """
 ## Built-in strategies
 
-A strategy is named by what it is registered as; [strategies.md](strategies.md) shows how to register one.
+[spans.md](spans.md) and [methods.md](methods.md) say what they do; [authors/strategies.md](authors/strategies.md) shows
+how to register another.
 
-| name | |
-| --- | --- |
 """
 
 
@@ -69,7 +72,8 @@ def _type(annotation: Any) -> str:
     choices = get_args(annotation)
     if choices and all(isinstance(choice, str) for choice in choices):
         return " or ".join(f"`{choice}`" for choice in choices)
-    return {float: "number"}.get(annotation, "names, or name → options")
+    named = {float: "number", list[str]: "list of names", str | None: "name, or `null`"}
+    return named.get(annotation, "names, or name → options")
 
 
 def page() -> str:
@@ -82,11 +86,8 @@ def page() -> str:
         elif info.default_factory is not None:
             default = "none"
         rows.append(f"| `{name}` | {_type(info.annotation)} | {default} | {info.description} |")
-    strategies = []
-    for name in strategy_names():
-        doc = (plugin_manager().get_plugin(name).__doc__ or "").strip().split("\n")[0]
-        strategies.append(f"| `{name}` | {doc}{' Always on.' if name == 'wit' else ''} |")
-    return _HEAD + "\n".join(rows) + "\n" + _TAIL + "\n".join(strategies) + "\n"
+    names = ", ".join(f"`{name}`" for name in strategy_names() if name != "wit")
+    return _HEAD + "\n".join(rows) + "\n" + _TAIL + f"{names}, and always `wit`.\n"
 
 
 def reference() -> str:
@@ -99,7 +100,52 @@ def reference() -> str:
             parts.append(f"\n### `{name}{_signature(value)}`\n\n{_markdown(inspect.getdoc(value) or '')}\n")
             if inspect.isclass(value) and name in ("TrainerAdapter", "FrameworkDriver"):
                 parts += [_method(method, member) for method, member in vars(value).items() if callable(member)]
+    for adapter in ADAPTERS:
+        parts.append(f"\n## `{adapter}`\n")
+        parts += [f"\n### `{heading}`\n\n{_markdown(doc)}\n" for heading, doc in _written(adapter)]
     return "".join(parts)
+
+
+def _written(adapter: str) -> list[tuple[str, str]]:
+    """Signature and docstring of everything that an adapter makes public, as they are written."""
+    folder = DOCS.parent / "adapters"
+    imports = [node for node in ast.walk(_parsed(folder / adapter)) if isinstance(node, ast.ImportFrom)]
+    made = []
+    for node in imports:
+        if node.module is None or not node.module.startswith(f"{adapter}."):
+            continue
+        for alias in node.names:
+            tree = _parsed(folder / node.module.replace(".", "/"))
+            kinds = (ast.ClassDef, ast.FunctionDef)
+            (found,) = [item for item in tree.body if isinstance(item, kinds) and item.name == alias.name]
+            entry = (f"{alias.name}{_arguments(found)}", ast.get_docstring(found) or "")
+            if entry not in made:  # some are imported for type checkers, and again when they are asked for
+                made.append(entry)
+    return made
+
+
+def _parsed(module: Path) -> ast.Module:
+    file = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def _arguments(definition: ast.ClassDef | ast.FunctionDef) -> str:
+    """The arguments of a function, or of a class's constructor, without types."""
+    if isinstance(definition, ast.ClassDef):
+        constructors = [item for item in definition.body if isinstance(item, ast.FunctionDef)]
+        definition = next(item for item in constructors if item.name == "__init__")
+    arguments = definition.args
+    arguments.args = [argument for argument in arguments.args if argument.arg != "self"]
+    for argument in [*arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]:
+        if argument is not None:
+            argument.annotation = None
+    return f"({ast.unparse(arguments)})"
+
+
+def unlisted() -> list[str]:
+    """Names that a package makes public and the reference does not list."""
+    text = reference()
+    return [name for name in wit_plugins.__all__ if not re.search(rf"`(?:wit_plugins\.)?{name}\b", text)]
 
 
 def _method(name: str, member: Any) -> str:
@@ -121,7 +167,7 @@ def _signature(value: Any) -> str:
 
 def _markdown(doc: str) -> str:
     """A docstring with its sections as lists."""
-    doc = re.sub(r"\[`(\w+)`\]", r"`\1`", doc)
+    doc = re.sub(r"\[`([\w.]+)`\]", r"`\1`", doc)
     out: list[str] = []
     section = False
     for line in doc.split("\n"):
@@ -130,7 +176,7 @@ def _markdown(doc: str) -> str:
             out += [f"**{line[:-1]}**", ""]
         elif section and re.match(r"    \S", line):
             returns = out[-2] == "**Returns**"
-            out.append((line if returns else re.sub(r"^    ([^.]+?): ", r"- **\1**: ", line)).strip())
+            out.append((line if returns else re.sub(r"^    ([\w, ]+(?: \([^)]*\))?): ", r"- **\1**: ", line)).strip())
         elif section and line.startswith("        "):
             out.append("  " + line.strip())
         else:
@@ -140,26 +186,21 @@ def _markdown(doc: str) -> str:
 
 def architecture() -> str:
     """The page as it stands, with the token's table written anew."""
-    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    text = (DOCS / "dev" / "architecture.md").read_text(encoding="utf-8")
     marks = re.escape("<!-- one token: written by docs/generate.py -->"), re.escape("<!-- end of the token -->")
     return re.sub(
         f"({marks[0]}\n).*?({marks[1]})", lambda m: f"{m[1]}\n{table()}\n{m[2]}", text, count=1, flags=re.DOTALL
     )
 
 
-def missing_files() -> list[str]:
-    """Files that architecture.md, or a page as the test of its code, names and that do not exist."""
-    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
-    named = re.findall(r"`((?:wit_plugins|adapters|docs|tests|benchmarks|configs)/[\w./-]+)`", text)
-    for page in DOCS.glob("*.md"):  # and the tests that pages say run their code
-        named += re.findall(r"<!-- tested: (\S+) -->", page.read_text(encoding="utf-8"))
-    return sorted({name for name in named if not (DOCS.parent / name).exists()})
-
-
-PAGES = {"configuration.md": page, "reference.md": reference, "architecture.md": architecture}
+PAGES = {
+    "configuration.md": page,
+    "authors/reference.md": reference,
+    "dev/architecture.md": architecture,
+}
 
 if __name__ == "__main__":
-    wrong = [f"the documentation names {name}, which does not exist" for name in missing_files()]
+    wrong = [f"docs/authors/reference.md does not list wit_plugins.{name}" for name in unlisted()]
     for file_name, make in PAGES.items():
         path, text = DOCS / file_name, make()
         if "--check" not in sys.argv[1:]:

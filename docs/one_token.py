@@ -1,4 +1,4 @@
-"""Follows one token through every stage, by the code that trains: the table in architecture.md.
+"""Follows one token through every stage, by the code that trains: the table in dev/architecture.md.
 
     python docs/one_token.py
 

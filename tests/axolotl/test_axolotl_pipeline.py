@@ -149,7 +149,7 @@ def test_a_trainer_without_weights_gets_axolotl_s_labels() -> None:
 
 def test_what_the_page_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The data and the keys of docs/data-weights.md, and what they give in a tokenizer with a token for each word."""
-    page = PAGE.read_text(encoding="utf-8").split("### Axolotl")[1]
+    page = PAGE.read_text(encoding="utf-8").split("## Axolotl")[1]
     data, written, shown = (re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL)[1] for kind in ("json", "yaml", "text"))
     config = yaml.safe_load(written)
     (tmp_path / "data.jsonl").write_text(data, encoding="utf-8")

@@ -12,7 +12,7 @@ from trlkit import dataset, tokenizer
 from wit_plugins.cli.main import make_parser
 
 ROOT = next(p for p in Path(__file__).parents if (p / "docs" / "preview.md").is_file())
-PAGES = ("preview.md", "choosing-weights.md")
+PAGES = ("preview.md", "choosing-weights.md")  # which list options too
 
 
 def text(page):
@@ -22,7 +22,7 @@ def text(page):
 def commands():
     """What stands indented and begins with `wit`, its continued lines joined."""
     found = []
-    for page in PAGES:
+    for page in ("start.md", *PAGES):
         for line in re.sub(r"\\\n\s+", "", text(page)).splitlines():
             if re.match(r"    (\$ )?wit ", line):
                 found.append(line.strip().removeprefix("$ "))

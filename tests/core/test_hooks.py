@@ -9,15 +9,17 @@ import pytest
 from wit_plugins import hookspecs
 from wit_plugins.plugins import plugin_manager
 
-ROOT = next(p for p in Path(__file__).parents if (p / "docs" / "strategies.md").is_file())
+ROOT = next(p for p in Path(__file__).parents if (p / "docs" / "authors" / "strategies.md").is_file())
 HOOKS = sorted(name for name, value in vars(hookspecs).items() if hasattr(value, f"{hookspecs.PROJECT_NAME}_spec"))
-PAGES = "".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("strategies.md", "adapters.md"))
+PAGES = "".join(
+    (ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("authors/strategies.md", "authors/adapters.md")
+)
 
 
 def section(hook):
     """What the documentation says of a hook: from the heading that names it to the next one of its rank."""
     found = re.search(rf"^## [^\n]*`{hook}`\n(.*?)(?=^## |^# |\Z)", PAGES, flags=re.DOTALL | re.MULTILINE)
-    assert found, f"no heading of docs/strategies.md or docs/adapters.md names `{hook}`"
+    assert found, f"no heading of docs/authors/strategies.md or docs/authors/adapters.md names `{hook}`"
     return found.group(1)
 
 

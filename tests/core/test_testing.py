@@ -15,7 +15,7 @@ import pytest
 from wit_plugins import WITConfigError, hookimpl
 from wit_plugins.testing import assert_weights, registered, weigh
 
-ROOT = next(p for p in Path(__file__).parents if (p / "docs" / "strategies.md").is_file())
+ROOT = next(p for p in Path(__file__).parents if (p / "docs" / "authors" / "strategies.md").is_file())
 CONVERSATION = [("user", "a b"), ("assistant", "c a")]
 
 
@@ -77,19 +77,19 @@ def test_what_differs_is_named():
 
 
 def test_the_documented_lines(monkeypatch):
-    """docs/strategies.md, pasted: the table that they print is the one that stands there."""
-    plugins = [block for block in blocks("strategies.md", "python") if "@hookimpl" in block]
+    """docs/authors/strategies.md, pasted: the table that they print is the one that stands there."""
+    plugins = [block for block in blocks("authors/strategies.md", "python") if "@hookimpl" in block]
     module = types.ModuleType("reasoning")
     for block in plugins:
         if re.search(r"def (static_weights|validate_options|find_spans)\(", block):
             exec(block, module.__dict__)
     monkeypatch.setitem(sys.modules, "reasoning", module)
-    (example,) = [block for block in blocks("strategies.md", "python") if "wit_plugins.testing" in block]
+    (example,) = [block for block in blocks("authors/strategies.md", "python") if "wit_plugins.testing" in block]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(example, {})
     lines = [line.rstrip() for line in printed.getvalue().splitlines()]
-    (table,) = [block for block in blocks("strategies.md", "text") if "role      weight" in block]
+    (table,) = [block for block in blocks("authors/strategies.md", "text") if "role      weight" in block]
     assert lines == table.splitlines()
 
 

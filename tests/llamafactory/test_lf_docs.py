@@ -165,7 +165,7 @@ def test_the_message_that_troubleshooting_starts_with(tmp_path):
 
 def test_the_documented_weights_in_the_data(tmp_path):
     """The files as the page has them, and the weights in its table, by LLaMA-Factory's own pipeline."""
-    section = DATA_WEIGHTS.split("### LLaMA-Factory")[1]
+    section = DATA_WEIGHTS.split("## LLaMA-Factory")[1]
     (rows,) = re.findall(r"```json\n(.*?)```", section, flags=re.DOTALL)
     (config,) = re.findall(r"```yaml\n(.*?)```", section, flags=re.DOTALL)
     workplace = place(tmp_path)

@@ -178,12 +178,12 @@ def _span_losses(model: Any, docs: list[Document], strategies: dict[str, Any], t
 
 
 def launch_environment(folder: Path, way: str, ranks: int, parts: int) -> dict[str, str]:
-    """What `accelerate launch` makes of a configuration that docs/scale-context.md shows, for these sizes.
+    """What `accelerate launch` makes of a configuration that docs/scale.md shows, for these sizes.
 
     Args:
         way (`str`): `cp_size` or `sp_size`, by which the rows are cut.
     """
-    page = (HERE.parents[1] / "docs" / "scale-context.md").read_text(encoding="utf-8")
+    page = (HERE.parents[1] / "docs" / "scale.md").read_text(encoding="utf-8")
     (block,) = (b for b in (part.split("```")[0] for part in page.split("```yaml\n")[1:]) if f"_{way}: 4" in b)
     groups = "dp_shard_size: 2" if way == "cp_size" else "dp_replicate_size: 2"
     for line, size in {f"{way}: 4": parts, "num_processes: 8": ranks, groups: ranks // parts}.items():

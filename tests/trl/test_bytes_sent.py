@@ -57,7 +57,7 @@ def train_and_count(folder):
 
 
 def test_the_weights_add_a_handful_of_small_messages(tmp_path):
-    """docs/scale.md says these numbers: a scalar a step, the roles' sums a log, two gathers an evaluation's batch."""
+    """docs/dev/ranks.md has these numbers: a scalar a step, the roles' sums a log, two gathers a batch evaluated."""
     on_ranks(train_and_count, tmp_path)
     without, weighted = (
         collections.Counter((name, size) for name, size in json.loads((tmp_path / f"sent-{kind}.json").read_text()))

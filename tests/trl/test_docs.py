@@ -1,5 +1,6 @@
 """The code in the documentation runs, and does what the text around it says."""
 
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import literature
 import numpy as np
 import pytest
 import test_groups
+import torch
 import yaml
 from support import document_logits, from_dataset, llama, plain_copy, subprocess_env
 from trl import SFTConfig
@@ -30,7 +32,7 @@ def blocks(page, language="python"):
 
 
 def complete_plugins():
-    return [b for b in blocks("strategies.md") if "@hookimpl" in b]
+    return [b for b in blocks("authors/strategies.md") if "@hookimpl" in b]
 
 
 def as_module(code, name):
@@ -81,7 +83,7 @@ def test_lighter_reasoning_tokens_in_a_real_run(tmp_path, registered):
     plain = reference_loss(list(document_logits(plain_copy(trainer.model), docs)), 0.2, 0.8).item()
     assert abs(numerator / count - plain) > 0.01  # the markers are there, and matter
 
-    registration, *_ = [b for b in blocks("strategies.md") if "wit_plugins.register" in b]
+    registration, *_ = [b for b in blocks("authors/strategies.md") if "wit_plugins.register" in b]
     code = registration.replace("import reasoning ", "#")
     code = code.replace("prompt_weight=0.2,", "prompt_weight=0.2, response_weight=0.8,")
     code = re.sub(r'\{"open".*?\}', repr(options), code)
@@ -157,6 +159,14 @@ def test_the_script_in_the_trl_guide(tmp_path, monkeypatch, capsys):
     (announced,) = re.findall(r"    (WIT on: .*?) \(TRL", (DOCS / "trl.md").read_text(encoding="utf-8"))
     assert announced in capsys.readouterr().out
     assert np.isfinite(history[-1]["train_loss"])
+
+
+def test_the_lines_of_the_first_page(tmp_path, capsys):
+    names = {"trainer": sft_trainer(tmp_path)}
+    (lines,) = blocks("start.md")
+    exec(lines, names)
+    names["trainer"].train()
+    assert "WIT on: prompt_weight=0.2, response_weight=0.8" in capsys.readouterr().out
 
 
 def test_the_script_about_weights_in_the_data(tmp_path, monkeypatch, capsys):
@@ -253,7 +263,7 @@ def test_the_documented_groups_are_mftcoder(tmp_path, registered):
 
 
 def test_what_the_table_of_methods_says_to_paste_trains(tmp_path):
-    rows = re.findall(r"^\| `(strategies: .*?)` \|", (DOCS / "strategies.md").read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(r"^\| `(strategies: .*?)` \|", (DOCS / "methods.md").read_text(encoding="utf-8"), re.MULTILINE)
     names = []
     for row in rows:
         strategies = yaml.safe_load(row)["strategies"]
@@ -281,3 +291,30 @@ def test_the_picture_of_the_methods_is_drawn(tmp_path):
     done = subprocess.run(command, env=subprocess_env(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    """And the losses that it compares are those of the models that it trained, computed one conversation at a time."""
+    notebook = json.loads((DOCS / "notebook.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] for cell in cells)  # what stands in the repository was not run before it was kept
+    monkeypatch.chdir(DOCS)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    names = {}
+    for cell in cells:
+        exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    printed = capsys.readouterr().out
+    assert "WIT on: prompt_weight=0.2, response_weight=0.8" in printed
+    assert names["exit_code"] == 0
+    assert [token.weight for token in names["weighed"]] == pytest.approx([0, 0.2, 0.2, 0.2, 0.8])
+    for weights, trainer in names["trainers"].items():
+        sums = {"prompt": [], "response": []}
+        with torch.no_grad():
+            scored = document_logits(plain_copy(trainer.model).eval(), from_dataset(trainer.eval_dataset))
+            for logits, ids, is_response in scored:
+                log_probs = logits.log_softmax(-1)
+                for t in range(1, len(ids)):
+                    sums["response" if is_response[t] else "prompt"].append(-log_probs[t - 1, ids[t]].item())
+        for role, losses in sums.items():
+            assert names["compared"][weights][f"eval_{role}_loss"] == pytest.approx(np.mean(losses), rel=1e-5)

@@ -79,7 +79,7 @@ def test_a_custom_loss_function(tmp_path):
         return outputs.logits.sum()
 
     trainer = sft_trainer(tmp_path, trainer_kwargs={"compute_loss_func": my_loss})
-    with pytest.raises(WITConfigError, match="compute_loss_func = my_loss.*docs/strategies.md"):
+    with pytest.raises(WITConfigError, match="compute_loss_func = my_loss.*docs/authors/strategies.md"):
         WITCallback(trainer, prompt_weight=0.2)
 
 

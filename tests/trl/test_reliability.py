@@ -1,12 +1,12 @@
-"""docs/reliability.md names tests and options that exist."""
+"""docs/dev/reliability.md names tests and options that exist."""
 
 import re
 from pathlib import Path
 
 from hostile import DOORS, TABLE
 
-ROOT = next(p for p in Path(__file__).parents if (p / "docs" / "reliability.md").is_file())
-PAGE = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+ROOT = next(p for p in Path(__file__).parents if (p / "docs" / "dev" / "reliability.md").is_file())
+PAGE = (ROOT / "docs" / "dev" / "reliability.md").read_text(encoding="utf-8")
 
 
 def test_every_test_that_is_named_is_there():

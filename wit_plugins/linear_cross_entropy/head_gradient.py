@@ -2,7 +2,7 @@
 
 A half-precision sum is rounded once a chunk, so its error grows with the square root of their number, and passes that
 of full logits, whose one product is rounded once, after a few of them. Here the sum is float32 until it is complete,
-and is rounded once as well. What else was measured stands in docs/decisions-head.md.
+and is rounded once as well. What else was measured stands in docs/dev/decisions-head.md.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def check_base_model(model: nn.Module, asking: Sequence[str]) -> None:
     if not layers:
         raise WITConfigError(
             f"{reason}this model has none; train with LoRA, or with the scores of a model in a folder (`wit score`, "
-            "docs/strategies.md)"
+            "docs/methods.md)"
         )
     own = {id(parameter) for layer in layers for parameter in layer.parameters()}
     for layer in layers:

@@ -200,7 +200,7 @@ def _check_trainer(trainer: Trainer) -> None:
     if trainer.compute_loss_func is not None:
         raise WITConfigError(
             f"compute_loss_func = {_name(trainer.compute_loss_func)}: it would replace the weighted loss; remove it, "
-            "or register it as a strategy (docs/strategies.md)"
+            "or register it as a strategy (docs/authors/strategies.md)"
         )
     if getattr(trainer, "loss_is_scaled_for_ga", None) is False:
         raise WITConfigError(

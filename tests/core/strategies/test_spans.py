@@ -477,8 +477,8 @@ def test_settings_survive_a_file():
 
 
 def blocks(language):
-    root = next(p for p in Path(__file__).parents if (p / "docs" / "data-weights.md").is_file())
-    page = (root / "docs" / "data-weights.md").read_text(encoding="utf-8").split("\n## Weights in the data")[0]
+    root = next(p for p in Path(__file__).parents if (p / "docs" / "spans.md").is_file())
+    page = (root / "docs" / "spans.md").read_text(encoding="utf-8")
     return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
