@@ -9,9 +9,9 @@ import textwrap
 import time
 
 from wit_plugins.cli.driver import FrameworkDriver, Job
+from wit_plugins.cli.sweep.arguments import SweepOptions
 from wit_plugins.cli.sweep.command import sweep
 from wit_plugins.cli.sweep.grid import Grid, cells, parse_weights
-from wit_plugins.cli.sweep.options import SweepOptions
 from wit_plugins.cli.sweep.results import read_outcomes
 
 
@@ -138,16 +138,23 @@ def worker(tmp_path, body, before="", call="searched", **options):
     return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def older(runs):
-    """A grid's folder as it was before grids were studies: what is known stands in `sweep.json` and `cell.json`."""
-    record, found = read_outcomes(runs)
-    for outcome in found:
-        state = {"status": outcome.status, "seconds": outcome.seconds, "attempts": 1, "command": ["run"], "error": []}
-        (outcome.cell.folder(runs) / "cell.json").write_text(json.dumps({**state, "evaluation": None}))
-    kept = {name: record[name] for name in ("framework", "config", "settings")}
-    cells = [[str(outcome.cell.prompt), str(outcome.cell.response)] for outcome in found]
-    (runs / "sweep.json").write_text(json.dumps({**kept, "cells": cells}))
-    (runs / "study.journal").unlink()
+def finished_grid(runs, results):
+    """A grid's study without its runs: by cell, the status and the metrics."""
+    import optuna
+    from optuna.storages.journal import JournalFileBackend, JournalStorage
+
+    runs.mkdir()
+    record = {"framework": "madeup", "settings": {"a": 1}, "metric": "eval_response_loss", "direction": "min"}
+    storage = JournalStorage(JournalFileBackend(str(runs / "study.journal")))
+    study = optuna.create_study(study_name="wit-sweep", storage=storage)
+    study.set_user_attr("wit", record)
+    made = []
+    for cell, (status, metrics) in results.items():
+        result = {"status": status, "metrics": metrics, "step": 4, "max_steps": 4}
+        notes = {"key": cell.name, "weights": list(cell.texts), "result": result}
+        value = metrics["eval_response_loss"]
+        made.append(optuna.create_trial(value=value, user_attrs=notes))
+    study.add_trials(made)
 
 
 def trials(tmp_path, url=None):

@@ -14,10 +14,9 @@ from support import subprocess_env
 from sweepkit import GRID, REAL, collect, contents, grid, made_up, order, short, trials, wait_for
 
 from wit_plugins import WITConfigError
-from wit_plugins.cli.sweep.folders import last_checkpoint
+from wit_plugins.cli.sweep.folders import last_checkpoint, log_reason, log_tail
 from wit_plugins.cli.sweep.grid import Cell
-from wit_plugins.cli.sweep.logs import log_reason, log_tail
-from wit_plugins.cli.sweep.runs import Run, show
+from wit_plugins.cli.sweep.runs import CellProcess
 from wit_plugins.runfiles import MetricsReader, read_metrics
 
 
@@ -162,10 +161,10 @@ def test_the_parent_reads_only_what_is_new(tmp_path):
     (tmp_path / "progress.json").write_text('{"step": 3, "max_steps": 9}')
     size = path.stat().st_size
     with Progress(disable=True) as bars:
-        run = Run(grid("0", "1")[0], None, 0, None, None, bars.add_task("cell"), 0.0, MetricsReader(path))
+        run = CellProcess(grid("0", "1")[0], None, 0, None, None, bars.add_task("cell"), 0.0, MetricsReader(path))
         before = bytes_read()
         for step in range(50):
-            show(bars, tmp_path, run)
+            run.show(bars, tmp_path)
             with open(path, "a") as file:
                 file.write(f'{{"step": {20_000 + step}, "eval_response_loss": 1.0}}\n')
         assert bytes_read() - before < 1.5 * size  # and not 50 times that

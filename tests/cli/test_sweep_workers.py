@@ -146,7 +146,7 @@ def test_a_database_s_trial_comes_back_when_its_worker_is_silent(tmp_path, monke
     monkeypatch.setattr(storage, "BEAT", 1)
     monkeypatch.setattr(storage, "GRACE", 1)
     (tmp_path / "runs").mkdir()
-    record = {"settings": {}, "space": [], "metric": "loss", "direction": "min"}
+    record = {"framework": "x", "settings": {}, "space": [], "metric": "loss", "direction": "min"}
     arguments = tmp_path / "runs", f"sqlite:///{tmp_path}/study.db", record, [({}, {"key": "a"})], 1
     silent, other = study.SharedStudy(*arguments), study.SharedStudy(*arguments)
     taken, came_back = silent.take(), []
