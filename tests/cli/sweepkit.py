@@ -138,23 +138,30 @@ def worker(tmp_path, body, before="", call="searched", **options):
     return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def finished_grid(runs, results):
-    """A grid's study without its runs: by cell, the status and the metrics."""
+RECORD = {"framework": "madeup", "settings": {"a": 1}, "metric": "eval_response_loss", "direction": "min"}
+
+
+def study_of(runs, trials, record=RECORD):
+    """A study that was made without `wit sweep`: of each trial, the arguments of Optuna's `create_trial`."""
     import optuna
     from optuna.storages.journal import JournalFileBackend, JournalStorage
 
     runs.mkdir()
-    record = {"framework": "madeup", "settings": {"a": 1}, "metric": "eval_response_loss", "direction": "min"}
     storage = JournalStorage(JournalFileBackend(str(runs / "study.journal")))
     study = optuna.create_study(study_name="wit-sweep", storage=storage)
     study.set_user_attr("wit", record)
-    made = []
-    for cell, (status, metrics) in results.items():
-        result = {"status": status, "metrics": metrics, "step": 4, "max_steps": 4}
-        notes = {"key": cell.name, "weights": list(cell.texts), "result": result}
-        value = metrics["eval_response_loss"]
-        made.append(optuna.create_trial(value=value, user_attrs=notes))
-    study.add_trials(made)
+    study.add_trials([optuna.create_trial(**arguments) for arguments in trials])
+
+
+def finished(cell, loss, **more):
+    """The arguments of a trial that is done."""
+    result = {"status": "finished", "metrics": {"eval_response_loss": loss}, "step": 4, "max_steps": 4}
+    return {"value": loss, "user_attrs": {"key": cell.name, "weights": list(cell.texts), "result": result, **more}}
+
+
+def finished_grid(runs, losses):
+    """A grid's study without its runs: the loss by cell."""
+    study_of(runs, [finished(cell, loss) for cell, loss in losses.items()])
 
 
 def trials(tmp_path, url=None):

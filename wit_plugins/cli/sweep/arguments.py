@@ -150,6 +150,9 @@ def make_options(options: argparse.Namespace) -> SweepOptions:
         raise WITConfigError(f"--trials = {options.trials}: the three cells to compare with come first; give 3 or more")
     elif options.trials is None and (options.seeds or 1) > 1:
         raise WITConfigError("--seeds comes when the trials are done; say how many with --trials, beside --hours")
+    from wit_plugins.cli.sweep.processes import check_devices
+
+    check_devices(devices)
     return SweepOptions(
         output=options.output,
         jobs=jobs,

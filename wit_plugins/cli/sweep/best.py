@@ -23,8 +23,6 @@ def print_best(output: Path, asked: Sequence[str] = (), url: str | None = None) 
     """
     import yaml
 
-    from wit_plugins.cli.driver import Job
-
     record, outcomes = read_outcomes(output, url)
     metrics = choose_metrics(record, outcomes, asked)
     ranked = candidates(outcomes, metrics[0]) if metrics else []
@@ -34,7 +32,7 @@ def print_best(output: Path, asked: Sequence[str] = (), url: str | None = None) 
         )
     winner, (block, train) = ranked[0].outcome, _block_and_command(output, record)
     settings: dict[str, Any] = dict(zip(("prompt_weight", "response_weight"), winner.cell.weights, strict=True))
-    others = Space.overrides(winner.params if "space" in record else {}, Job(None, record["settings"]), block)
+    others = Space.overrides(winner.params if "space" in record else {}, record["settings"], block)
     if (key := strategies_key(block)) in others:
         settings["strategies"] = others.pop(key)
     config = visible(record["config"])

@@ -28,7 +28,10 @@ _RUN_ENDS = (*TRAINED, "failed")
 
 def is_number(value: Any) -> bool:
     """Whether this is a finite number, and no boolean."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300 and value == value
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return False
 
 
 def _is_text(value: Any) -> bool:

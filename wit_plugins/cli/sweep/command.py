@@ -8,10 +8,7 @@ import json
 import logging
 import multiprocessing
 import os
-import re
 import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -39,7 +36,6 @@ if TYPE_CHECKING:
     from wit_plugins.cli.sweep.arguments import SweepOptions
 
 _CHECKED_ROWS = 1000  # of each dataset, by the check before the sweep
-_COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 
 
 def sweep(driver: FrameworkDriver, job: Job, plan: Grid | Space, options: SweepOptions) -> int:
@@ -62,7 +58,6 @@ def sweep(driver: FrameworkDriver, job: Job, plan: Grid | Space, options: SweepO
     if options.eval_command is not None:
         check_eval_command(options.eval_command)
     metric = asked_for(options.metrics[0] if options.metrics else MAIN_METRIC)
-    check_devices(options.devices)
     first = plan.first(job, driver.block)
     if problems := driver.problems(job) + ([] if options.eval_command else driver.sweep_problems(job)):
         print_messages(out, "problem", problems)
@@ -91,23 +86,6 @@ def sweep(driver: FrameworkDriver, job: Job, plan: Grid | Space, options: SweepO
             finally:
                 shared.workers.close()
         return report(options.output, options.metrics, options.storage)
-
-
-def check_devices(devices: list[str]) -> None:
-    """Raise [`WITConfigError`] if a number in `--devices` is that of no GPU of this machine."""
-    named = [int(device) for group in devices for device in group.split(",") if device.isdigit()]
-    if not named:
-        return  # none, or only names such as GPU-…, which CUDA itself looks up
-    # CUDA_VISIBLE_DEVICES of a cell counts all GPUs of the machine, whatever this process may see.
-    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    with_nvidia = shutil.which("nvidia-smi") is not None
-    command = ["nvidia-smi", "-L"] if with_nvidia else [sys.executable, "-c", _COUNT_GPUS]
-    answer = subprocess.run(command, env=env, capture_output=True, text=True, check=False).stdout
-    numbers = re.findall(r"^GPU \d+", answer, re.MULTILINE) if with_nvidia else answer.split()[-1:]
-    count = len(numbers) if with_nvidia else int(numbers[0]) if numbers and numbers[0].isdigit() else 0
-    if max(named) >= count:
-        have = f"has {count}, with the numbers 0 to {count - 1}" if count else "has none; take --devices out"
-        raise WITConfigError(f"--devices names GPU {max(named)}, which is not there; this machine {have}")
 
 
 def _known(options: SweepOptions, record: dict[str, Any]) -> dict[str, Mapping[str, Any]]:

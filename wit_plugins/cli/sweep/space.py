@@ -106,7 +106,7 @@ class Parameter:
         value: Any
         if self.name.startswith("strategies."):
             _, strategy, *option = self.name.split(".")
-            configured: Any = strategies(job, block)
+            configured: Any = strategies({**job.values, **job.overrides}, block)
             if not option:
                 if set(self.choices) != {"on", "off"}:
                     raise WITConfigError(f"--param {self.name}: a strategy is switched: {self.name}=on,off")
@@ -131,11 +131,11 @@ class Parameter:
         return round(number) if self.whole else number
 
 
-def strategies(job: Job, block: str) -> dict[str, Any]:
-    """The strategies of a configuration by name, with their options."""
-    settings = job.values.get(block) if block else job.values
-    configured = settings.get("strategies") if isinstance(settings, Mapping) else None
-    configured = job.overrides.get(strategies_key(block), configured)
+def strategies(settings: Mapping[str, Any], block: str) -> dict[str, Any]:
+    """The strategies of a configuration with its overrides by name, with their options."""
+    inside = settings.get(block) if block else settings
+    configured = inside.get("strategies") if isinstance(inside, Mapping) else None
+    configured = settings.get(strategies_key(block), configured)
     if isinstance(configured, str):
         is_json = configured.lstrip().startswith(("{", "["))
         configured = json.loads(configured) if is_json else configured.split(",")
@@ -202,18 +202,18 @@ class Space:
         values = {parameter.name: parameter.suggest(trial) for parameter in self.parameters}
         weight = float(f"{response:.4g}")
         texts = trial.user_attrs.get("weights") or [repr(float(f"{ratio_at(place) * weight:.4g}")), repr(weight)]
-        overrides = self.overrides(values, job, block)
+        overrides = self.overrides(values, {**job.values, **job.overrides}, block)
         if (seed := trial.user_attrs.get("seed")) is not None:
             overrides["seed"] = seed
         return Cell.of(texts, key, overrides)
 
     @staticmethod
-    def overrides(values: Mapping[str, Any], job: Job, block: str) -> dict[str, Any]:
+    def overrides(values: Mapping[str, Any], settings: Mapping[str, Any], block: str) -> dict[str, Any]:
         """The parameters' values as keys of the configuration. All strategies are one key."""
         overrides = {name: value for name, value in values.items() if not name.startswith("strategies.")}
         chosen = {name: value for name, value in values.items() if name.startswith("strategies.")}
         if chosen:
-            whole = strategies(job, block)
+            whole = strategies(settings, block)
             for name in sorted(chosen, key=lambda name: name.count(".")):
                 _, strategy, *option = name.split(".")
                 if option:
