@@ -6,7 +6,7 @@ import argparse
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wit_plugins.cli.arguments import device_list, job_arguments, metric_argument, positive
 from wit_plugins.errors import WITConfigError
@@ -20,37 +20,21 @@ _PRUNERS = ("percentile", "halving", "median", "none")
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """What the command line asks for.
-
-    Attributes:
-        output (`Path`): the sweep's folder.
-        jobs (`int`): how many cells run side by side.
-        devices (`list[str]`): the `CUDA_VISIBLE_DEVICES` of each of them; empty to leave the variable alone.
-        dry_run (`bool`): print the commands and run nothing.
-        eval_command (`str | None`): the user's own evaluation of each finished model.
-        metrics (`list[str]`): the metrics to search for and to draw.
-        unique_ratios (`bool`): of a grid's cells that differ only in scale, run one.
-        check (`bool`): check the configuration and its data before the first run.
-        trials (`int | None`): a search's number of cells, the references included; `None` for no limit.
-        hours (`float | None`): a search starts no new run after this time; `None` for no limit.
-        seeds (`int`): how many seeds a search's best cells and references get in all.
-        pruner (`str`): `percentile`, `halving`, `median` or `none`.
-        storage (`str | None`): the URL of the study's database; `None` for a journal in the folder.
-    """
+    """What the command line asks for; see the help of the arguments."""
 
     output: Path
-    jobs: int = 1
-    devices: list[str] = field(default_factory=list)
+    jobs: int = 1  # cells side by side
+    devices: list[str] = field(default_factory=list)  # `CUDA_VISIBLE_DEVICES` of each job; empty: left as it is
     dry_run: bool = False
     eval_command: str | None = None
     metrics: list[str] = field(default_factory=list)
     unique_ratios: bool = False
     check: bool = True
-    trials: int | None = None
-    hours: float | None = None
+    trials: int | None = None  # `None`: no limit
+    hours: float | None = None  # `None`: no limit
     seeds: int = 1
     pruner: str = "percentile"
-    storage: str | None = None
+    storage: str | None = None  # `None`: a journal in the folder
 
     @property
     def searches(self) -> bool:
@@ -153,21 +137,13 @@ def make_options(options: argparse.Namespace) -> SweepOptions:
     from wit_plugins.cli.sweep.processes import check_devices
 
     check_devices(devices)
-    return SweepOptions(
-        output=options.output,
-        jobs=jobs,
-        devices=devices,
-        dry_run=options.dry_run,
-        eval_command=options.eval_command,
-        metrics=options.metric,
-        unique_ratios=options.unique_ratios,
-        check=not options.no_check,
-        trials=options.trials,
-        hours=options.hours,
-        seeds=options.seeds or 1,
-        pruner=options.pruner or "percentile",
-        storage=options.storage,
-    )
+    same = ("output", "dry_run", "eval_command", "unique_ratios", "trials", "hours", "storage")
+    given: dict[str, Any] = {name: getattr(options, name) for name in same} | {
+        "metrics": options.metric,
+        "check": not options.no_check,
+    }
+    given |= {"seeds": options.seeds or 1, "pruner": options.pruner or "percentile"}
+    return SweepOptions(jobs=jobs, devices=devices, **given)
 
 
 def make_plan(options: argparse.Namespace) -> Grid | Space:

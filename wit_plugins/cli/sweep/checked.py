@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from wit_plugins.cli.sweep.grid import Cell
@@ -19,47 +19,7 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial
 
-_WEIGHT = r"\d[\d.e+-]{,30}"
-_KEY = re.compile(rf"(p{_WEIGHT}_r{_WEIGHT}|ratio-{_WEIGHT}|trial-\d{{4,9}})(_seed--?\d{{1,20}})?", re.ASCII)
-_WORKER = re.compile(r"[\w-]{1,150}", re.ASCII)  # a file's name without a dot or a slash
 TRAINED = ("finished", "diverged", "pruned")  # the results of a run that needs no more training
-_RUN_ENDS = (*TRAINED, "failed")
-
-
-def is_number(value: Any) -> bool:
-    """Whether this is a finite number, and no boolean."""
-    try:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer of more than 308 digits
-        return False
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_text, value))
-
-
-def _is_mapping(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, Mapping) and all(map(_is_text, value)) and all(map(of, value.values()))
-
-
-def _matches(form: re.Pattern[str]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, str) and form.fullmatch(value) is not None
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-
-
-def _is_flag(value: Any) -> bool:
-    return value is True
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, (str, bool)) or is_number(value)
 
 
 def _are_weights(value: Any) -> bool:
@@ -67,67 +27,56 @@ def _are_weights(value: Any) -> bool:
         weights = Cell.of(value).weights
     except (TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError, OverflowError):
         return False
-    return _is_texts(value) and len(value) == 2 and all(0 <= weight < math.inf for weight in weights) and any(weights)
+    return isinstance(value, list) and len(value) == 2 and math.inf > max(weights) > 0 <= min(weights)
 
 
-def _fits(forms: Mapping[str, Callable[[Any], bool]], *needed: str) -> Callable[[Any], bool]:
-    return lambda value: (
-        isinstance(value, Mapping)
-        and all(name in value for name in needed)
-        and all(form(value[name]) for name, form in forms.items() if name in value)
-    )
+# A form is a pattern of a text, a type of number, `True`, `None`, a list of one form, a tuple of alternatives, a
+# function or, of a mapping, the forms of its values by name: "*" stands for all others, and a name with "!" is needed.
+_WEIGHT = r"\d[\d.e+-]{,30}"
+_KEY = re.compile(rf"(p{_WEIGHT}_r{_WEIGHT}|ratio-{_WEIGHT}|trial-\d{{4,9}})(_seed--?\d{{1,20}})?", re.ASCII)
+_TEXT = re.compile(".*", re.DOTALL)
+_METRICS = {"*": float}
+_EVALUATION = {"command": (_TEXT, None), "metrics": _METRICS, "reason": _TEXT, "error": [_TEXT]}
+_RESULT = {"status!": re.compile("|".join([*TRAINED, "failed"])), "metrics!": _METRICS, "seconds": float, "step": int}
+_RESULT |= {"max_steps": int, "reason": _TEXT, "error": [_TEXT], "evaluation": (_EVALUATION, None)}
+_NOTES = {"key": _KEY, "repeats": _KEY, "weights": _are_weights, "ratio": float, "seconds": float, "seed": int}
+_NOTES |= {"attempt": int, "reference": True, "begun": True, "surplus": True, "reason": _TEXT, "result": _RESULT}
+_NOTES |= {"worker": re.compile(r"[\w-]{1,150}", re.ASCII)}  # a file's name without a dot or a slash
+_RECORD = {"framework!": _TEXT, "settings!": {"*": lambda value: True}, "metric!": _TEXT, "space": [_TEXT]}
+_RECORD |= {"direction!": re.compile("min|max"), "config": _TEXT, "block": _TEXT, "train": _TEXT}
 
 
-_EVALUATION = _fits({
-    "command": lambda value: value is None or _is_text(value),
-    "metrics": _is_mapping(is_number),
-    "reason": _is_text,
-    "error": _is_texts,
-})  # fmt: skip
-_RESULT = _fits({
-    "status": lambda value: value in _RUN_ENDS,
-    "metrics": _is_mapping(is_number),
-    "seconds": is_number,
-    "step": _is_whole,
-    "max_steps": _is_whole,
-    "reason": _is_text,
-    "error": _is_texts,
-    "evaluation": lambda value: value is None or _EVALUATION(value),
-}, "status", "metrics")  # fmt: skip
-_NOTES: dict[str, Callable[[Any], bool]] = {
-    "key": _matches(_KEY),
-    "repeats": _matches(_KEY),
-    "worker": _matches(_WORKER),
-    "weights": _are_weights,
-    "ratio": is_number,
-    "seconds": is_number,
-    "seed": _is_whole,
-    "attempt": _is_whole,
-    "reference": _is_flag,
-    "begun": _is_flag,
-    "surplus": _is_flag,
-    "reason": _is_text,
-    "result": _RESULT,
-}
-_RECORD: dict[str, Callable[[Any], bool]] = {
-    "framework": _is_text,
-    "settings": _is_mapping(lambda value: True),
-    "metric": _is_text,
-    "direction": lambda value: value in ("min", "max"),
-    "space": _is_texts,
-    "config": _is_text,
-    "block": _is_text,
-    "train": _is_text,
-}
-_NEEDED = ("framework", "settings", "metric", "direction")
+def _has_form(value: Any, form: Any) -> bool:
+    if isinstance(form, re.Pattern):
+        return isinstance(value, str) and form.fullmatch(value) is not None
+    if isinstance(form, tuple):
+        return any(_has_form(value, one) for one in form)
+    if isinstance(form, list):
+        return isinstance(value, list) and all(_has_form(one, form[0]) for one in value)
+    if isinstance(form, dict):
+        return isinstance(value, Mapping) and _misfit(value, form) is None
+    if form in (int, float):
+        try:
+            return isinstance(value, (int, form)) and not isinstance(value, bool) and math.isfinite(value)
+        except OverflowError:  # an integer of more than 308 digits
+            return False
+    return bool(form(value)) if callable(form) else value is form
+
+
+def _misfit(values: Mapping[str, Any], forms: Mapping[str, Any]) -> str | None:
+    """The name of a value that has not its form, or is missing; `None` if there is none."""
+    missing = (name[:-1] for name in forms if name.endswith("!") and name[:-1] not in values)
+    by_name = {name.removesuffix("!"): form for name, form in forms.items()}
+    wrong = (n for n, v in values.items() if not _has_form(v, by_name.get(n, by_name.get("*", lambda value: True))))
+    return next((str(name) for name in (*missing, *wrong)), None)
 
 
 def check_record(study: Study, record: Any) -> None:
     """Raise [`WITConfigError`] unless `wit sweep` could have begun the study with this record."""
-    whole = dict.fromkeys(_NEEDED) | (dict(record) if isinstance(record, Mapping) else {})
-    _check("it", whole, _RECORD)
-    if len(study.directions) != 1 or study.direction.name[:3].lower() != whole["direction"]:
-        _refuse("it", "direction", whole["direction"])
+    values = record if isinstance(record, Mapping) else {}
+    _check("it", values, _RECORD)
+    if len(study.directions) != 1 or study.direction.name[:3].lower() != values["direction"]:
+        _check("it", values, {"direction": lambda value: False})
 
 
 def check_trial(trial: FrozenTrial) -> FrozenTrial:
@@ -136,24 +85,17 @@ def check_trial(trial: FrozenTrial) -> FrozenTrial:
     Raises:
         WITConfigError: naming the trial, and the value that has no known form.
     """
-    whole = dict(trial.user_attrs)
-    if trial.state.name == "COMPLETE":  # such a trial always has these
-        whole = {"weights": None, "result": None, **whole}
-    _check(f"trial {trial.number}", whole, _NOTES)
+    needed = {"weights!": _are_weights, "result!": _RESULT} if trial.state.name == "COMPLETE" else {}
+    _check(f"trial {trial.number}", trial.user_attrs, {**_NOTES, **needed})
     values = {**trial.params, **(trial.system_attrs.get("fixed_params") or {})}
-    _check(f"trial {trial.number}", values, dict.fromkeys(values, _is_scalar))
+    _check(f"trial {trial.number}", values, {"*": (_TEXT, float, lambda value: isinstance(value, bool))})
     return trial
 
 
-def _check(what: str, values: Mapping[str, Any], forms: Mapping[str, Callable[[Any], bool]]) -> None:
-    for name, value in values.items():
-        if name in forms and not forms[name](value):
-            _refuse(what, name, value)
-
-
-def _refuse(what: str, name: str, value: Any) -> None:
-    raise WITConfigError(
-        f"the study of this sweep is damaged, or `wit sweep` did not make it: {what} has {visible(name)} = "
-        f"{visible(repr(value)[:100])}, which `wit sweep` never writes. Nothing was started. Put a copy of the study "
-        "back, or give another --output"
-    )
+def _check(what: str, values: Mapping[str, Any], forms: Mapping[str, Any]) -> None:
+    if (name := _misfit(values, forms)) is not None:
+        raise WITConfigError(
+            f"the study of this sweep is damaged, or `wit sweep` did not make it: {what} has {visible(name)} = "
+            f"{visible(repr(values.get(name))[:100])}, which `wit sweep` never writes. Nothing was started. Put a copy "
+            "of the study back, or give another --output"
+        )

@@ -18,7 +18,7 @@ from typing import Any
 from wit_plugins.errors import WITConfigError
 from wit_plugins.runfiles import RUN_FOLDER, is_running
 
-_COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
+_LIST_GPUS = "import torch; [print('GPU', number) for number in range(torch.cuda.device_count())]"
 GRACE = 15.0  # seconds for a process to end after SIGTERM
 
 
@@ -56,14 +56,12 @@ def check_devices(devices: list[str]) -> None:
     """Raise [`WITConfigError`] if a number in `--devices` is that of no GPU of this machine."""
     named = [int(device) for group in devices for device in group.split(",") if device.isdigit()]
     if not named:
-        return  # none, or only names such as GPU-…, which CUDA itself looks up
+        return  # no devices, or only names such as GPU-…, which CUDA itself looks up
     # CUDA_VISIBLE_DEVICES of a cell counts all GPUs of the machine, whatever this process may see.
     env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    with_nvidia = shutil.which("nvidia-smi") is not None
-    command = ["nvidia-smi", "-L"] if with_nvidia else [sys.executable, "-c", _COUNT_GPUS]
-    answer = subprocess.run(command, env=env, capture_output=True, text=True, check=False).stdout
-    numbers = re.findall(r"^GPU \d+", answer, re.MULTILINE) if with_nvidia else answer.split()[-1:]
-    count = len(numbers) if with_nvidia else int(numbers[0]) if numbers and numbers[0].isdigit() else 0
+    command = ["nvidia-smi", "-L"] if shutil.which("nvidia-smi") else [sys.executable, "-c", _LIST_GPUS]
+    listed = subprocess.run(command, env=env, capture_output=True, text=True, check=False).stdout
+    count = len(re.findall(r"^GPU \d+", listed, re.MULTILINE))
     if max(named) >= count:
         have = f"has {count}, with the numbers 0 to {count - 1}" if count else "has none; take --devices out"
         raise WITConfigError(f"--devices names GPU {max(named)}, which is not there; this machine {have}")

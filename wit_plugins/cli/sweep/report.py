@@ -8,20 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wit_plugins.cli.console import console, print_messages
+from wit_plugins.cli.sweep import results
 from wit_plugins.cli.sweep.folders import EVALUATION_LOG, LOG_NAME
 from wit_plugins.cli.sweep.grid import ratio_note
 from wit_plugins.cli.sweep.metrics import MAIN_METRIC, Metric, format_value, is_known_loss
-from wit_plugins.cli.sweep.results import (
-    BASELINE,
-    Outcome,
-    candidates,
-    choose_metrics,
-    cost,
-    metric_names,
-    read_outcomes,
-    verdict,
-    write_tables,
-)
+from wit_plugins.cli.sweep.results import BASELINE, Outcome, candidates
 from wit_plugins.cli.text import visible
 
 if TYPE_CHECKING:
@@ -48,14 +39,14 @@ def report(output: Path, asked: Sequence[str] = (), url: str | None = None) -> i
     from rich.text import Text
 
     out = console()
-    record, outcomes = read_outcomes(output, url)
-    metrics = choose_metrics(record, outcomes, asked)
+    record, outcomes = results.read_outcomes(output, url)
+    metrics = results.choose_metrics(record, outcomes, asked)
     out.print()
     _print_table(out, outcomes, metrics)
     _print_failed(out, output, outcomes)
     more = _say(out, outcomes, metrics, "space" in record)
     try:
-        written = write_tables(output, outcomes, metrics, more)
+        written = results.write_tables(output, outcomes, metrics, more)
         if can_draw() and metrics and ("space" not in record or candidates(outcomes, metrics[0])):
             written.append(_draw(output, outcomes, metrics, "space" in record))
     except OSError as error:
@@ -88,7 +79,7 @@ def _say(out: Console, outcomes: Sequence[Outcome], metrics: Sequence[Metric], s
     told: dict[str, Any] = {}
     if metrics:
         ranked = candidates(outcomes, metrics[0])
-        told["verdict"] = verdict(ranked, metrics[0], searches)
+        told["verdict"] = results.verdict(ranked, metrics[0], searches)
         out.print(Text(f"\n{visible(told['verdict'])}"))
         repeated = {c.outcome.cell.name: c for c in ranked if len(c.values) > 1}
         if repeated:
@@ -97,7 +88,7 @@ def _say(out: Console, outcomes: Sequence[Outcome], metrics: Sequence[Metric], s
                 for name, c in repeated.items()
             }
     if searches:
-        told["cost"] = "; ".join(cost(outcomes)) + "."
+        told["cost"] = "; ".join(results.cost(outcomes)) + "."
         out.print(Text(told["cost"]))
     elif note := ratio_note([outcome.cell for outcome in outcomes]):
         out.print(Text(f"\n{note}"))
@@ -170,7 +161,7 @@ def _print_table(out: Console, outcomes: Sequence[Outcome], metrics: Sequence[Me
     if shown:
         out.print(Text(f"* best. {', '.join(f'{visible(metric.name)}: {metric.better}' for metric in shown)}."))
     drawn = [metric.name for metric in shown]
-    others = [name for name in metric_names(outcomes) if name not in drawn and not name.startswith("lowest_")]
+    others = [name for name in results.metric_names(outcomes) if name not in drawn and not name.startswith("lowest_")]
     if others:
         text = f"Also in results.csv: {', '.join(map(visible, others))}."
         text += "" if all(map(is_known_loss, others)) else " --metric 'NAME:max' or 'NAME:min' draws one of them."

@@ -12,35 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from wit_plugins.cli.sweep.folders import (
-    EVALUATION_FOLDER,
-    EVALUATION_LOG,
-    EVALUATION_PRINTED,
-    LOG_NAME,
-    MODEL_FOLDER,
-    evaluation_numbers,
-    keep_metrics,
-    last_checkpoint,
-    log_reason,
-    log_tail,
-    open_log,
-    set_aside,
-)
+from wit_plugins import runfiles
+from wit_plugins.cli.sweep import folders
+from wit_plugins.cli.sweep.folders import MODEL_FOLDER, last_checkpoint, log_reason, log_tail, open_log, set_aside
 from wit_plugins.cli.sweep.metrics import MAIN_METRIC, format_value, run_metrics
 from wit_plugins.cli.sweep.processes import exit_text, free_port, stop_leftovers
 from wit_plugins.errors import WITConfigError
-from wit_plugins.runfiles import (
-    METRICS_NAME,
-    PROGRESS_NAME,
-    RUN_FOLDER,
-    RUN_OUTPUT,
-    STOP_NAME,
-    SWEEP_PID,
-    MetricsReader,
-    number,
-    read_json,
-    sweep_process,
-)
+from wit_plugins.runfiles import METRICS_NAME, STOP_NAME, MetricsReader, number, read_json
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -99,7 +77,7 @@ class CellProcess:
 
 def read_progress(folder: Path) -> tuple[int, int]:
     """The step that a run has reached, and its number of steps; 0 for what is not known."""
-    progress = read_json(folder / PROGRESS_NAME)
+    progress = read_json(folder / runfiles.PROGRESS_NAME)
     values = [number(progress.get(k)) for k in ("step", "max_steps")] if isinstance(progress, dict) else [None, None]
     step, max_steps = (0 if value is None or not abs(value) < 1e15 else int(value) for value in values)
     return step, max_steps
@@ -141,7 +119,7 @@ class Launcher:
         self._check_folder(cell, model)
         trial.set_user_attr("begun", True)
         resume = last_checkpoint(model) if begun else None
-        keep_metrics(folder, int(resume.name.rpartition("-")[2]) if resume else 0)
+        folders.keep_metrics(folder, int(resume.name.rpartition("-")[2]) if resume else 0)
         if resume is None and (kept := set_aside(model)):
             self.say(f"{cell.label}: no complete checkpoint to go on from; what there is of a model is kept as {kept}")
         (folder / STOP_NAME).unlink(missing_ok=True)
@@ -149,9 +127,9 @@ class Launcher:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
         command = self.driver.command(job, model, resume, free_port() if self.options.jobs > 1 else None)
-        log = open_log(folder / LOG_NAME, command, resume)
+        log = open_log(folder / folders.LOG_NAME, command, resume)
         task = bars.add_task(cell.label, total=None, note="starting")
-        run = self._start(cell, trial, slot, command, log, task, env={RUN_OUTPUT: str(model.resolve())})
+        run = self._start(cell, trial, slot, command, log, task, env={runfiles.RUN_OUTPUT: str(model.resolve())})
         run.seconds_before = float(trial.user_attrs.get("seconds", 0.0)) if resume else 0.0
         self.say(f"{cell.label}: {f'goes on from {resume.name}' if resume else 'started'}")
         return run
@@ -171,15 +149,15 @@ class Launcher:
         """Start the user's evaluation of a finished model. The shell gets all paths from its environment."""
         folder, script = cell.folder(self.options.output), self.options.eval_command
         assert script is not None
-        set_aside(folder / EVALUATION_FOLDER)  # an older output must not be taken for that of this evaluation
+        set_aside(folder / folders.EVALUATION_FOLDER)  # an older output must not be taken for that of this evaluation
         trial.set_user_attr("result", {**result, "evaluation": None})
-        model, output = (folder / MODEL_FOLDER).resolve(), (folder / EVALUATION_FOLDER).resolve()
+        model, output = (folder / MODEL_FOLDER).resolve(), (folder / folders.EVALUATION_FOLDER).resolve()
         env = {"WIT_MODEL": str(model), "WIT_OUTPUT": str(output)}
         env |= {"WIT_PROMPT_WEIGHT": cell.texts[0], "WIT_RESPONSE_WEIGHT": cell.texts[1]}
         command = ["/bin/sh", "-c", script]
-        log = open_log(folder / EVALUATION_LOG, ["env", *(f"{k}={v}" for k, v in env.items()), *command])
+        log = open_log(folder / folders.EVALUATION_LOG, ["env", *(f"{k}={v}" for k, v in env.items()), *command])
         task = bars.add_task(cell.label, total=None, note="evaluating")
-        with open(folder / EVALUATION_PRINTED, "wb") as stdout:
+        with open(folder / folders.EVALUATION_PRINTED, "wb") as stdout:
             run = self._start(cell, trial, slot, command, log, task, env=env, stdout=stdout)
         run.evaluating = True
         return run
@@ -196,7 +174,12 @@ class Launcher:
         stdout: IO[bytes] | None = None,
     ) -> CellProcess:
         folder, log_start = cell.folder(self.options.output), log.tell()
-        env = {**os.environ, RUN_FOLDER: str(folder.resolve()), SWEEP_PID: sweep_process(), **env}
+        env = {
+            **os.environ,
+            runfiles.RUN_FOLDER: str(folder.resolve()),
+            runfiles.SWEEP_PID: runfiles.sweep_process(),
+            **env,
+        }
         if self.options.devices:
             env["CUDA_VISIBLE_DEVICES"] = self.options.devices[slot]
         # A session of its own, so that all processes of a run can be stopped together.
@@ -212,9 +195,9 @@ class Launcher:
         result = {"metrics": {}, "seconds": run.seconds, "step": step, "max_steps": max_steps}
         result |= {"host": socket.gethostname(), "folder": str(folder.resolve())}
         if code != 0:
-            reason = f"{exit_text(code)}: {log_reason(folder / LOG_NAME, run.log_start) or 'no output'}"
+            reason = f"{exit_text(code)}: {log_reason(folder / folders.LOG_NAME, run.log_start) or 'no output'}"
             self.say(f"{run.cell.label}: failed: {reason}")
-            error = log_tail(folder / LOG_NAME, run.log_start)
+            error = log_tail(folder / folders.LOG_NAME, run.log_start)
             return {**result, "status": "failed", "reason": reason, "error": error}
         early = not run.max_steps or run.step < run.max_steps
         metrics, diverged = run_metrics(folder / METRICS_NAME)
@@ -225,8 +208,8 @@ class Launcher:
 
     def evaluated(self, run: CellProcess, code: int, folder: Path) -> dict[str, Any]:
         """The result of a cell, with its evaluation."""
-        log = folder / EVALUATION_LOG
-        metrics = evaluation_numbers(folder) if code == 0 else {}
+        log = folder / folders.EVALUATION_LOG
+        metrics = folders.evaluation_numbers(folder) if code == 0 else {}
         reason = ""
         if code != 0:
             reason = f"{exit_text(code)}: {log_reason(log, run.log_start) or 'no output'}"
