@@ -33,36 +33,22 @@ _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 @dataclass
 class Outcome:
-    """A trial and what came of it.
-
-    Attributes:
-        cell ([`Cell`]): its weights.
-        status (`str`): `finished`, `diverged` (a loss was not finite at the end), `pruned` (stopped early), `failed`,
-            `interrupted`, `running` or `not run`.
-        metrics (`dict[str, float]`): the last value of each metric of the run, and the evaluation command's numbers.
-        seconds (`float`): how long it trained.
-        reason (`str`): the line that says why the run or its evaluation failed.
-        error (`list[str]`): the last lines of the log of what failed.
-        params (`dict`): the values of the `--param` keys.
-        seed (`int | None`): the seed of a repetition.
-        repeats (`str | None`): the cell that a repetition repeats.
-        reference (`bool`): whether a search compares with it.
-        trained (`int`): steps that it trained.
-        whole (`int`): steps of a run that is not stopped early.
-    """
+    """A trial and what came of it."""
 
     cell: Cell
+    # finished, pruned (stopped early), diverged (a loss was not finite at the end), failed, interrupted, running or
+    # not run
     status: str
-    metrics: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    reason: str = ""
-    error: list[str] = field(default_factory=list)
-    params: dict[str, Any] = field(default_factory=dict)
-    seed: int | None = None
-    repeats: str | None = None
-    reference: bool = False
-    trained: int = 0
-    whole: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)  # each one's last value, and the evaluation's numbers
+    seconds: float = 0.0  # of training
+    reason: str = ""  # the line that says why the run or its evaluation failed
+    error: list[str] = field(default_factory=list)  # the last lines of the log of what failed
+    params: dict[str, Any] = field(default_factory=dict)  # the values of the `--param` keys
+    seed: int | None = None  # of a repetition
+    repeats: str | None = None  # the key of the cell that a repetition repeats
+    reference: bool = False  # a search compares with it
+    trained: int = 0  # steps that it trained
+    whole: int = 0  # steps of a run that is not stopped early
 
     @property
     def details(self) -> dict[str, Any]:
@@ -146,15 +132,10 @@ def choose_metrics(record: Mapping[str, Any], outcomes: Sequence[Outcome], asked
 
 @dataclass
 class Candidate:
-    """A cell that was trained to its end, with one seed or several.
+    """A cell that was trained to its end, with one seed or several."""
 
-    Attributes:
-        outcome ([`Outcome`]): its first run.
-        values (`dict`): the metric by seed; `None` stands for the configuration's own seed.
-    """
-
-    outcome: Outcome
-    values: dict[int | None, float]
+    outcome: Outcome  # its first run
+    values: dict[int | None, float]  # the metric by seed; `None` stands for the configuration's own seed
 
     @property
     def mean(self) -> float:

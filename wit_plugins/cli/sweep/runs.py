@@ -31,31 +31,22 @@ if TYPE_CHECKING:
 
 @dataclass
 class CellProcess:
-    """A cell's process, and what is known of it.
-
-    Attributes:
-        slot (`int`): its place among the cells that run side by side.
-        task (`TaskID`): its progress bar.
-        started (`float`): the time of its start by the monotonic clock.
-        log_start (`int`): the byte of the log at which this attempt begins.
-        evaluating (`bool`): whether it is the user's evaluation, and not the training.
-        seconds_before (`float`): how long the cell was trained before the checkpoint that it goes on from.
-    """
+    """A cell's process, and what is known of it."""
 
     cell: Cell
     trial: Trial
-    slot: int
+    slot: int  # its place among the cells that run side by side
     process: subprocess.Popen[bytes]
     log: IO[bytes]
-    task: TaskID
-    started: float
+    task: TaskID  # its progress bar
+    started: float  # by the monotonic clock
     metrics: MetricsReader
-    log_start: int = 0
-    evaluating: bool = False
+    log_start: int = 0  # the byte of the log at which this attempt begins
+    evaluating: bool = False  # it is the user's evaluation, and not the training
     note: str = "steps"
     step: int = 0
     max_steps: int = 0
-    seconds_before: float = 0.0
+    seconds_before: float = 0.0  # of training before the checkpoint that the cell goes on from
 
     @property
     def seconds(self) -> float:

@@ -45,22 +45,14 @@ def ratio_at(place: float) -> float:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One `--param`: a range, or choices.
+    """One `--param`: a range, or choices."""
 
-    Attributes:
-        name (`str`): a key of the configuration, or `strategies.NAME`, `strategies.NAME.OPTION`.
-        choices (`tuple`): the values; empty for a range.
-        low, high (`float`): the range's ends.
-        log (`bool`): search on a logarithmic scale.
-        whole (`bool`): search whole numbers only.
-    """
-
-    name: str
-    choices: tuple[Any, ...] = ()
+    name: str  # a key of the configuration, or `strategies.NAME`, `strategies.NAME.OPTION`
+    choices: tuple[Any, ...] = ()  # empty for a range
     low: float = 0.0
     high: float = 0.0
-    log: bool = False
-    whole: bool = False
+    log: bool = False  # search on a logarithmic scale
+    whole: bool = False  # search whole numbers only
 
     @classmethod
     def parse(cls, text: str) -> Parameter:
