@@ -147,12 +147,12 @@ def test_a_database_s_trial_comes_back_when_its_worker_is_silent(tmp_path, monke
     monkeypatch.setattr(storage, "GRACE", 1)
     (tmp_path / "runs").mkdir()
     record = {"framework": "x", "settings": {}, "space": [], "metric": "loss", "direction": "min"}
-    arguments = tmp_path / "runs", f"sqlite:///{tmp_path}/study.db", record, [({}, {"key": "a"})], 1
+    arguments = tmp_path / "runs", f"sqlite:///{tmp_path}/study.db", record, [({}, {"key": "p0_r1"})], 1
     silent, other = study.SharedStudy(*arguments), study.SharedStudy(*arguments)
     taken, came_back = silent.take(), []
-    assert study.key_of(taken) == "a"
+    assert study.key_of(taken) == "p0_r1"
     wait_for(lambda: came_back.append(other.take()) or came_back[-1])
-    assert study.key_of(came_back[-1]) == "a"
+    assert study.key_of(came_back[-1]) == "p0_r1"
     assert not silent.is_mine(taken)
     with pytest.raises(UpdateFinishedTrialError):
         taken.report(1.0, 1)
