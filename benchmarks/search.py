@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from wit_plugins.cli.driver import FrameworkDriver, Job
-from wit_plugins.cli.sweep.options import SweepOptions
+from wit_plugins.cli.sweep.arguments import SweepOptions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "configs"))
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 RUN_FOLDER = "WIT_RUN_FOLDER"
+RUN_OUTPUT = "WIT_RUN_OUTPUT"
 SWEEP_PID = "WIT_SWEEP_PID"
 METRICS_NAME, PROGRESS_NAME, STOP_NAME = "metrics.jsonl", "progress.json", "stop"
 
@@ -26,7 +27,9 @@ def sweep_process() -> str:
 
 
 def is_running(pid: int) -> bool:
-    """Whether there is a process with this id."""
+    """Whether the process with this id runs. One that has ended and waits for its parent (a zombie) does not."""
+    with contextlib.suppress(OSError, IndexError):  # where the system has no /proc, the signal says it
+        return (Path("/proc") / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

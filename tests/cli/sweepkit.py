@@ -9,9 +9,9 @@ import textwrap
 import time
 
 from wit_plugins.cli.driver import FrameworkDriver, Job
+from wit_plugins.cli.sweep.arguments import SweepOptions
 from wit_plugins.cli.sweep.command import sweep
 from wit_plugins.cli.sweep.grid import Grid, cells, parse_weights
-from wit_plugins.cli.sweep.options import SweepOptions
 from wit_plugins.cli.sweep.results import read_outcomes
 
 
@@ -138,16 +138,30 @@ def worker(tmp_path, body, before="", call="searched", **options):
     return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def older(runs):
-    """A grid's folder as it was before grids were studies: what is known stands in `sweep.json` and `cell.json`."""
-    record, found = read_outcomes(runs)
-    for outcome in found:
-        state = {"status": outcome.status, "seconds": outcome.seconds, "attempts": 1, "command": ["run"], "error": []}
-        (outcome.cell.folder(runs) / "cell.json").write_text(json.dumps({**state, "evaluation": None}))
-    kept = {name: record[name] for name in ("framework", "config", "settings")}
-    cells = [[str(outcome.cell.prompt), str(outcome.cell.response)] for outcome in found]
-    (runs / "sweep.json").write_text(json.dumps({**kept, "cells": cells}))
-    (runs / "study.journal").unlink()
+RECORD = {"framework": "madeup", "settings": {"a": 1}, "metric": "eval_response_loss", "direction": "min"}
+
+
+def study_of(runs, trials, record=RECORD):
+    """A study that was made without `wit sweep`: of each trial, the arguments of Optuna's `create_trial`."""
+    import optuna
+    from optuna.storages.journal import JournalFileBackend, JournalStorage
+
+    runs.mkdir()
+    storage = JournalStorage(JournalFileBackend(str(runs / "study.journal")))
+    study = optuna.create_study(study_name="wit-sweep", storage=storage)
+    study.set_user_attr("wit", record)
+    study.add_trials([optuna.create_trial(**arguments) for arguments in trials])
+
+
+def finished(cell, loss, **more):
+    """The arguments of a trial that is done."""
+    result = {"status": "finished", "metrics": {"eval_response_loss": loss}, "step": 4, "max_steps": 4}
+    return {"value": loss, "user_attrs": {"key": cell.name, "weights": list(cell.texts), "result": result, **more}}
+
+
+def finished_grid(runs, losses):
+    """A grid's study without its runs: the loss by cell."""
+    study_of(runs, [finished(cell, loss) for cell, loss in losses.items()])
 
 
 def trials(tmp_path, url=None):

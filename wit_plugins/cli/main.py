@@ -220,13 +220,16 @@ def _run_score(options: argparse.Namespace) -> int:
 
 
 def _run_sweep(options: argparse.Namespace) -> int:
+    from wit_plugins.cli.quiet import quiet
     from wit_plugins.cli.sweep.arguments import make_options, make_plan
     from wit_plugins.cli.sweep.command import sweep
 
-    made, plan = make_options(options), make_plan(options)  # what is wrong here needs no framework to be said
+    sweep_options, plan = make_options(options), make_plan(options)  # what is wrong here needs no framework to be said
     one_run = copy.copy(options)
     one_run.prompt_weight = one_run.response_weight = None  # the sweep's, and not one run's
-    return sweep(*_job(one_run), plan, made)
+    with quiet():  # importing a framework prints too
+        driver, job = _job(one_run)
+    return sweep(driver, job, plan, sweep_options)
 
 
 def _run_report(options: argparse.Namespace) -> int:

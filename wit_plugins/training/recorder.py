@@ -16,7 +16,17 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from wit_plugins.runfiles import METRICS_NAME, PROGRESS_NAME, RUN_FOLDER, STOP_NAME, SWEEP_PID, is_running, write_json
+from wit_plugins.errors import WITConfigError
+from wit_plugins.runfiles import (
+    METRICS_NAME,
+    PROGRESS_NAME,
+    RUN_FOLDER,
+    RUN_OUTPUT,
+    STOP_NAME,
+    SWEEP_PID,
+    is_running,
+    write_json,
+)
 
 _SECONDS = 0.5  # between two writings of the progress
 # For a request to stop, over a whole run: fewer than twice as many. The ranks talk to each other at each.
@@ -35,15 +45,27 @@ class RunRecorder(TrainerCallback):
     Args:
         folder (`Path`): where to write.
         sweep_pid (`int | None`): the process that waits for this run.
+        output (`Path | None`): where the sweep expects the model; `None` if no sweep started this run.
     """
 
-    def __init__(self, folder: Path, sweep_pid: int | None = None) -> None:
+    def __init__(self, folder: Path, sweep_pid: int | None = None, output: Path | None = None) -> None:
         self.folder = folder
         self.sweep_pid = sweep_pid
+        self.output = output
         self._last = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say how many steps there are."""
+        """Say how many steps there are.
+
+        Raises:
+            WITConfigError: if the run writes to another folder than its sweep expects. Two cells could share it.
+        """
+        if self.output is not None and Path(args.output_dir).resolve() != self.output:
+            raise WITConfigError(
+                f"output_dir = {args.output_dir!r}: the sweep gave this run {str(self.output)!r}, so the framework "
+                "read that path differently, and two cells could write to one folder; give --output as an absolute "
+                "path of letters, digits, - and _"
+            )
         self._progress(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -88,4 +110,5 @@ def recorder() -> RunRecorder | None:
     host, _, pid = os.environ.get(SWEEP_PID, "").rpartition(":")
     # On another machine, or in a container of its own, the number means another process.
     here = pid.isdigit() and host == socket.gethostname()
-    return RunRecorder(Path(folder), int(pid) if here else None) if folder else None
+    output = os.environ.get(RUN_OUTPUT)
+    return RunRecorder(Path(folder), int(pid) if here else None, Path(output) if output else None) if folder else None

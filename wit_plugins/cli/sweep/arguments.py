@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wit_plugins.cli.arguments import device_list, job_arguments, metric_argument, positive
-from wit_plugins.cli.sweep.options import SweepOptions
 from wit_plugins.errors import WITConfigError
 
 if TYPE_CHECKING:
@@ -18,8 +18,32 @@ if TYPE_CHECKING:
 _PRUNERS = ("percentile", "halving", "median", "none")
 
 
+@dataclass(frozen=True)
+class SweepOptions:
+    """What the command line asks for; see the help of the arguments."""
+
+    output: Path
+    jobs: int = 1  # cells side by side
+    devices: list[str] = field(default_factory=list)  # `CUDA_VISIBLE_DEVICES` of each job; empty: left as it is
+    dry_run: bool = False
+    eval_command: str | None = None
+    metrics: list[str] = field(default_factory=list)
+    unique_ratios: bool = False
+    check: bool = True
+    trials: int | None = None  # `None`: no limit
+    hours: float | None = None  # `None`: no limit
+    seeds: int = 1
+    pruner: str = "percentile"
+    storage: str | None = None  # `None`: a journal in the folder
+
+    @property
+    def searches(self) -> bool:
+        """Whether this is a search, and not a grid."""
+        return self.trials is not None or self.hours is not None
+
+
 def sweep_arguments(command: argparse.ArgumentParser) -> None:
-    """`wit sweep`: a grid, or a search."""
+    """Add the arguments of `wit sweep`."""
     job_arguments(command)
     command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where all runs are kept")
     grid = command.add_argument_group("a grid")
@@ -44,7 +68,6 @@ def sweep_arguments(command: argparse.ArgumentParser) -> None:
     search.add_argument(
         "--seeds", type=positive, metavar="N", help="run the best cells and the references with N seeds in all"
     )
-    storage_argument(command)
     command.add_argument("--jobs", type=positive, metavar="N", help="cells side by side (default: one a device)")
     command.add_argument(
         "--devices", metavar="0,1", help="GPUs: each cell gets one; 0+1,2+3 gives each cell two (default: all to each)"
@@ -54,21 +77,20 @@ def sweep_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--eval-command",
         metavar="COMMAND",
-        help="run on each finished model, in a shell; {model}, {output}, {prompt_weight} and {response_weight} are "
-        "filled in (write them without quotes); its JSON (in {output}, or printed) is collected",
+        help="run in a shell on each finished model, which finds $WIT_MODEL, $WIT_OUTPUT, $WIT_PROMPT_WEIGHT and "
+        "$WIT_RESPONSE_WEIGHT; the numbers in its JSON (in $WIT_OUTPUT, or printed) are collected",
     )
-    metric_argument(command)
+    _study_arguments(command)
 
 
 def result_arguments(command: argparse.ArgumentParser) -> None:
-    """`wit report` and `wit best`."""
+    """Add the arguments of `wit report` and `wit best`."""
     command.add_argument("output", type=Path, metavar="FOLDER", help="the --output of `wit sweep`")
+    _study_arguments(command)
+
+
+def _study_arguments(command: argparse.ArgumentParser) -> None:
     metric_argument(command)
-    storage_argument(command)
-
-
-def storage_argument(command: argparse._ActionsContainer) -> None:
-    """`--storage`."""
     command.add_argument(
         "--storage", metavar="URL", help="the study in a database, e.g. postgresql://…, and not in the folder"
     )
@@ -86,21 +108,16 @@ def hours(text: str) -> float:
 
 
 def make_options(options: argparse.Namespace) -> SweepOptions:
-    """What was asked for.
+    """The parsed command line as options.
 
     Raises:
-        WITConfigError: if it does not go together.
+        WITConfigError: if two options do not go together, or one is missing.
     """
     devices = [] if options.devices is None else device_list(options.devices)
     jobs = options.jobs or max(1, len(devices))
     if devices and jobs > len(devices):
         raise WITConfigError(f"--jobs = {jobs} is more than the {len(devices)} in --devices; each job needs its own")
-    made = SweepOptions(
-        options.output, jobs, devices, options.dry_run, options.eval_command, options.metric, options.unique_ratios,
-        not options.no_check, options.trials, options.hours, options.seeds or 1, options.pruner or "percentile",
-        options.storage,
-    )  # fmt: skip
-    if not made.searches:
+    if options.trials is None and options.hours is None:
         for name, value in {"--param": options.param, "--pruner": options.pruner, "--seeds": options.seeds}.items():
             if value:
                 raise WITConfigError(f"{name} is for a search; say --trials 8 or --hours 8 with it")
@@ -109,23 +126,31 @@ def make_options(options: argparse.Namespace) -> SweepOptions:
                 raise WITConfigError(
                     f"--{name.replace('_', '-')} is missing; give the weights of a grid, or search with --trials 8"
                 )
-        return made
-    if options.prompt_weight is not None:
+    elif options.prompt_weight is not None:
         raise WITConfigError("--prompt-weight is a grid's; a search looks for it, between 0 and the response weight")
-    if options.unique_ratios:
+    elif options.unique_ratios:
         raise WITConfigError("--unique-ratios is a grid's; take it out")
-    if made.trials is not None and made.trials < 3:
-        raise WITConfigError(f"--trials = {made.trials}: the three cells to compare with come first; give at least 3")
-    if made.trials is None and made.seeds > 1:
+    elif options.trials is not None and options.trials < 3:
+        raise WITConfigError(f"--trials = {options.trials}: the three cells to compare with come first; give 3 or more")
+    elif options.trials is None and (options.seeds or 1) > 1:
         raise WITConfigError("--seeds comes when the trials are done; say how many with --trials, beside --hours")
-    return made
+    from wit_plugins.cli.sweep.processes import check_devices
+
+    check_devices(devices)
+    same = ("output", "dry_run", "eval_command", "unique_ratios", "trials", "hours", "storage")
+    given: dict[str, Any] = {name: getattr(options, name) for name in same} | {
+        "metrics": options.metric,
+        "check": not options.no_check,
+    }
+    given |= {"seeds": options.seeds or 1, "pruner": options.pruner or "percentile"}
+    return SweepOptions(jobs=jobs, devices=devices, **given)
 
 
 def make_plan(options: argparse.Namespace) -> Grid | Space:
     """What is to be trained: a grid's cells, or what a search may vary.
 
     Raises:
-        WITConfigError: if it cannot be.
+        WITConfigError: if the weights or parameters cannot be read, or nothing is left to train.
     """
     from wit_plugins.cli.sweep.grid import Grid, cells, parse_weights
     from wit_plugins.cli.sweep.space import Space

@@ -1,25 +1,22 @@
-"""`wit best`: the best cell of a sweep as what stands in a configuration, and the command that trains it."""
+"""`wit best`: a sweep's best cell as a block to paste into the configuration, and the command that trains it."""
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wit_plugins.cli.driver import Job, drivers
-from wit_plugins.cli.sweep.metrics import format_value
-from wit_plugins.cli.sweep.outcomes import candidates, verdict
-from wit_plugins.cli.sweep.report import sweep_metrics
-from wit_plugins.cli.sweep.results import read_outcomes
-from wit_plugins.cli.sweep.space import Space
+from wit_plugins.cli.sweep.results import candidates, choose_metrics, read_outcomes, verdict
+from wit_plugins.cli.sweep.space import Space, strategies_key
 from wit_plugins.cli.text import visible
 from wit_plugins.errors import WITConfigError
 
 
 def print_best(output: Path, asked: Sequence[str] = (), url: str | None = None) -> int:
-    """Print it: YAML that can be pasted, with what is to be known about it in comments.
+    """Print the best cell as YAML. Comments say what it is worth, and where it belongs.
 
     Raises:
         WITConfigError: if there is no sweep, or no cell of it is finished.
@@ -27,26 +24,42 @@ def print_best(output: Path, asked: Sequence[str] = (), url: str | None = None) 
     import yaml
 
     record, outcomes = read_outcomes(output, url)
-    metrics = sweep_metrics(record, outcomes, asked)
-    found = candidates(outcomes, metrics[0]) if metrics else []
-    if not found:
+    metrics = choose_metrics(record, outcomes, asked)
+    ranked = candidates(outcomes, metrics[0]) if metrics else []
+    if not ranked:
         raise WITConfigError(
             f"{output}: no cell is finished, so none is best; `wit report {output}` says how far it is"
         )
-    winner, name = found[0].outcome, metrics[0].name
-    said = f"Best: {winner.cell.label}, {name} {format_value(winner.metrics[name])}."
-    if "space" in record:
-        said = verdict(found, metrics[0])
-    driver = next((driver for driver in drivers() if driver.name == record["framework"]), None)
-    if driver is None:
-        raise WITConfigError(f"{output}: was made with {record['framework']!r}, and no adapter has that name")
+    winner, (block, train) = ranked[0].outcome, _block_and_command(output, record)
     settings: dict[str, Any] = dict(zip(("prompt_weight", "response_weight"), winner.cell.weights, strict=True))
-    others = Space.overrides(winner.params, Job(None, record["settings"]), driver)
-    settings |= {k: others.pop(k) for k in list(others) if k in ("strategies", f"{driver.block}.strategies")}
-    settings = {key.rpartition(".")[2]: value for key, value in settings.items()}
-    block = {driver.block: settings} if driver.block else settings
+    others = Space.overrides(winner.params if "space" in record else {}, record["settings"], block)
+    if (key := strategies_key(block)) in others:
+        settings["strategies"] = others.pop(key)
     config = visible(record["config"])
-    print(f"# {visible(said)}\n# Into {config}, in the place of what stands there:")
-    sys.stdout.write(yaml.safe_dump({**block, **others}, sort_keys=False, allow_unicode=True))
-    print(f"# Then train it:\n#   {driver.train} {shlex.quote(config)}")
+    print(f"# {visible(verdict(ranked, metrics[0], 'space' in record))}")
+    print(f"# Into {config}, in the place of what stands there:")
+    pasted = {**({block: settings} if block else settings), **others}
+    sys.stdout.write(yaml.safe_dump(pasted, sort_keys=False, allow_unicode=True))
+    print(f"# Then train it:\n#   {train} {shlex.quote(config)}")
     return 0
+
+
+def _block_and_command(output: Path, record: Mapping[str, Any]) -> tuple[str, str]:
+    """The block of the weights in a configuration, and the command that trains one.
+
+    The study has them, so that no adapter, and with it PyTorch, need be imported. A study from elsewhere could name any
+    command, so a command counts only if its program begins with the name of an installed adapter.
+    """
+    from importlib.metadata import entry_points
+
+    framework, block, train = record["framework"], record.get("block", ""), record.get("train", "")
+    program = rf"(python -m (wit_)?)?{re.escape(framework)}(-wit)?( -{{0,2}}[a-z]+)*"
+    installed = framework in entry_points(group="wit_plugins").names
+    if installed and re.fullmatch(program, train) and re.fullmatch(r"[a-z_]*", block):
+        return block, train
+    from wit_plugins.cli.driver import drivers
+
+    for driver in drivers():
+        if driver.name == framework:
+            return driver.block, driver.train
+    raise WITConfigError(f"{output}: was made with {framework!r}, and no adapter has that name")

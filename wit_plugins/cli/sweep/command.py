@@ -1,4 +1,4 @@
-"""`wit sweep`: what is refused before anything runs, then a worker of the folder's study, then the report."""
+"""`wit sweep`: first what is refused before anything runs, then a worker of the folder's study, then the report."""
 
 from __future__ import annotations
 
@@ -10,61 +10,63 @@ import multiprocessing
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wit_plugins.cli.console import console, print_messages
-from wit_plugins.cli.sweep.evaluation import evaluation_script
+from wit_plugins.cli.quiet import quiet
 from wit_plugins.cli.sweep.folders import MODEL_FOLDER, last_checkpoint
 from wit_plugins.cli.sweep.grid import Cell, Grid, one_per_ratio, ratio_note
 from wit_plugins.cli.sweep.metrics import MAIN_METRIC, asked_for
-from wit_plugins.cli.sweep.options import SweepOptions
 from wit_plugins.cli.sweep.processes import exit_text, terminable
 from wit_plugins.cli.sweep.report import NO_PICTURE, can_draw, report
 from wit_plugins.cli.sweep.runner import Runner
-from wit_plugins.cli.sweep.space import REFERENCES, REPEATED, Space
+from wit_plugins.cli.sweep.runs import check_eval_command
+from wit_plugins.cli.sweep.space import REPEATED, Space
 from wit_plugins.cli.sweep.storage import load_optuna
 from wit_plugins.cli.sweep.study import TRAINED, SharedStudy, check_same, latest, read_study
 from wit_plugins.cli.text import visible
 from wit_plugins.errors import WITConfigError, WITError
 
 if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
     from rich.console import Console
 
     from wit_plugins.cli.driver import FrameworkDriver, Job
+    from wit_plugins.cli.sweep.arguments import SweepOptions
 
 _CHECKED_ROWS = 1000  # of each dataset, by the check before the sweep
 
 
 def sweep(driver: FrameworkDriver, job: Job, plan: Grid | Space, options: SweepOptions) -> int:
-    """Take part in a sweep until it is done; the exit code is 1 if something failed, and 2 if nothing was started.
+    """Take part in a sweep until it is done. Returns 1 if something failed, 2 if nothing was started, else 0.
 
     Raises:
-        WITConfigError: if it cannot be run in that folder, with that storage or evaluation command, or beside what is
-            there.
+        WITConfigError: if the folder, the storage, the evaluation command, the devices or the metric cannot be used, or
+            the folder holds another sweep.
     """
     from rich.text import Text
 
     load_optuna()
     out = console()
-    if isinstance(plan, Grid):
-        note = ratio_note(plan.cells)
-        if options.unique_ratios:
-            plan, note = Grid(one_per_ratio(plan.cells)), None
-        if note:
-            out.print(Text(note + " --unique-ratios runs one of each."))
-    first = plan.first(job, driver)
-    cell = Cell.of(first[0][1]["weights"])
-    if problems := _said_at_once(driver, job, options, cell):
+    if isinstance(plan, Grid) and options.unique_ratios:
+        plan = Grid(one_per_ratio(plan.cells))
+    elif isinstance(plan, Grid) and (note := ratio_note(plan.cells)):
+        out.print(Text(note + " --unique-ratios runs one of each."))
+    if os.path.exists(options.output) and not os.path.isdir(options.output):
+        raise WITConfigError(f"--output = {options.output}: is a file; name a folder, or one that is still to be made")
+    if options.eval_command is not None:
+        check_eval_command(options.eval_command)
+    metric = asked_for(options.metrics[0] if options.metrics else MAIN_METRIC)
+    first = plan.first(job, driver.block)
+    if problems := driver.problems(job) + ([] if options.eval_command else driver.sweep_problems(job)):
         print_messages(out, "problem", problems)
         return 2
+    driver.check_installed()
     if not can_draw():
         out.print(Text(NO_PICTURE))
-    metric = asked_for(options.metrics[0] if options.metrics else MAIN_METRIC)
     record = {"framework": driver.name, "settings": _settings(job), "config": job.name, **plan.record()}
-    record |= {"metric": metric.name, "direction": metric.direction}
+    record |= {"metric": metric.name, "direction": metric.direction, "block": driver.block, "train": driver.train}
     with _file_errors(options.output):
         if not options.dry_run:
             options.output.mkdir(parents=True, exist_ok=True)
@@ -73,9 +75,11 @@ def sweep(driver: FrameworkDriver, job: Job, plan: Grid | Space, options: SweepO
             return _dry_run(out, driver, job, plan, known, options)
         with terminable():
             queued = {str(notes["key"]) for _, notes in first[: options.trials]}
-            left = queued - {k for k, t in known.items() if t.user_attrs.get("result", {}).get("status") in TRAINED}
-            if options.check and left and not _checked(out, driver, job.with_weights(*cell.weights)):
-                return 2
+            left = queued - {key for key, notes in known.items() if notes.get("result", {}).get("status") in TRAINED}
+            if options.check and left:
+                weights = Cell.of(first[0][1]["weights"]).weights
+                if not _check_passes(out, driver, job.with_weights(*weights)):
+                    return 2
             shared = SharedStudy(options.output, options.storage, record, first, options.trials)
             try:
                 Runner(driver, job, plan, shared, options).run()
@@ -84,26 +88,8 @@ def sweep(driver: FrameworkDriver, job: Job, plan: Grid | Space, options: SweepO
         return report(options.output, options.metrics, options.storage)
 
 
-def _said_at_once(driver: FrameworkDriver, job: Job, options: SweepOptions, cell: Cell) -> list[str]:
-    """What is wrong and needs no framework to be said.
-
-    Raises:
-        WITConfigError: if it is the folder, the evaluation command or the framework's version.
-    """
-    if os.path.exists(options.output) and not os.path.isdir(options.output):
-        raise WITConfigError(f"--output = {options.output}: is a file; name a folder, or one that is still to be made")
-    if options.eval_command is not None:
-        evaluation_script(options.eval_command, cell)
-    problems = driver.problems(job)
-    if options.eval_command is None:
-        problems += driver.sweep_problems(job)
-    if not problems:
-        driver.check_installed()
-    return problems
-
-
-def _known(options: SweepOptions, record: dict[str, Any]) -> dict[str, FrozenTrial]:
-    """The trials that are there already, by key.
+def _known(options: SweepOptions, record: dict[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The notes of the trials that are there already, by key.
 
     Raises:
         WITConfigError: if they are another sweep's; two are not mixed.
@@ -114,11 +100,11 @@ def _known(options: SweepOptions, record: dict[str, Any]) -> dict[str, FrozenTri
     if before is None:
         return {}
     check_same(options.output, before[0], json.loads(json.dumps(record, default=str)))
-    return latest(before[1])
+    return {key: trial.user_attrs for key, trial in latest(before[1]).items()}
 
 
-def _checked(out: Console, driver: FrameworkDriver, job: Job) -> bool:
-    """Whether `wit check` passes, in a process of its own: frameworks patch what they load, and take memory."""
+def _check_passes(out: Console, driver: FrameworkDriver, job: Job) -> bool:
+    """Whether `wit check` passes. It has a process of its own: frameworks patch what they load, and take memory."""
     sys.stdout.flush()
     process = multiprocessing.get_context("spawn").Process(target=_check, args=(driver, job))
     process.start()
@@ -149,7 +135,7 @@ def _check(driver: FrameworkDriver, job: Job) -> None:
 
 @contextlib.contextmanager
 def _file_errors(output: Path) -> Iterator[None]:
-    """A folder that cannot be written, a full disk: said in one line, with the way out."""
+    """Turn the error of a folder that cannot be written, or of a full disk, into one line with the way out."""
     try:
         yield
     except BrokenPipeError:
@@ -166,44 +152,53 @@ def _file_errors(output: Path) -> Iterator[None]:
 
 
 def _settings(job: Job) -> dict[str, Any]:
-    """What all cells have in common, as JSON knows it."""
-    settings = {**job.values, **job.overrides}
-    for name in ("prompt_weight", "response_weight"):
-        settings.pop(name, None)
-    made: dict[str, Any] = json.loads(json.dumps(settings, default=str))
-    return made
+    """What all cells have in common, as JSON can hold it."""
+    values = {**job.values, **job.overrides}
+    common = {name: value for name, value in values.items() if name not in ("prompt_weight", "response_weight")}
+    settings: dict[str, Any] = json.loads(json.dumps(common, default=str))
+    return settings
 
 
 def _dry_run(
-    out: Console, driver: FrameworkDriver, job: Job, plan: Grid | Space, known: dict[str, FrozenTrial],
+    out: Console,
+    driver: FrameworkDriver,
+    job: Job,
+    plan: Grid | Space,
+    known: Mapping[str, Mapping[str, Any]],
     options: SweepOptions,
-) -> int:  # fmt: skip
+) -> int:
+    """Print the command of each cell whose weights are known, and what would follow."""
     from rich.text import Text
 
-    first = [notes for _, notes in plan.first(job, driver)]
+    first = [notes for _, notes in plan.first(job, driver.block)][: options.trials]
     given = [notes for notes in first if "weights" in notes]
-    done = 0
+    left = 0
     for notes in given:
-        cell, trial = Cell.of(notes["weights"]), known.get(notes["key"])
-        status = trial.user_attrs.get("result", {}).get("status") if trial else None
+        cell, before = Cell.of(notes["weights"]), known.get(notes["key"], {})
+        status = before.get("result", {}).get("status")
         if status in TRAINED:
-            done += 1
             out.print(Text(f"# {cell.label}: {status}, would not be run again"))
             continue
+        left += 1
         model = cell.folder(options.output) / MODEL_FOLDER
-        resume = last_checkpoint(model) if trial and "begun" in trial.user_attrs else None
+        resume = last_checkpoint(model) if "begun" in before else None
+        with quiet():  # a framework may print when it is imported
+            command = driver.command(cell.job(job), model, resume)
         out.print(Text(f"# {cell.label}: {f'goes on from {resume.name}' if resume else 'from the start'}"))
-        command = driver.command(job.with_weights(*cell.weights), model, resume)
         out.print(Text(visible(shlex.join(command))), soft_wrap=True)
     if isinstance(plan, Grid):
         side_by_side = f", {options.jobs} side by side" if options.jobs > 1 else ""
-        out.print(Text(f"# {len(given) - done} of {len(given)} cells would be run{side_by_side}"))
+        out.print(Text(f"# {left} of {len(given)} cells would be run{side_by_side}"))
         return 0
     ratios = ", ".join(notes["key"].removeprefix("ratio-") for notes in first if "weights" not in notes)
-    many = "as many as there is time for" if options.trials is None else f"{options.trials - len(REFERENCES)} more"
+    more = None if options.trials is None else options.trials - len(given)
     metric = asked_for(options.metrics[0] if options.metrics else MAIN_METRIC)
-    by = f"{metric.name} ({metric.better})"
-    out.print(Text(f"# and {many}: the ratios {ratios} first, then what the search chooses by {by}"))
+    count = "as many as there is time for" if more is None else f"{more} more"
+    if ratios:
+        out.print(Text(f"# and {count}, the ratios {ratios} first"))
+    if more is None or more > len(first) - len(given):
+        out.print(Text("# then what the search chooses"))
+    out.print(Text(f"# by {metric.name} ({metric.better})"))
     if options.seeds > 1:
         out.print(Text(f"# then the references and the best {REPEATED} again, with {options.seeds - 1} other seeds"))
     return 0

@@ -1,37 +1,46 @@
-"""The cells of a sweep: their weights, their folders, and which of them Adam cannot tell apart."""
+"""Cells and their weights, and the grid as a plan of a sweep. (The other plan is the search of `space.py`.)"""
 
 from __future__ import annotations
 
 import itertools
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wit_plugins.cli.text import visible
 from wit_plugins.errors import WITConfigError
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
 
-    from wit_plugins.cli.driver import FrameworkDriver, Job
+    from wit_plugins.cli.driver import Job
 
 _LISTED = 6  # cells, or groups of them, that a note names
 
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """One pair of weights, exactly as written (0.2 is one fifth, not the float next to it)."""
+    """One run of a sweep: a pair of weights and what else it changes in the configuration.
+
+    Attributes:
+        prompt, response (`Fraction`): the weights exactly as written: 0.2 is one fifth, not the float next to it.
+        key (`str`): a search's name of the cell; empty in a grid, where the weights are the name.
+        overrides (`Mapping`): other values for keys of the configuration.
+    """
 
     prompt: Fraction
     response: Fraction
+    key: str = ""
+    overrides: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
-    def of(cls, texts: Sequence[str]) -> Cell:
-        """From λp and λr as [`texts`] gives them."""
-        return cls(*map(to_fraction, texts))
+    def of(cls, texts: Sequence[str], key: str = "", overrides: Mapping[str, Any] | None = None) -> Cell:
+        """A cell from its weights as [`texts`] gives them."""
+        return cls(to_fraction(texts[0]), to_fraction(texts[1]), key, overrides or {})
 
     @property
     def weights(self) -> tuple[float, float]:
@@ -45,22 +54,27 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Its folder's name, another one for every other cell."""
-        return "p{}_r{}".format(*self.texts)
+        """The name of its folder. No two cells of a sweep have the same."""
+        return self.key or "p{}_r{}".format(*self.texts)
 
     @property
     def label(self) -> str:
-        """How it is written in tables."""
-        return "({}, {})".format(*self.texts)
+        """Its name in tables and messages."""
+        inside = ", ".join([*self.texts, *(f"{key}={value}" for key, value in self.overrides.items())])
+        return visible(f"{self.key} ({inside})".strip())
 
     @property
     def ratio(self) -> Fraction | None:
-        """λp/λr, or `None` where there is no response weight."""
+        """λp/λr, or `None` if the response weight is 0."""
         return self.prompt / self.response if self.response else None
 
     def folder(self, output: Path) -> Path:
         """Where its run is kept."""
         return output / self.name
+
+    def job(self, job: Job) -> Job:
+        """The configuration of its run."""
+        return replace(job, overrides={**job.overrides, **self.overrides}).with_weights(*self.weights)
 
 
 def weight_text(weight: Fraction) -> str:
@@ -72,7 +86,7 @@ def to_fraction(text: str) -> Fraction:
     """A number as written: `0.2`, `1e-3`, `1/3`.
 
     Raises:
-        ValueError: if it is none, or no float is near it (whose exact value could take for ever to write out).
+        ValueError: if the text is no number, or a number so large or small that its exact value takes forever to write.
         ZeroDivisionError: for `1/0`.
     """
     if len(text) > 100 or "_" in text or re.search(r"e[+-]?\d{4}", text, re.IGNORECASE):
@@ -82,44 +96,34 @@ def to_fraction(text: str) -> Fraction:
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid as the trials of a study; a search has a [`Space`] in its place.
-
-    Attributes:
-        cells (`Sequence[Cell]`): all of them.
-    """
+    """A grid as the plan of a sweep."""
 
     cells: Sequence[Cell]
 
     def record(self) -> dict[str, Any]:
-        """What a study of it must have in common: nothing, since a grid may grow."""
+        """What all workers of the study must agree on: nothing, since a grid may grow."""
         return {}
 
-    @staticmethod
-    def trial(cell: Cell) -> tuple[dict[str, float], dict[str, Any]]:
-        """A cell's parameters, and what is noted about its trial: its key, and its weights exactly."""
-        both = zip(cell.texts, (cell.prompt, cell.response), strict=True)
-        exact = [text if Fraction(text) == weight else str(weight) for text, weight in both]
-        params = dict(zip(("prompt_weight", "response_weight"), cell.weights, strict=True))
-        return params, {"key": cell.name, "weights": exact}
+    def first(self, job: Job, block: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """All trials: the parameters of each, and the notes that go with it."""
+        queued = []
+        for cell in self.cells:
+            both = zip(cell.texts, (cell.prompt, cell.response), strict=True)
+            exact = [text if Fraction(text) == weight else str(weight) for text, weight in both]
+            params = dict(zip(("prompt_weight", "response_weight"), cell.weights, strict=True))
+            queued.append((params, {"key": cell.name, "weights": exact}))
+        return queued
 
-    def first(self, job: Job, driver: FrameworkDriver) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """All trials."""
-        return [self.trial(cell) for cell in self.cells]
-
-    def cell(self, trial: Trial, key: str, job: Job, driver: FrameworkDriver) -> Cell:
+    def cell(self, trial: Trial, key: str, job: Job, block: str) -> Cell:
         """The cell of a trial."""
         return Cell.of(trial.user_attrs["weights"])
 
-    def job(self, job: Job, cell: Cell) -> Job:
-        """The configuration of a cell's run."""
-        return job.with_weights(*cell.weights)
-
 
 def parse_weights(text: str, key: str) -> list[Fraction]:
-    """Weights as `0,0.2,0.4`, ascending, each once (training knows a weight as a float, so two that are one are one).
+    """Weights such as `0,0.2,0.4`, ascending. Training knows a weight as a float, so equal floats count once.
 
     Raises:
-        WITConfigError: if one is no weight.
+        WITConfigError: if one is not a finite number of at least 0.
     """
     from wit_plugins.config import WITConfig
 
@@ -136,44 +140,37 @@ def parse_weights(text: str, key: str) -> list[Fraction]:
 
 def cells(prompt_weights: Sequence[Fraction], response_weights: Sequence[Fraction]) -> list[Cell]:
     """The grid without (0, 0), which trains nothing."""
-    made = [Cell(*pair) for pair in itertools.product(prompt_weights, response_weights) if pair != (0, 0)]
-    if not made:
+    pairs = [pair for pair in itertools.product(prompt_weights, response_weights) if pair != (0, 0)]
+    if not pairs:
         raise WITConfigError("the grid has no cell: (0, 0) trains nothing; give other weights")
-    return made
+    return [Cell(*pair) for pair in pairs]
 
 
 def same_ratio(grid: Sequence[Cell]) -> list[list[Cell]]:
-    """Groups of cells that differ only in scale, by falling size of the ratio."""
+    """Groups of cells that differ only in scale, by rising ratio."""
     groups: dict[Fraction | None, list[Cell]] = {}
-    for cell in sorted(grid):
+    for cell in sorted(grid, key=lambda cell: (math.inf if cell.ratio is None else float(cell.ratio), cell)):
         groups.setdefault(cell.ratio, []).append(cell)
-    several = [(ratio, group) for ratio, group in groups.items() if len(group) > 1]
-    several.sort(key=lambda item: math.inf if item[0] is None else float(item[0]))
-    return [group for _, group in several]
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def one_per_ratio(grid: Sequence[Cell]) -> list[Cell]:
-    """The grid with one cell a ratio: the one of the largest weights."""
-    kept: dict[Fraction | None, Cell] = {}
-    for cell in sorted(grid):
-        kept[cell.ratio] = cell
-    return sorted(kept.values())
-
-
-def _listed(labels: Sequence[str], separator: str) -> str:
-    rest = len(labels) - _LISTED
-    return separator.join([*labels[:_LISTED], *([f"… ({rest} more)"] if rest > 0 else [])])
+    """The grid with one cell for each ratio: the one with the largest weights."""
+    return sorted({cell.ratio: cell for cell in sorted(grid)}.values())
 
 
 def ratio_note(grid: Sequence[Cell]) -> str | None:
-    """What to know about cells that differ only in scale."""
+    """A note about the cells that differ only in scale, or `None` if there are none."""
     groups = same_ratio(grid)
     if not groups:
         return None
-    listed = "; ".join(_listed([cell.label for cell in group], " ") for group in groups[:_LISTED])
+    named = []
+    for group in groups[:_LISTED]:
+        more = [f"… ({len(group) - _LISTED} more)"] if len(group) > _LISTED else []
+        named.append(" ".join([*(cell.label for cell in group[:_LISTED]), *more]))
     if len(groups) > _LISTED:
-        listed += f"; and {len(groups) - _LISTED} more such groups"
+        named.append(f"and {len(groups) - _LISTED} more such groups")
     return (
-        f"These cells differ only in scale: {listed}. Under Adam and its relatives the ratio of the weights is what "
-        "counts (up to gradient clipping and epsilon), so expect them to come out alike."
+        f"These cells differ only in scale: {'; '.join(named)}. Under Adam and its relatives the ratio of the weights "
+        "is what counts (up to gradient clipping and epsilon), so expect them to come out alike."
     )

@@ -1,4 +1,4 @@
-"""Metrics: which numbers are results, which way they are better, and what a run has logged."""
+"""Metrics: which numbers are results, in which direction a metric is better, and what a run has logged."""
 
 from __future__ import annotations
 
@@ -9,120 +9,110 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from wit_plugins.errors import WITConfigError
 from wit_plugins.runfiles import number, read_metrics
 
 MAIN_METRIC = "eval_response_loss"
-UNITS = {MAIN_METRIC: "nats per token", "eval_prompt_loss": "nats per token"}
-
-# By whole words: "answer_accuracy" contains "wer", and is no word error rate.
-_LOWER = {"loss", "perplexity", "ppl", "error", "errors", "nll", "wer", "cer", "ter", "bpb", "toxicity", "mse", "rmse"}
-_LOWER |= {"mae", "brier", "ece", "hallucination", "hallucinations", "byte"}  # bits_per_byte
-_HIGHER = {"accuracy", "acc", "f1", "em", "match", "win", "pass", "bleu", "chrf", "rouge", "rouge1", "rouge2", "rougel"}
-_HIGHER |= {"mcc", "recall", "precision", "auc", "auroc", "reward", "correct", "meteor", "bertscore"}
-# They may stand behind such a word: acc_norm, pass_at_1.
-_QUALIFIERS = {"norm", "mean", "avg", "average", "macro", "micro", "score", "rate", "at", "l", "lsum"}
-_NO_RESULT_LAST = {"runtime", "epoch", "step", "steps", "flos", "alias", "second", "time", "seen"}  # …_per_second
-_NO_RESULT = {"stderr", "tokens"}
-NO_DIRECTION = "entropy"  # neither much nor little of it is better, so it gets no panel unless asked for
-
-Direction = Literal["min", "max"]
+_UNIT = "nats per token"
+# Losses of a role that a run logs, also those of one of several datasets or of a span. Lower is better.
+_KNOWN_LOSS = re.compile(r"(lowest_)?eval_(.+_)?(response|prompt)_loss(/.+)?", re.DOTALL)
+# What a run logs beside its results, as the last word of a name or, for tokens, as any word.
+_NO_RESULT = re.compile(r"(^|[_/])((tokens|stderr)(?![a-z])|(runtime|epoch|steps?|flos|second|time|seen)$)")
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric to draw.
+    """A metric with a direction.
 
     Attributes:
         name (`str`): its name.
-        direction (`str`): `min` if less of it is better, else `max`.
-        guessed (`bool`): whether nobody said so and its name does not either.
+        direction (`str`): `min` if lower is better, else `max`.
     """
 
     name: str
-    direction: Direction
-    guessed: bool = False
+    direction: Literal["min", "max"]
 
     @property
     def better(self) -> str:
         """The direction in words."""
-        return f"{'lower' if self.direction == 'min' else 'higher'} is better{' (a guess)' if self.guessed else ''}"
+        return f"{'lower' if self.direction == 'min' else 'higher'} is better"
+
+    @property
+    def unit(self) -> str:
+        """The unit, or an empty text if it is not known."""
+        return _UNIT if is_known_loss(self.name) else ""
+
+    @property
+    def sign(self) -> int:
+        """1 if lower is better, else −1: a value times the sign is better the lower it is."""
+        return 1 if self.direction == "min" else -1
 
 
-def words(name: str) -> list[str]:
-    """The words of a metric's name: `arc_easy/acc` is arc, easy, acc; `exactMatch` is exact, match."""
-    return [word.lower() for word in re.findall(r"[A-Z][A-Z0-9]*(?![a-z])|[A-Z]?[a-z0-9]+", name)]
-
-
-def is_weighted(name: str, metrics: Mapping[str, float]) -> bool:
-    """Whether a metric is the weighted loss (`eval_loss`, or `eval_x_loss` of a dataset x) or made from it."""
-    loss = name.endswith("_loss") and f"{name.removesuffix('loss')}response_loss" in metrics
-    return loss or name.endswith(("_ppl", "_perplexity"))
-
-
-def is_result(name: str) -> bool:
-    """Whether a metric is something to compare cells by."""
-    found = words(name)
-    return not _NO_RESULT & set(found) and not _NO_RESULT_LAST & set(found[-1:])
-
-
-def numbers(value: Any) -> dict[str, float]:
-    """The numbers in an evaluation's JSON by their path, such as `arc_easy/acc`.
-
-    lm-eval-harness keeps its numbers under `results`, as `acc,none`; its standard errors and settings are left out.
-    """
-    if isinstance(value, dict) and isinstance(value.get("results"), dict):
-        value = value["results"]
-    found: dict[str, float] = {}
-    waiting: list[tuple[str, Any]] = [("", value)]
-    while waiting:
-        path, item = waiting.pop()
-        if isinstance(item, dict):
-            inside = [(str(key).removesuffix(",none"), inner) for key, inner in item.items()]
-            kept = [(f"{path}/{key}" if path else key, inner) for key, inner in inside if "stderr" not in words(key)]
-            waiting += reversed(kept)
-        else:
-            one = number(item)
-            if one is not None and math.isfinite(one):
-                found[path or "value"] = one
-    return found
-
-
-def by_name(name: str) -> Metric:
-    """A metric with the direction that its name says, or a guess.
-
-    The last word that means a direction decides; where another word stands behind it, or none does, it is a guess.
-    """
-    split = [word for word in words(name) if word not in _QUALIFIERS and not word.isdigit()]
-    for place, word in enumerate(reversed(split)):
-        if word in _LOWER:
-            return Metric(name, "min", guessed=place > 0)
-        if word in _HIGHER:
-            return Metric(name, "max", guessed=place > 0)
-    return Metric(name, "max", guessed=True)
+def is_known_loss(name: str) -> bool:
+    """Whether this is a role's loss, for which lower is better. The direction of all other metrics must be said."""
+    return _KNOWN_LOSS.fullmatch(name) is not None
 
 
 def asked_for(text: str) -> Metric:
-    """What `--metric` names: `name`, `name:min` or `name:max`."""
-    name, _, way = text.rpartition(":")
-    return Metric(name, "min" if way == "min" else "max") if name and way in ("min", "max") else by_name(text)
+    """The metric that `--metric` names: `NAME:min`, `NAME:max`, or the name of a known loss.
+
+    Raises:
+        WITConfigError: if the direction is not said and not known.
+    """
+    name, _, direction = text.rpartition(":")
+    if name and direction in ("min", "max"):
+        return Metric(name, "min" if direction == "min" else "max")
+    if not is_known_loss(text):
+        raise WITConfigError(
+            f"--metric = {text!r}: say which direction is better, --metric '{text}:max' or --metric '{text}:min'; only "
+            "of the losses of prompt and response that a run logs it is known"
+        )
+    return Metric(text, "min")
 
 
 def run_metrics(path: Path) -> tuple[dict[str, float], bool]:
-    """The results in a run's `metrics.jsonl`, each the last one that it wrote, and whether it diverged.
+    """The results in a run's `metrics.jsonl`, each with its last finite value, and whether the run diverged.
 
-    It did if a loss is no number at its end. Only finite numbers are returned.
+    A run diverged if the last value of one of its losses is not finite. The weighted losses are left out, since cells
+    with different weights cannot be compared by them.
     """
     lowest = math.inf
     losses: dict[str, float] = {}
     metrics: dict[str, float] = {}
     for entry in read_metrics(path):
-        losses.update({key: value for key, value in entry.items() if words(key)[-1:] == ["loss"]})
-        metrics.update({key: value for key, value in entry.items() if key.startswith("eval_") and is_result(key)})
+        losses.update({name: value for name, value in entry.items() if re.search(r"(^|_)loss$", name)})
+        metrics.update({k: v for k, v in entry.items() if k.startswith("eval_") and not _NO_RESULT.search(k)})
         if math.isfinite(value := entry.get(MAIN_METRIC, math.nan)):
             lowest = min(lowest, value)
-    metrics = {name: value for name, value in metrics.items() if not is_weighted(name, metrics)}  # not to be compared
+    metrics = {name: value for name, value in metrics.items() if not _is_weighted(name, metrics)}
     metrics[f"lowest_{MAIN_METRIC}"] = lowest
-    return {k: v for k, v in metrics.items() if math.isfinite(v)}, not all(map(math.isfinite, losses.values()))
+    diverged = not all(map(math.isfinite, losses.values()))
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}, diverged
+
+
+def _is_weighted(name: str, metrics: Mapping[str, float]) -> bool:
+    """Whether this is the weighted loss (`eval_loss`, or `eval_x_loss` of a dataset x) or is made from it."""
+    loss = name.endswith("_loss") and f"{name.removesuffix('loss')}response_loss" in metrics
+    return loss or name.endswith(("_ppl", "_perplexity"))
+
+
+def numbers(value: Any) -> dict[str, float]:
+    """The finite numbers in an evaluation's JSON by their path, such as `arc_easy/acc`.
+
+    lm-eval-harness writes its numbers under `results`, as `acc,none`. Its standard errors and settings are left out.
+    """
+    if isinstance(value, dict) and isinstance(value.get("results"), dict):
+        value = value["results"]
+    by_path: dict[str, float] = {}
+    waiting: list[tuple[str, Any]] = [("", value)]
+    while waiting:
+        path, item = waiting.pop()
+        if isinstance(item, dict):
+            inside = [(str(key).removesuffix(",none"), inner) for key, inner in reversed(item.items())]
+            waiting += [(f"{path}/{key}" if path else key, inner) for key, inner in inside if "stderr" not in key]
+        elif (one := number(item)) is not None and math.isfinite(one):
+            by_path[path or "value"] = one
+    return by_path
 
 
 def format_value(value: float) -> str:

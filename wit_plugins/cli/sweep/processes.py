@@ -1,23 +1,29 @@
-"""Processes of a sweep: stopped with all their children."""
+"""Processes of a sweep: how they are stopped with all their children, and what their exit codes mean."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wit_plugins.runfiles import RUN_FOLDER
+from wit_plugins.errors import WITConfigError
+from wit_plugins.runfiles import RUN_FOLDER, is_running
 
-GRACE = 15.0  # seconds that a stopped run has to leave by itself
+_LIST_GPUS = "import torch; [print('GPU', number) for number in range(torch.cuda.device_count())]"
+GRACE = 15.0  # seconds for a process to end after SIGTERM
 
 
 def stop_group(group: int, grace: float) -> None:
-    """Stop a process group; with `grace`, it is asked first and has so many seconds."""
+    """Kill a process group. With `grace`, its processes are asked to end, and have so many seconds."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if grace:
             os.killpg(group, signal.SIGTERM)
@@ -26,35 +32,43 @@ def stop_group(group: int, grace: float) -> None:
 
 
 def stop_leftovers(folder: Path) -> None:
-    """Stop what a killed sweep left running in this cell: two runs must not write to one folder.
+    """Stop the processes that a killed sweep left in this cell, since two runs must not write to one folder.
 
-    They are known by the folder that this command put into their environment, so nothing else is ever touched.
+    A sweep writes the folder into the environment of its runs, so no other process is touched.
     """
     mark = f"{RUN_FOLDER}={folder.resolve()}".encode()
-    found = []
+    left = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if mark in (entry / "environ").read_bytes().split(b"\0") and int(entry.name) != os.getpid():
-                found.append(int(entry.name))
+                left.append(int(entry.name))
     for how in (signal.SIGTERM, signal.SIGKILL):
-        for pid in found:
+        for pid in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, how)
         until = time.monotonic() + GRACE
-        while found and time.monotonic() < until:
-            found = [pid for pid in found if _alive(pid)]
+        while left and time.monotonic() < until:
+            left = [pid for pid in left if is_running(pid)]
             time.sleep(0.05)
 
 
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+def check_devices(devices: list[str]) -> None:
+    """Raise [`WITConfigError`] if a number in `--devices` is that of no GPU of this machine."""
+    named = [int(device) for group in devices for device in group.split(",") if device.isdigit()]
+    if not named:
+        return  # no devices, or only names such as GPU-…, which CUDA itself looks up
+    # CUDA_VISIBLE_DEVICES of a cell counts all GPUs of the machine, whatever this process may see.
+    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    command = ["nvidia-smi", "-L"] if shutil.which("nvidia-smi") else [sys.executable, "-c", _LIST_GPUS]
+    listed = subprocess.run(command, env=env, capture_output=True, text=True, check=False).stdout
+    count = len(re.findall(r"^GPU \d+", listed, re.MULTILINE))
+    if max(named) >= count:
+        have = f"has {count}, with the numbers 0 to {count - 1}" if count else "has none; take --devices out"
+        raise WITConfigError(f"--devices names GPU {max(named)}, which is not there; this machine {have}")
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A port of this machine on which nobody listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -70,7 +84,7 @@ def exit_text(code: int) -> str:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Being terminated is like being interrupted: the runs are stopped and their state is written."""
+    """Treat SIGTERM and SIGHUP as an interrupt from the keyboard, after which the runs are stopped in order."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Where a study is kept: a journal file in the sweep's folder, or a database. Both are Optuna's."""
+"""Where Optuna keeps a study: a journal file in the sweep's folder, or a database."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ATTEMPTS = 3  # to open a database
 
 
 def load_optuna() -> Any:
-    """Optuna, quiet.
+    """Import Optuna, without its warnings.
 
     Raises:
         WITConfigError: if it is not installed.
@@ -32,16 +32,10 @@ def load_optuna() -> Any:
         raise WITConfigError('a sweep needs Optuna; pip install "wit-plugins[cli]"') from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    warnings.filterwarnings("ignore", message="Heartbeat of storage")
-    warnings.filterwarnings("ignore", message="Fixed parameter")
-    warnings.filterwarnings("ignore", message="The reported value is ignored")  # again, after a checkpoint
+    # The last one is about an evaluation that is reported again after a checkpoint.
+    for message in ("Heartbeat of storage", "Fixed parameter", "The reported value is ignored"):
+        warnings.filterwarnings("ignore", message=message)
     return optuna
-
-
-def _shown(url: str) -> str:
-    """A database's address without its password."""
-    parts = urlsplit(url)
-    return url.replace(f":{parts.password}@", ":…@") if parts.password else url
 
 
 def open_storage(output: Path, url: str | None) -> BaseStorage:
@@ -50,40 +44,47 @@ def open_storage(output: Path, url: str | None) -> BaseStorage:
     Raises:
         WITConfigError: if the database cannot be reached, or the journal is damaged.
     """
-    optuna = load_optuna()
-    if url is None:
-        from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock, JournalStorage
+    if url is not None:
+        return _open_database(url)
+    load_optuna()
+    from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock, JournalStorage
 
-        class Lock(JournalFileSymlinkLock):
-            """Optuna's, and whoever gets it takes away what a writer that was killed, or a full disk, left half."""
+    class Lock(JournalFileSymlinkLock):
+        """Optuna's lock. Its new holder removes the half line of a writer that was killed, or had a full disk."""
 
-            def acquire(self) -> bool:
-                taken = super().acquire()
-                with contextlib.suppress(OSError):
-                    _cut_half_line(path)
-                return taken
+        def acquire(self) -> bool:
+            acquired = super().acquire()
+            with contextlib.suppress(OSError):
+                _cut_half_line(path)
+            return acquired
 
-        path = output / JOURNAL
-        try:
-            return JournalStorage(JournalFileBackend(str(path), lock_obj=Lock(str(path))))
-        except (ValueError, AssertionError, LookupError, TypeError, AttributeError) as error:  # reading its lines
-            raise WITConfigError(
-                f"{path}: is damaged ({error}), so nothing says what the folders there are. Put a copy of that file "
-                "back; or rename it and start the same `wit sweep` again, which trains every cell anew and keeps what "
-                "there is, renamed to ….old-1"
-            ) from None
+    path = output / JOURNAL
+    try:
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=Lock(str(path))))
+    except (ValueError, AssertionError, LookupError, TypeError, AttributeError) as error:  # reading its lines
+        raise WITConfigError(
+            f"{path}: is damaged ({error}), so nothing says what the folders there are. Put a copy of that file "
+            "back; or rename it and start the same `wit sweep` again, which trains every cell anew and keeps what "
+            "there is, renamed to ….old-1"
+        ) from None
+
+
+def _open_database(url: str) -> BaseStorage:
     for attempt in range(_ATTEMPTS):
         try:
-            storage: BaseStorage = optuna.storages.RDBStorage(url, heartbeat_interval=BEAT, grace_period=GRACE)
+            storage: BaseStorage = load_optuna().storages.RDBStorage(url, heartbeat_interval=BEAT, grace_period=GRACE)
             return storage
+        except WITConfigError:
+            raise
         except Exception as error:  # SQLAlchemy's, and those of the database's own driver
-            said = " ".join(str(error).split())[:300]
             if attempt + 1 < _ATTEMPTS and type(error).__name__ in ("IntegrityError", "OperationalError"):
                 time.sleep(1 + attempt)  # another worker is making the tables
                 continue
+            password = urlsplit(url).password
+            shown = url.replace(f":{password}@", ":…@") if password else url
             raise WITConfigError(
-                f"--storage = {_shown(url)}: {said}; name a database such as sqlite:////shared/study.db or "
-                "postgresql://user@host/name"
+                f"--storage = {shown}: {' '.join(str(error).split())[:300]}; name a database such as "
+                "sqlite:////shared/study.db or postgresql://user@host/name"
             ) from None
     raise AssertionError
 

@@ -1,22 +1,19 @@
-"""The study of a sweep: which trials there are, who has taken them, what came of them. All of it is Optuna's storage: a
-journal file in the sweep's folder, or a database.
+"""The study of a sweep in Optuna's storage: which trials there are, who has taken them, and what came of them.
 
-A grid's cells are trials that are queued at the beginning; a search's are queued or chosen by Optuna's sampler. Any
-number of workers share one study, and Optuna gives each waiting trial to exactly one of them. What is added here is
-what it leaves to its users: a trial whose worker died is put back, and what two workers queued at the same moment is
-run once. A trial that is put back is a new one with the same *key*, and so the same folder; the latest of a key counts.
+Optuna gives each waiting trial to exactly one worker. This module adds what Optuna leaves to its users: the trial of a
+dead worker is queued again, and what two workers queued at the same moment runs once. A trial that is queued again is a
+new trial with the same *key*, and so the same folder. Of the trials with one key, the latest counts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wit_plugins.cli.sweep import older
-from wit_plugins.cli.sweep.grid import Grid
+from wit_plugins.cli.sweep.checked import TRAINED, check_record, check_trial
 from wit_plugins.cli.sweep.space import REFERENCES
 from wit_plugins.cli.sweep.storage import JOURNAL, load_optuna, open_storage
 from wit_plugins.cli.sweep.workers import Workers
@@ -26,14 +23,13 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial, Trial
 
-_NAME = "wit-sweep"  # of the study in a journal, which may be moved
-_RECORD, _CONFIG = "wit", "config"
-TRAINED = ("finished", "diverged", "pruned")  # what a run is that needs no more training
-_KEPT = ("key", "reference", "weights", "ratio", "repeats", "seed", "begun", "seconds")  # of a trial that is put back
+_NAME = "wit-sweep"  # of the study in a journal, whose folder may be moved
+_RECORD, _CONFIG = "wit", "config"  # attributes of the study; workers may name the configuration differently
+_KEPT = ("key", "reference", "weights", "ratio", "repeats", "seed", "begun", "seconds")  # when it is queued again
 
 
 def pruner(name: str, steps: int) -> Any:
-    """Optuna's, for runs of so many steps."""
+    """Optuna's pruner of this name, for runs of so many steps."""
     pruners, first = load_optuna().pruners, max(1, steps // 4)
     if name == "none" or not steps:
         return pruners.NopPruner()
@@ -44,55 +40,38 @@ def pruner(name: str, steps: int) -> Any:
 
 
 def read_study(output: Path, url: str | None) -> tuple[dict[str, Any], list[FrozenTrial]] | None:
-    """What a study was begun with, and its trials; `None` if there is none. Nothing is written.
+    """The record that a study was begun with, and its trials; `None` if there is no study. Writes nothing.
 
     Raises:
-        WITConfigError: if it cannot be read.
+        WITConfigError: if the study cannot be read, or has values that `wit sweep` does not write.
     """
-    if url is None and not older.exists(output / JOURNAL):
-        found = older.read_grid(output)
-        return None if found is None else (found[0], [_older_trial(cell, notes) for cell, notes in found[1]])
-    storage = open_storage(output, url)
     try:
-        study = load_optuna().load_study(study_name=_study_name(output, url), storage=storage)
-    except KeyError:
+        if url is None:
+            (output / JOURNAL).stat()
+        study = load_optuna().load_study(study_name=_study_name(output, url), storage=open_storage(output, url))
+    except (FileNotFoundError, NotADirectoryError, KeyError):
         return None
+    except OSError as error:
+        raise WITConfigError(f"{output}: {error.strerror}; name a folder that can be read") from None
     noted = study.user_attrs
     if _RECORD not in noted:  # another worker is making it
         return None
-    return {**noted[_RECORD], _CONFIG: noted.get(_CONFIG) or older.configuration(output)}, study.get_trials()
+    record = noted[_RECORD]
+    if isinstance(record, Mapping):
+        record = {**record, _CONFIG: noted.get(_CONFIG, "")}
+    check_record(study, record)
+    return record, [check_trial(trial) for trial in study.get_trials()]
 
 
-def _older_trial(cell: Any, notes: dict[str, Any]) -> FrozenTrial:
-    """A cell of an older grid as a trial."""
-    params, own = Grid.trial(cell)
-    state, value = "WAITING", None
-    if "result" in notes:
-        state, value = ending(notes["result"], older.MAIN_METRIC, searches=False)
-    elif "reason" in notes:
-        state = "FAIL"
-    return _trial(state, params, _distributions(params), {**own, **notes}, value)
-
-
-def _distributions(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Of weights, which a grid may get more of later."""
-    made = load_optuna().distributions.FloatDistribution
-    return {name: made(0.0, max(1.0, value)) for name, value in params.items()}
-
-
-def _trial(state: str, params: Any, distributions: Any, notes: Any, value: float | None = None, **more: Any) -> Any:
-    optuna = load_optuna()
-    state = optuna.trial.TrialState[state]
-    return optuna.create_trial(
-        state=state, value=value, params=params, distributions=distributions, user_attrs=notes, **more
-    )
+def _study_name(output: Path, url: str | None) -> str:
+    return _NAME if url is None else output.resolve().name
 
 
 def ending(result: Mapping[str, Any], metric: str, searches: bool) -> tuple[str, float | None]:
-    """As what a trial ends: its state in Optuna's words, and its value.
+    """The state in which a trial ends, by Optuna's name, and its value.
 
-    A trial without a value cannot be complete to Optuna. A search fails it, since it was made for that value; a cell of
-    a grid is done all the same, and stands there as one that was stopped.
+    Optuna calls no trial complete that has no value. A search fails such a trial, since it was made for the value. In a
+    grid the cell is done all the same, and its trial ends as a pruned one.
     """
     if result["status"] == "finished":
         value = {**result["metrics"], **(result.get("evaluation") or {}).get("metrics", {})}.get(metric)
@@ -100,17 +79,13 @@ def ending(result: Mapping[str, Any], metric: str, searches: bool) -> tuple[str,
     return ("PRUNED" if result["status"] in TRAINED else "FAIL"), None
 
 
-def _study_name(output: Path, url: str | None) -> str:
-    return _NAME if url is None else output.resolve().name
-
-
 def key_of(trial: FrozenTrial | Trial) -> str:
-    """What a trial is about: the same for one that was put back."""
+    """The key of a trial's cell. A trial that is queued again has the same one."""
     return str(trial.user_attrs.get("key") or f"trial-{trial.number:04d}")
 
 
 def latest(trials: Sequence[FrozenTrial]) -> dict[str, FrozenTrial]:
-    """The trial that counts of each key, in the order in which the keys came; those of a moment's race left out."""
+    """The trial that counts for each key, in the order in which the keys came."""
     return {key_of(trial): trial for trial in trials if "surplus" not in trial.user_attrs}
 
 
@@ -144,13 +119,13 @@ class SharedStudy:
 
     Args:
         output (`Path`): the sweep's folder.
-        url (`str | None`): the database, if it is not in that folder.
-        record (`Mapping`): what this sweep is; all workers of a study must be of the same.
-        first (`Sequence`): parameters and notes of the trials that are queued.
-        limit (`int | None`): of a search: how many cells, repetitions left aside; `None` for no end.
+        url (`str | None`): the database, if the study is not in that folder.
+        record (`Mapping`): what this sweep is. All workers of a study must have the same.
+        first (`Sequence`): the parameters and notes of the trials to queue.
+        limit (`int | None`): a search's number of cells, without repetitions; `None` for no limit.
 
     Raises:
-        WITConfigError: if the study is another sweep's.
+        WITConfigError: if the study is another sweep's, or has values that `wit sweep` does not write.
     """
 
     def __init__(
@@ -161,11 +136,11 @@ class SharedStudy:
         first: Sequence[tuple[dict[str, Any], dict[str, Any]]],
         limit: int | None = None,
     ) -> None:
-        optuna = load_optuna()
-        self.taken_over = optuna.exceptions.UpdateFinishedTrialError
+        self.optuna = optuna = load_optuna()
+        self.taken_over = optuna.exceptions.UpdateFinishedTrialError  # another worker has ended this worker's trial
         self.states, self.limit, self.searches = optuna.trial.TrialState, limit, "space" in record
         storage = open_storage(output, url)
-        self.heartbeat = storage if url is not None else None
+        self.database = storage if url is not None else None
         self.study: Study = optuna.create_study(
             study_name=_study_name(output, url),
             storage=storage,
@@ -173,45 +148,45 @@ class SharedStudy:
             load_if_exists=True,
             sampler=optuna.samplers.TPESampler(n_startup_trials=len(first)),
         )
-        config = record.get(_CONFIG, "")
-        own = json.loads(json.dumps({k: v for k, v in record.items() if k != _CONFIG}, default=str))
+        own_record = json.loads(json.dumps({k: v for k, v in record.items() if k != _CONFIG}, default=str))
         if _RECORD not in self.study.user_attrs:
-            self.study.set_user_attr(_RECORD, own)
-            self.study.set_user_attr(_CONFIG, config)
+            self.study.set_user_attr(_RECORD, own_record)
+            self.study.set_user_attr(_CONFIG, record.get(_CONFIG, ""))
         self.record: dict[str, Any] = self.study.user_attrs[_RECORD]
-        check_same(output, self.record, own)
-        self.workers = Workers(output)
+        check_record(self.study, self.record)
+        check_same(output, self.record, own_record)
         known = latest(self.trials())
-        if url is None and not self.searches and (found := older.read_grid(output)):
-            for cell, notes in found[1]:
-                if cell.name not in known:
-                    self.study.add_trial(_older_trial(cell, notes))
-            known = latest(self.trials())
+        self.workers = Workers(output)
         for params, notes in first[:limit]:
-            if notes["key"] in known:
-                continue
-            if self.searches:
+            if notes["key"] not in known and self.searches:
                 self.study.enqueue_trial(params, user_attrs=notes)
-            else:
-                self.study.add_trial(_trial("WAITING", params, _distributions(params), notes))
+            elif notes["key"] not in known:
+                top = optuna.distributions.FloatDistribution  # a grid may get larger weights later
+                self._queue(params, {name: top(0.0, max(1.0, value)) for name, value in params.items()}, notes)
+
+    def _queue(self, params: Any, distributions: Any, notes: Any, **more: Any) -> None:
+        trial = self.optuna.create_trial(
+            state=self.states.WAITING, params=params, distributions=distributions, user_attrs=notes, **more
+        )
+        self.study.add_trial(trial)
 
     def trials(self) -> list[FrozenTrial]:
-        """All that count: those of a moment's race left out."""
-        return [t for t in self.study.get_trials(deepcopy=False) if "surplus" not in t.user_attrs]
+        """All trials but those that two workers queued at the same moment and one of them gave up."""
+        return [check_trial(t) for t in self.study.get_trials(deepcopy=False) if "surplus" not in t.user_attrs]
 
     def _keys(self, trials: list[FrozenTrial]) -> list[str]:
-        """The cells in the order in which they came, without their repetitions."""
+        """The keys in the order in which they came, without the repetitions."""
         return list(dict.fromkeys(key_of(t) for t in trials if "repeats" not in t.user_attrs))
 
     def take(self) -> Trial | None:
-        """A trial that is this worker's alone from now on; `None` if there is none to take now."""
+        """Take a trial that no other worker has; `None` if there is none now."""
         while True:
             self.put_back()
             trials = self.trials()
             full = not self.searches or (self.limit is not None and len(self._keys(trials)) >= self.limit)
             if full and not any(t.state.name == "WAITING" for t in trials):
                 return None
-            with self._lost():
+            with contextlib.suppress(self.taken_over):
                 trial = self.study.ask()
                 trial.set_user_attr("worker", self.workers.name)
                 self.beat([trial])
@@ -220,17 +195,11 @@ class SharedStudy:
                 trial.set_user_attr("surplus", True)
                 self.study.tell(trial, state=self.states.FAIL)
 
-    @contextlib.contextmanager
-    def _lost(self) -> Iterator[None]:
-        """Another worker ended the trial in that moment."""
-        with contextlib.suppress(self.taken_over):
-            yield
-
     def _is_surplus(self, mine: Trial) -> bool:
-        """Whether two workers queued the same, or one more than there are to be: who comes later steps back."""
+        """Whether an earlier trial has the same key, or the limit is reached: then the later trial is dropped."""
         trials, key, attempt = self.trials(), key_of(mine), mine.user_attrs.get("attempt", 1)
-        same = [trial for trial in trials if trial.number < mine.number and key_of(trial) == key]
-        if any(trial.user_attrs.get("attempt", 1) >= attempt for trial in same):
+        earlier = [trial for trial in trials if trial.number < mine.number and key_of(trial) == key]
+        if any(trial.user_attrs.get("attempt", 1) >= attempt for trial in earlier):
             return True
         if not self.searches:
             return "key" not in mine.user_attrs
@@ -238,50 +207,59 @@ class SharedStudy:
         return self.limit is not None and key in keys and keys.index(key) >= max(self.limit, len(REFERENCES))
 
     def beat(self, trials: list[Trial]) -> None:
-        """This worker is alive, and has these trials."""
+        """Show that this worker is alive and has these trials."""
         self.workers.beat()
-        for trial in trials if self.heartbeat is not None else []:
-            self.heartbeat.record_heartbeat(trial._trial_id)  # type: ignore[union-attr]
+        for trial in trials if self.database is not None else []:
+            self.database.record_heartbeat(trial._trial_id)  # type: ignore[union-attr]
 
     def is_mine(self, trial: Trial) -> bool:
-        """Whether nobody took a trial for a dead worker's (a machine may sleep for a while)."""
+        """Whether this worker still has the trial. Another one may have taken it over while this machine slept."""
         return any(t.number == trial.number and t.state.name == "RUNNING" for t in self.trials())
 
     def unfinished(self) -> int:
         """How many trials wait or run, here or elsewhere."""
         return sum(not t.state.is_finished() for t in self.trials())
 
-    def put_back(self, again: Callable[[FrozenTrial], bool] = lambda trial: False) -> None:
-        """Queue what dead workers had, what was given up, and those that ended and are to be gone on with `again`."""
-        if self.heartbeat is not None:
-            load_optuna().storages.fail_stale_trials(self.study)
+    def put_back(self) -> None:
+        """Queue the trials again that dead workers had, and those that were given up."""
+        if self.database is not None:
+            self.optuna.storages.fail_stale_trials(self.study)
         for trial in self.trials():
             if trial.state.name == "RUNNING" and self._is_orphan(trial):
-                with contextlib.suppress(ValueError), self._lost():
+                with contextlib.suppress(ValueError, self.taken_over):
                     self.study.tell(trial.number, state=self.states.FAIL)
-        for key, trial in latest(self.trials()).items():
-            given_up = trial.state.name == "FAIL" and "reason" not in trial.user_attrs
-            if given_up or (trial.state.is_finished() and again(trial)):
-                self._queue_again(key, trial)
+        self._queue_again(lambda trial: trial.state.name == "FAIL" and "reason" not in trial.user_attrs)
 
-    def _queue_again(self, key: str, trial: FrozenTrial) -> None:
-        notes = {name: value for name, value in trial.user_attrs.items() if name in _KEPT}
-        notes |= {"key": key, "attempt": trial.user_attrs.get("attempt", 1) + 1}
-        result = trial.user_attrs.get("result", {})
-        if result.get("status") in TRAINED:  # its evaluation is what is missing, or only the word that it is done
-            notes["result"] = result
-        fixed = {name: value for name, value in trial.system_attrs.items() if name == "fixed_params"}
-        self.study.add_trial(_trial("WAITING", trial.params, trial.distributions, notes, system_attrs=fixed))
+    def try_again(self, chosen: Callable[[FrozenTrial], bool]) -> None:
+        """Queue ended trials again if no other worker takes part yet.
+
+        A worker that joins others must not do so: with each of them, every failed cell would be run once more.
+        """
+        self.put_back()
+        if not self.workers.joined() and not any(trial.state.name == "RUNNING" for trial in self.trials()):
+            self._queue_again(lambda trial: trial.state.is_finished() and chosen(trial))
+
+    def _queue_again(self, chosen: Callable[[FrozenTrial], bool]) -> None:
+        for key, trial in latest(self.trials()).items():
+            if not chosen(trial):
+                continue
+            notes = {name: value for name, value in trial.user_attrs.items() if name in _KEPT}
+            notes |= {"key": key, "attempt": trial.user_attrs.get("attempt", 1) + 1}
+            result = trial.user_attrs.get("result", {})
+            if result.get("status") in TRAINED:  # only its evaluation is missing, or the end of its trial
+                notes["result"] = result
+            fixed = {name: value for name, value in trial.system_attrs.items() if name == "fixed_params"}
+            self._queue(trial.params, trial.distributions, notes, system_attrs=fixed)
 
     def _is_orphan(self, trial: FrozenTrial) -> bool:
         worker = trial.user_attrs.get("worker")
-        if worker is None:  # it died, if it did, between taking the trial and saying so
+        if worker is None:  # its worker is between taking the trial and writing its name, or died there
             return self.workers.stood_still(f"trial {trial.number}", 0.0)
-        return self.heartbeat is None and self.workers.is_dead(str(worker))
+        return self.database is None and self.workers.is_dead(str(worker))
 
     def release(self, trial: Trial, seconds: float | None = None) -> None:
-        """Give a trial up: another worker, or this command started again, goes on with it."""
-        with contextlib.suppress(ValueError), self._lost():
+        """Give a trial up, so that another worker, or this command started again, goes on with it."""
+        with contextlib.suppress(ValueError, self.taken_over):
             if seconds is not None:
                 trial.set_user_attr("seconds", seconds)
             self.study.tell(trial, state=self.states.FAIL)
