@@ -109,7 +109,7 @@ def main() -> None:
         logs.mkdir(parents=True, exist_ok=True)
         wit = [sys.executable, "-m", "wit_plugins.cli"]
         run([*wit, "check", str(recipe)], logs / "check.txt")
-        run([*wit, "preview", str(recipe), "--rows", "1"], logs / "preview.txt")
+        run([*wit, "preview", str(recipe), "--rows", "0"], logs / "preview.txt")
         seconds = run([*COMMANDS[framework], str(recipe)], logs / "train.txt")
         agree &= compare(first_log(output_dir), expected)
         print(f"    four steps took {seconds:.0f} s; {QUESTION} {answer(output_dir)!r}", flush=True)
