@@ -22,7 +22,8 @@ from wit_axolotl.versions import OLDEST, TOO_NEW
 from wit_plugins import WITConfigError, attached
 from wit_plugins.active import ActiveStrategies
 from wit_plugins.cli.borrow import exchanged, unattached_collator
-from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split
+from wit_plugins.cli.configuration import dump
+from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split, run_file
 from wit_plugins.cli.empty import empty_model
 
 # What decides where and how a model is trained, and nothing about the data.
@@ -94,7 +95,7 @@ class AxolotlDriver(FrameworkDriver):
             if not (prepared_path and Path(prepared_path).is_dir() and any(Path(prepared_path).iterdir())):
                 values["dataset_prepared_path"] = f"{folder}/prepared"
             path = Path(folder, "config.yaml")
-            path.write_text(_yaml(values), encoding="utf-8")
+            path.write_text(dump(values), encoding="utf-8")
             trainer, problems, captured, tokenizer = _build_trainer(path)
             strategies = ActiveStrategies(config.active_strategies())
             collator = trainer.data_collator
@@ -117,25 +118,21 @@ class AxolotlDriver(FrameworkDriver):
                 problems=problems,
             )
 
-    def files(self, job: Job, output: Path, resume: Path | None) -> dict[Path, str]:
-        """Axolotl's command line does not reach into a block, so each run has a file of its own."""
-        values = {**_values(job), "output_dir": str(output)}
+    def run_values(self, job: Job, output: Path, resume: Path | None) -> dict[str, Any]:
+        """The file with what the command line says on top."""
+        values = {**_values(job), "output_dir": str(output.absolute())}
         if resume is not None:
-            values["resume_from_checkpoint"] = str(resume)
-        return {_cell_config(output): _yaml(values)}
+            values["resume_from_checkpoint"] = str(resume.absolute())
+        return values
 
     def command(self, job: Job, output: Path, resume: Path | None, port: int | None = None) -> list[str]:
-        """`axolotl train cell.yaml`, by its own launcher; where there is no GPU, in one process."""
+        """`axolotl train config.yaml`, by its own launcher; where there is no GPU, in one process."""
         import torch
 
-        command = [sys.executable, "-m", "axolotl.cli.main", "train", str(_cell_config(output))]
+        command = [sys.executable, "-m", "axolotl.cli.main", "train", str(run_file(output))]
         if not torch.cuda.is_available():
             return [*command, "--launcher", "python"]
         return command if port is None else [*command, "--", f"--main_process_port={port}"]
-
-
-def _cell_config(output: Path) -> Path:
-    return output.parent / "config.yaml"
 
 
 def _values(job: Job) -> dict[str, Any]:
@@ -175,12 +172,6 @@ def _processes(values: Mapping[str, Any]) -> int | None:
                 if size >= most * _BYTES_A_PROCESS:
                     return most
     return 1 + size // _BYTES_A_PROCESS
-
-
-def _yaml(values: Mapping[str, Any]) -> str:
-    import yaml
-
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
 
 
 def _build_trainer(path: Path) -> tuple[Any, list[str], list[Any], Any]:

@@ -155,3 +155,30 @@ def test_json_files_are_configurations_too(tmp_path, capsys):
     path = workplace(tmp_path, "assistant_only", assistant_only_loss=True)
     made = write(tmp_path / "sft.json", json.dumps(yaml.safe_load(path.read_text()), indent=1))
     assert wit("check", made, capsys=capsys)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["runs #1", "runs: 1", "@runs", "{runs", "-runs", "1e-5", "runs"])
+def test_a_run_is_told_what_was_meant(tmp_path, monkeypatch, name):
+    """By a file of its own, which TRL's own parser reads."""
+    monkeypatch.chdir(tmp_path)
+    path, output = workplace(tmp_path), Path(name, "p0.5_r1", "model")
+    datasets = [{"path": "json", "data_files": str(tmp_path / "data" / "train.jsonl")}]
+    overrides = {"run_name": "a: b #1", "datasets": datasets, "dataset_name": None, "max_length": None}
+    driver = TRLDriver()
+    job = Job(path, driver.read(path), overrides, {"prompt_weight": 0.5, "response_weight": 1.0})
+    for file, text in driver.files(job, output, Path(name, "checkpoint-2")).items():
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    command = driver.command(job, output, Path(name, "checkpoint-2"), port=29501)
+    assert command[-1] == "--main_process_port=29501"
+    *arguments, rest = make_parser().parse_args_and_config(command[command.index("sft") + 1 :], True)
+    script, training, _, mixture, weights = arguments
+    assert rest == ["--main_process_port=29501"]  # for accelerate
+    assert (training.output_dir, training.resume_from_checkpoint) == (
+        str(tmp_path / output), str(tmp_path / name / "checkpoint-2"),
+    )  # fmt: skip
+    assert (training.run_name, training.max_length, script.dataset_name) == ("a: b #1", None, None)
+    (dataset,) = mixture.datasets
+    assert (dataset.path, dataset.data_files) == ("json", datasets[0]["data_files"])
+    assert (weights.prompt_weight, weights.response_weight) == (0.5, 1.0)
+    assert "main_process_port" not in driver.command(Job(path, {"main_process_port": 1}), output, None, port=2)[-1]

@@ -50,7 +50,7 @@ def look(path: Path) -> Plain:
 
     try:
         repeated = _walk(path, text)
-        values = yaml.load(text, Loader=_lenient_loader())
+        values = yaml.load(text, Loader=lenient_loader())
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, WITConfigError):
             raise
@@ -99,6 +99,26 @@ def safe_load(path: Path) -> Mapping[str, Any]:
     return values
 
 
+def dump(values: Mapping[str, Any]) -> str:
+    """A configuration as YAML from which every reader gets the same values back.
+
+    YAML 1.1, YAML 1.2 and OmegaConf do not agree on which plain words are numbers (`1e-3`, `1_000`, `0o17`), so text
+    that begins like a number stands in quotation marks.
+    """
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True  # a value that stands twice is written twice, as somebody would by hand
+
+    def represent_text(dumper: Any, text: str) -> Any:
+        style = '"' if text[:1] in tuple("+-.0123456789") else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    Dumper.add_representer(str, represent_text)
+    return yaml.dump(dict(values), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
 def unreadable(path: Path, error: Exception) -> WITConfigError:
     """The error for a file that is no YAML."""
     return WITConfigError(f"{path}: is not YAML: {' '.join(str(error).split()) or type(error).__name__}")
@@ -118,23 +138,13 @@ def check_weights(values: Mapping[str, Any], overrides: Mapping[str, Any], weigh
     values = {**values, **overrides}
     block = values.get(_BLOCK)
     if isinstance(block, Mapping):
-        within = {key.partition(".")[2]: _number(v) for key, v in overrides.items() if key.startswith(f"{_BLOCK}.")}
+        within = {key.partition(".")[2]: v for key, v in overrides.items() if key.startswith(f"{_BLOCK}.")}
         if not any("." in key for key in within):  # deeper in the block, the framework's own way of merging counts
             WITConfig.parse({**block, **within, **weights}, _BLOCK)
     elif block is None:
         for key, value in values.items():
             if key not in WITConfig.model_fields and (meant := closest(key, WITConfig.model_fields, _CLOSE)):
                 raise WITConfigError(f"{key} = {value!r}: unknown key; did you mean {meant!r}?")
-
-
-def _number(value: Any) -> Any:
-    """Text of the command line that some framework takes for a number, such as `1e-3`, as that number."""
-    import yaml
-
-    if not isinstance(value, str):
-        return value
-    read = yaml.load(value, Loader=_lenient_loader()) if re.fullmatch(r"[-+.\deE]+", value) else None
-    return read if isinstance(read, float) else value
 
 
 def closest(name: Any, known: Any, cutoff: float = 0.75) -> str | None:
@@ -144,7 +154,7 @@ def closest(name: Any, known: Any, cutoff: float = 0.75) -> str | None:
 
 
 @functools.cache
-def _lenient_loader() -> Any:
+def lenient_loader() -> Any:
     """PyYAML's, for which `1e-3` is a number as it is in YAML 1.2. (For `yaml.safe_load` it is text.)"""
     import yaml
 

@@ -156,6 +156,25 @@ class FrameworkDriver:
         """What is wrong with a configuration of which several runs are to be compared."""
         return []
 
+    def run_values(self, job: Job, output: Path, resume: Path | None) -> Mapping[str, Any] | None:
+        """The whole configuration of one training run, by the framework's own names; `None` if a run reads no file.
+
+        Args:
+            job ([`Job`]): with both weights.
+            output (`Path`): where the run is to write its model and its checkpoints.
+            resume (`Path | None`): the checkpoint to go on from.
+        """
+        return None
+
+    def files(self, job: Job, output: Path, resume: Path | None) -> dict[Path, str]:
+        """The file of one run, which the command of [`command`] reads: written before the run is started.
+
+        Everything that a run is told stands in that file. A command line would be read once more by the framework,
+        each by rules of its own: `runs #1` is `runs` to one that takes every value for YAML.
+        """
+        values = self.run_values(job, output, resume)
+        return {} if values is None else {run_file(output): configuration.dump(values)}
+
     def command(self, job: Job, output: Path, resume: Path | None, port: int | None = None) -> list[str]:
         """The command line of one training run, through the framework's own launcher.
 
@@ -166,10 +185,6 @@ class FrameworkDriver:
             port (`int | None`): a free port for the processes of this run to meet on, where runs go side by side.
         """
         raise NotImplementedError
-
-    def files(self, job: Job, output: Path, resume: Path | None) -> dict[Path, str]:
-        """Files that the command of [`command`] reads, if it needs some of its own: written before it is started."""
-        return {}
 
     def version(self) -> Version | None:
         """The installed version, or `None`."""
@@ -190,6 +205,11 @@ class FrameworkDriver:
             raise WITConfigError(f"{self.title} is not installed in this environment; {wanted}")
         if not self.supports(version):
             raise WITConfigError(f"{self.title} {version} is not supported; {wanted}")
+
+
+def run_file(output: Path) -> Path:
+    """The configuration file of the run that writes to `output`; absolute, so that no `-` or `@` leads a path."""
+    return output.parent.absolute() / "config.yaml"
 
 
 def drivers() -> list[FrameworkDriver]:
