@@ -22,7 +22,7 @@ from wit_axolotl.versions import OLDEST, TOO_NEW
 from wit_plugins import WITConfigError, attached
 from wit_plugins.active import ActiveStrategies
 from wit_plugins.cli.borrow import exchanged, unattached_collator
-from wit_plugins.cli.configuration import dump
+from wit_plugins.cli.configuration import dump, is_boolean
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split, run_file
 from wit_plugins.cli.empty import empty_model
 
@@ -48,6 +48,14 @@ class AxolotlDriver(FrameworkDriver):
     def recognises(self, values: Mapping[str, Any]) -> bool:
         """Only Axolotl calls the model `base_model`."""
         return "base_model" in values
+
+    def boolean_keys(self) -> set[str]:
+        """Those of Axolotl's schema."""
+        if self.version() is None:
+            return set()
+        from axolotl.utils.schemas.config import AxolotlInputConfig
+
+        return {name for name, field in AxolotlInputConfig.model_fields.items() if is_boolean(field.annotation)}
 
     def problems(self, job: Job) -> list[str]:
         """A block without the plugin line, which Axolotl would train without, and what the adapter refuses."""
@@ -104,7 +112,7 @@ class AxolotlDriver(FrameworkDriver):
             sampler = trainer.get_train_dataloader().batch_sampler
             strategy = str(values.get("excess_length_strategy") or "drop").lower()
             # Nothing may point into the temporary folder when it is gone.
-            splits = _splits(trainer, captured, strategy, bool(values.get("val_set_size")))
+            splits = _splits(trainer, captured, strategy, bool(trainer.axolotl_cfg.val_set_size))
             limit = int(trainer.axolotl_cfg.sequence_len)
             return Prepared(
                 framework=f"Axolotl {self.version()}",

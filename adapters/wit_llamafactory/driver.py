@@ -28,7 +28,7 @@ from wit_plugins.cli.borrow import (
     stopping,
     weighted_collator,
 )
-from wit_plugins.cli.configuration import read_text, unreadable
+from wit_plugins.cli.configuration import boolean_fields, read_text, unreadable
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split, run_file
 from wit_plugins.cli.empty import empty_model
 
@@ -47,6 +47,7 @@ class LlamaFactoryDriver(FrameworkDriver):
     distribution = "llamafactory"
     oldest, below = str(OLDEST), str(TOO_NEW)
     train = "llamafactory-wit train"
+    reads_words = False
 
     def recognises(self, values: Mapping[str, Any]) -> bool:
         """Its files name a model as TRL's do, and a dataset by a key of their own."""
@@ -76,6 +77,14 @@ class LlamaFactoryDriver(FrameworkDriver):
         if not isinstance(values, dict):
             raise WITConfigError(f"{path}: holds no mapping of keys to values")
         return values
+
+    def boolean_keys(self) -> set[str]:
+        """Those of the dataclasses that LLaMA-Factory fills."""
+        if self.version() is None:
+            return set()
+        from llamafactory.hparams.parser import _TRAIN_ARGS
+
+        return boolean_fields(_TRAIN_ARGS)
 
     def problems(self, job: Job) -> list[str]:
         """What the adapter refuses."""

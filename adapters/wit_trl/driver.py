@@ -24,7 +24,7 @@ from wit_plugins.cli.borrow import (
     stopping,
     weighted_collator,
 )
-from wit_plugins.cli.configuration import closest, dump
+from wit_plugins.cli.configuration import boolean_fields, closest, dump
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split, run_file
 from wit_plugins.cli.empty import empty_model
 from wit_trl.versions import OLDEST, TOO_NEW
@@ -53,6 +53,14 @@ class TRLDriver(FrameworkDriver):
             and bool({"dataset_name", "datasets"} & set(values))
             and not (_OTHERS & set(values))
         )
+
+    def boolean_keys(self) -> set[str]:
+        """Those of the dataclasses that `trl sft` fills."""
+        if self.version() is None:
+            return set()
+        from wit_trl.sft import make_parser
+
+        return boolean_fields(make_parser(prog="wit").dataclass_types)
 
     def prepare(self, job: Job) -> Prepared:
         """Run `trl sft` until its trainer is there."""

@@ -264,6 +264,20 @@ def test_a_run_that_cannot_win_is_ended(place, tmp_path, monkeypatch, capsys):
     assert "Training completed" in log
 
 
+@pytest.mark.parametrize(
+    ("written", "args", "message"),
+    [
+        (None, ["trust_remote_code=no", "train_on_inputs=no"], "fine for Axolotl"),
+        ("false", ["train_on_inputs=off"], "fine for Axolotl"),
+        (None, ["trust_remote_code=never"], "is neither true nor false"),
+    ],
+)
+def test_words_are_booleans_where_axolotl_wants_one(place, capsys, written, args, message):
+    more = {} if written is None else {"trust_remote_code": written}
+    _, out, err = wit(capsys, "check", config(place, **more), *(f"--set={arg}" for arg in args))
+    assert message in out + err
+
+
 def test_a_run_that_is_not_evaluated_is_refused(place, tmp_path, capsys):
     args = ["--prompt-weight", "0", "--response-weight", "1", "--output", tmp_path / "runs"]
     code, out, _ = wit(capsys, "sweep", config(place), *args)

@@ -308,6 +308,22 @@ def test_a_run_is_told_what_was_meant(workplace, tmp_path, monkeypatch, name):
     }
 
 
+@pytest.mark.parametrize(
+    ("written", "args", "message"),
+    [
+        (None, ["trust_remote_code=no"], "fine for LLaMA-Factory"),
+        (True, ["trust_remote_code=no"], "fine for LLaMA-Factory"),
+        (None, ["trust_remote_code=never"], "is neither true nor false"),
+        ("false", [], "is text, which LLaMA-Factory takes for true whatever it says; write trust_remote_code: false"),
+    ],
+)
+def test_a_model_s_code_is_not_run_for_a_word(workplace, capsys, written, args, message):
+    """LLaMA-Factory takes values as they are: text is true to it, so its quoted `false` is said and not guessed at."""
+    more = {} if written is None else {"trust_remote_code": written}
+    _, out, err = wit(capsys, "check", workplace.write(wit=WIT, **more), *(f"--set={arg}" for arg in args))
+    assert message in out + err
+
+
 def test_a_folder_that_llamafactory_cannot_be_told(workplace):
     with pytest.raises(WITConfigError, match="name another --output"):
         LlamaFactoryDriver().files(job(workplace.write(wit=WIT)), Path("runs ${x", "p0_r1", "model"), None)

@@ -8,7 +8,7 @@ roles and weights included, is the same for every framework, and comes from the 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from packaging.version import Version
 
 from wit_plugins.cli import configuration
+from wit_plugins.cli.configuration import boolean
 from wit_plugins.cli.text import visible
 from wit_plugins.config import WITConfig, did_you_mean
 from wit_plugins.errors import WITConfigError
@@ -117,6 +118,8 @@ class FrameworkDriver:
         block (`str`): the block of its files in which the settings of the weights stand; empty for none.
         train (`str`): what a user types in front of a file to train it.
         model_keys (`tuple[str, str]`): the keys of the model's name and of its revision.
+        reads_words (`bool`): whether it reads text such as `"false"` where it wants a boolean; else any text is true
+            to it.
     """
 
     name = ""
@@ -127,6 +130,7 @@ class FrameworkDriver:
     block = "wit"
     train = ""
     model_keys = ("model_name_or_path", "model_revision")
+    reads_words = True
 
     def recognises(self, values: Mapping[str, Any]) -> bool:
         """Whether this is a configuration of this framework. The framework need not be installed."""
@@ -139,6 +143,29 @@ class FrameworkDriver:
             WITConfigError: if the framework cannot read it.
         """
         return configuration.safe_load(path)
+
+    def boolean_keys(self) -> Set[str]:
+        """The keys that take true or false and nothing else; none where the framework is not installed."""
+        return frozenset()
+
+    def with_booleans(self, job: Job) -> Job:
+        """The job with a boolean for each key that wants one: whoever asks `if value` asks the right thing.
+
+        Raises:
+            WITConfigError: if a value is no boolean, or is text that the framework takes for true whatever it says.
+        """
+        keys = self.boolean_keys()
+        values, overrides = (
+            {key: boolean(key, value) if key in keys and value is not None else value for key, value in given.items()}
+            for given in (job.values, job.overrides)
+        )
+        for key in keys & job.values.keys() if not self.reads_words else ():
+            if isinstance(job.values[key], str) and key not in overrides:
+                raise WITConfigError(
+                    f"{key} = {job.values[key]!r}: is text, which {self.title} takes for true whatever it says; write "
+                    f"{key}: {str(values[key]).lower()} without quotation marks"
+                )
+        return replace(job, values=values, overrides=overrides)
 
     def problems(self, job: Job) -> list[str]:
         """What is wrong with a configuration that can be said without the framework, each with the way out."""
