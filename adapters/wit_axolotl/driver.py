@@ -100,11 +100,17 @@ class AxolotlDriver(FrameworkDriver):
             values = {key: value for key, value in values.items() if key not in _LEFT_OUT}
             values |= {**_NOT_HERE, "output_dir": f"{folder}/out"}
             prepared_path = values.get("dataset_prepared_path")
-            if not (prepared_path and Path(prepared_path).is_dir() and any(Path(prepared_path).iterdir())):
+            is_prepared = prepared_path and Path(prepared_path).is_dir() and any(Path(prepared_path).iterdir())
+            if not is_prepared:
                 values["dataset_prepared_path"] = f"{folder}/prepared"
             path = Path(folder, "config.yaml")
             path.write_text(dump(values), encoding="utf-8")
             trainer, problems, captured, tokenizer = _build_trainer(path)
+            unread: list[str] = []
+            if is_prepared and not captured:  # what is prepared already has no long examples any more
+                values["dataset_prepared_path"] = f"{folder}/anew"
+                path.write_text(dump(values), encoding="utf-8")
+                captured, unread = _prepared_anew(path, prepared_path)
             strategies = ActiveStrategies(config.active_strategies())
             collator = trainer.data_collator
             if attached(trainer) is None:
@@ -124,6 +130,7 @@ class AxolotlDriver(FrameworkDriver):
                 truncation="start" if strategy == "truncate" else "dropped",
                 row_length=getattr(sampler, "batch_max_len", None),
                 problems=problems,
+                unmatched=unread,
             )
 
     def run_values(self, job: Job, output: Path, resume: Path | None) -> dict[str, Any]:
@@ -182,22 +189,32 @@ def _processes(values: Mapping[str, Any]) -> int | None:
     return 1 + size // _BYTES_A_PROCESS
 
 
+@contextlib.contextmanager
+def _uncut_datasets() -> Iterator[list[Any]]:
+    """A list into which each dataset is put that Axolotl tokenises meanwhile, before long examples go."""
+    from axolotl.utils.data import sft
+
+    captured: list[Any] = []
+    cut = sft.handle_long_seq_in_dataset
+
+    def keep_uncut(dataset: Any, sequence_len: int, cfg: Any) -> Any:
+        captured.append(dataset)
+        return cut(dataset, sequence_len, cfg)
+
+    with exchanged(sft, "handle_long_seq_in_dataset", keep_uncut):
+        yield captured
+
+
 def _build_trainer(path: Path) -> tuple[Any, list[str], list[Any], Any]:
     """The trainer, why the weights cannot be attached to it, the datasets before long examples go, the tokenizer."""
     from axolotl import train
     from axolotl.cli.config import load_cfg
     from axolotl.common.datasets import load_datasets
     from axolotl.loaders import load_tokenizer
-    from axolotl.utils.data import sft
     from transformers import AutoConfig, Trainer
 
-    captured: list[Any] = []
     trainers: list[Any] = []
-    cut, setup_trainer = sft.handle_long_seq_in_dataset, train.setup_trainer
-
-    def keep_uncut(dataset: Any, sequence_len: int, cfg: Any) -> Any:
-        captured.append(dataset)
-        return cut(dataset, sequence_len, cfg)
+    setup_trainer = train.setup_trainer
 
     def keep_trainer(*args: Any, **kwargs: Any) -> Any:
         trainers.append(setup_trainer(*args, **kwargs))
@@ -210,7 +227,7 @@ def _build_trainer(path: Path) -> tuple[Any, list[str], list[Any], Any]:
 
     problems = []
     with (
-        exchanged(sft, "handle_long_seq_in_dataset", keep_uncut),
+        _uncut_datasets() as captured,
         exchanged(train, "setup_trainer", keep_trainer),
         exchanged(train, "setup_model_and_tokenizer", without_weights),
         exchanged(Trainer, "_move_model_to_device", lambda self, model, device: None),  # there is nothing to move
@@ -225,6 +242,22 @@ def _build_trainer(path: Path) -> tuple[Any, list[str], list[Any], Any]:
                 raise
             problems.append(str(error))
     return trainers[-1], problems, captured, tokenizer
+
+
+def _prepared_anew(path: Path, prepared_path: Any) -> tuple[list[Any], list[str]]:
+    """The datasets before long examples went, for data that was prepared before; or why they are not known."""
+    from axolotl.cli.config import load_cfg
+    from axolotl.common.datasets import load_datasets
+
+    try:
+        with _uncut_datasets() as captured:
+            load_datasets(cfg=load_cfg(str(path)))
+    except Exception as error:  # whatever a library says of data that is not where it was
+        return [], [
+            f"dataset_prepared_path = {str(prepared_path)!r}: how many examples were left out as too long, when the data "
+            f"was prepared, is not known, since it cannot be read again ({type(error).__name__}: {error})"
+        ]
+    return captured, []
 
 
 class _PackedRows:

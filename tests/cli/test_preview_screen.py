@@ -46,6 +46,20 @@ def test_long_documents_are_shortened_and_say_so(tmp_path, capsys):
     assert sum(map(int, re.findall(r"… (\d+) tokens not shown …", out))) == length - 4
 
 
+def test_rows_have_their_own_numbers(tmp_path, capsys):
+    """Whatever else was asked for is not there."""
+    path = workplace(tmp_path)
+    _, out, _ = wit("preview", path, "--rows", "100,0,2", "--no-summary", capsys=capsys)
+    assert re.findall(r"^Row (\d+)$", out, re.MULTILINE) == ["0", "2"]
+    assert "warning: the dataset 'train' has no row 100" in out
+    rows = prepare(path).splits["train"].rows
+    for number in (0, 2):
+        length = len(rows[number]["input_ids"])
+        assert f"Row {number}\n── {length} tokens" in out
+    code, out, err = wit("preview", path, "--rows", "100,200", capsys=capsys)
+    assert (code, "has no row 100" in err) == (2, True)
+
+
 class Page(html.parser.HTMLParser):
     """Every element with its attributes, and all text."""
 

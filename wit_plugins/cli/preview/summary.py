@@ -50,6 +50,8 @@ class Summary:
         dropped (`int`): examples that were left out altogether.
         dropped_prompt (`int`): their prompt tokens within the maximum length, where they were left out because no
             response token is: prompt_weight would have counted them.
+        unpacked, unpacked_tokens, unpacked_response (`int`): examples of the dataset that the batch sampler packs into
+            no row of its first epoch, their tokens, and their response tokens.
         parts ([`Parts`]): the spans, and the sources of the weights.
         complete (`bool`): whether every row was read.
     """
@@ -81,6 +83,9 @@ class Summary:
     lost_response: int = 0
     dropped: int = 0
     dropped_prompt: int = 0
+    unpacked: int = 0
+    unpacked_tokens: int = 0
+    unpacked_response: int = 0
     parts: Parts = field(default_factory=Parts)
     complete: bool = True
 
@@ -191,7 +196,9 @@ def summarise(
     pad_id = prepared.tokenizer.pad_token_id
     # Other strategies may look at the columns themselves.
     as_arrays = set(prepared.config.strategies) <= {"dft", "spans"}
+    packed = 0
     for block in blocks(split.rows, limit, as_arrays):
+        packed += sum(len(row) if isinstance(row, list) else 1 for row in block)
         tokens = read(block, prepared.collator, pad_id, name, summary.rows)
         summary.add(tokens, is_special, prepared.max_length)
         if progress is not None:
@@ -200,9 +207,27 @@ def summarise(
         summary.room = summary.rows * prepared.row_length
     if limit is not None and summary.rows == limit and _length(split.rows) != limit:
         summary.complete = False
-    elif split.uncut is not None and prepared.max_length is not None:
+        return summary
+    if split.examples is not None and (_length(split.examples) or packed) > packed:
+        _count_unpacked(summary, prepared, split.examples, packed, name)
+    if split.uncut is not None and prepared.max_length is not None:
         _compare_with_uncut(summary, prepared, split.uncut, progress, name)
     return summary
+
+
+def _count_unpacked(summary: Summary, prepared: Prepared, examples: Any, packed: int, name: str) -> None:
+    """What the sampler leaves out: all examples, without those that stand in its rows."""
+    count = tokens = response = 0
+    for block in blocks(examples):
+        for number, example in enumerate(block, count):
+            with row_errors(f"dataset {name}, example {number} (from 0)", example):
+                roles = prepared.collator.reader(example).roles
+            tokens += len(roles)
+            response += int((roles == RESPONSE).sum())
+        count += len(block)
+    summary.unpacked = count - packed
+    summary.unpacked_tokens = tokens - summary.tokens
+    summary.unpacked_response = response - summary.response
 
 
 def _compare_with_uncut(
@@ -234,10 +259,11 @@ def _compare_with_uncut(
         tokens += size
         if progress is not None:
             progress(len(block), size)
-    summary.lost = tokens - summary.tokens
-    summary.lost_response = max(0, response - summary.response)
+    # What the sampler leaves out of an epoch is in the dataset, and the next epoch has other rows.
+    summary.lost = tokens - summary.tokens - summary.unpacked_tokens
+    summary.lost_response = max(0, response - summary.response - summary.unpacked_response)
     if prepared.truncation != "split":
-        summary.dropped = max(0, examples - summary.documents)
+        summary.dropped = max(0, examples - summary.documents - summary.unpacked)
     if summary.dropped == len(unanswered) and prepared.truncation in ("start", "end"):
         summary.dropped_prompt = sum(unanswered)
 

@@ -237,6 +237,14 @@ def summary_facts(summary: Summary, prepared: Prepared) -> list[tuple[str, str]]
                 f"{empty:,} of {summary.room:,} places ({empty / summary.room:.1%}), in {summary.rows:,} rows",
             )
         )
+    if summary.unpacked:
+        facts.append(
+            (
+                "left out by packing",
+                f"{summary.unpacked:,} examples with {summary.unpacked_tokens:,} tokens, which fill no row of the first "
+                "epoch",
+            )
+        )
     if summary.padding:
         facts.append(("padding inside the rows", f"{summary.padding:,} tokens"))
     facts.append(("predicted, weight not 0", f"{summary.weighted:,} tokens: what the loss is divided by"))
