@@ -254,8 +254,8 @@ def _prepared_anew(path: Path, prepared_path: Any) -> tuple[list[Any], list[str]
             load_datasets(cfg=load_cfg(str(path)))
     except Exception as error:  # whatever a library says of data that is not where it was
         return [], [
-            f"dataset_prepared_path = {str(prepared_path)!r}: how many examples were left out as too long, when the data "
-            f"was prepared, is not known, since it cannot be read again ({type(error).__name__}: {error})"
+            f"dataset_prepared_path = {str(prepared_path)!r}: how many examples were left out as too long, when the "
+            f"data was prepared, is not known, since it cannot be read again ({type(error).__name__}: {error})"
         ]
     return captured, []
 

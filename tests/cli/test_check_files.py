@@ -57,7 +57,8 @@ def test_a_repeated_key_is_a_problem_although_trl_takes_the_last(tmp_path, capsy
 
 def test_values_are_those_that_trl_s_own_parser_gets(tmp_path, monkeypatch):
     path = workplace(tmp_path, prompt_weight=None, max_length=None)
-    more = "max_length: null\nsample_weight_key: null\nprompt_weight: 1e-3\nlearning_rate: 1e-4\nlr_scheduler_kwargs: {a: 1.0e-5, b: 1e-5, c: 2026-01-02}\n"
+    more = "max_length: null\nsample_weight_key: null\n"
+    more += "prompt_weight: 1e-3\nlearning_rate: 1e-4\nlr_scheduler_kwargs: {a: 1.0e-5, b: 1e-5, c: 2026-01-02}\n"
     write(path, path.read_text() + more + 'run_name: "\\U0001F600 é"\n')
     seen = []
     parse = trl_driver._parse

@@ -241,8 +241,8 @@ def summary_facts(summary: Summary, prepared: Prepared) -> list[tuple[str, str]]
         facts.append(
             (
                 "left out by packing",
-                f"{summary.unpacked:,} examples with {summary.unpacked_tokens:,} tokens, which fill no row of the first "
-                "epoch",
+                f"{summary.unpacked:,} examples with {summary.unpacked_tokens:,} tokens, which fill no row of the "
+                "first epoch",
             )
         )
     if summary.padding:
