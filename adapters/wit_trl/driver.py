@@ -65,7 +65,7 @@ class TRLDriver(FrameworkDriver):
     def prepare(self, job: Job) -> Prepared:
         """Run `trl sft` until its trainer is there."""
         self.check_installed()
-        from wit_trl.sft import make_parser
+        from wit_trl.sft import make_parser, template_errors
 
         with tempfile.TemporaryDirectory(prefix="wit-") as folder:
             values = for_looking(_values(job), folder, _LEFT_OUT, **_NOT_HERE)
@@ -74,7 +74,8 @@ class TRLDriver(FrameworkDriver):
             parsed = _parse(make_parser(prog="wit"), ["--config", str(path)], job)
             config = parsed[-1].config()
             strategies = ActiveStrategies(config.active_strategies())
-            trainer, uncut = _build_trainer(parsed[:-1], config)
+            with template_errors():
+                trainer, uncut = _build_trainer(parsed[:-1], config)
         args = trainer.args
         if hasattr(trainer.train_dataset, "__len__") and not len(trainer.train_dataset):
             raise WITConfigError(f"{job.name}: no training example is left: {_why_none(uncut.get('train'), args)}")

@@ -212,6 +212,26 @@ def _weighted_trainer(config: WITConfig) -> Iterator[None]:
         trl.SFTTrainer = original
 
 
+@contextmanager
+def template_errors() -> Iterator[None]:
+    """TRL's refusal of a chat template by which it cannot find the answers, with the ways out.
+
+    Raises:
+        WITConfigError: in its place.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, WITError) or "{% generation %}" not in str(error):
+            raise
+        raise WITConfigError(
+            "assistant_only_loss = True: this model's chat template has no {% generation %} marks, by which TRL finds "
+            "the answers, and TRL has none for it. Give the data as columns prompt and completion, and take "
+            "assistant_only_loss out; or put the marks around the answer in a copy of the template and say "
+            "chat_template_path: template.jinja"
+        ) from error
+
+
 def main() -> int:
     """Train: what every process runs. Returns the exit code."""
     from trl.scripts import sft
@@ -219,7 +239,7 @@ def main() -> int:
     try:
         *arguments, wit = make_parser().parse_args_and_config(fail_with_unknown_args=False)
         _check_script()
-        with _weighted_trainer(wit.config()):
+        with _weighted_trainer(wit.config()), template_errors():
             sft.main(*arguments)
     except WITError as error:
         report(error, PROG)
