@@ -182,7 +182,7 @@ def _merged(job: Job) -> dict[str, Any]:
     try:
         merged = OmegaConf.create(dict(job.values))
         for key, value in job.overrides.items():
-            OmegaConf.update(merged, key, value, merge=True)
+            OmegaConf.update(merged, key, value, merge=False)  # `--set` gives another value, and adds nothing to one
         values: Any = OmegaConf.to_container(merged)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise WITConfigError(f"{job.name}: --set does not fit the file: {' '.join(str(error).split())}") from None

@@ -31,7 +31,7 @@ from wit_trl.versions import OLDEST, TOO_NEW
 
 _PORT = "main_process_port"
 _NAMED = 3  # unknown keys; a file with more of them is not what it is taken for
-_OTHERS = {"base_model", "stage", "finetuning_type", "template", "wit"}  # keys of Axolotl and of LLaMA-Factory
+_OTHERS = {"base_model", "stage", "finetuning_type", "template"}  # keys of Axolotl and of LLaMA-Factory
 _NOT_HERE = {"load_in_4bit": False, "load_in_8bit": False, "torch_compile": False}
 _LEFT_OUT = {"accelerator_config", "parallelism_config", "hub_token", "activation_offloading", "optim_args"}
 
@@ -65,8 +65,10 @@ class TRLDriver(FrameworkDriver):
     def prepare(self, job: Job) -> Prepared:
         """Run `trl sft` until its trainer is there."""
         self.check_installed()
-        from wit_trl.sft import make_parser, template_errors
+        from wit_trl.sft import BLOCK_IN_FILE, make_parser, template_errors
 
+        if "wit" in _values(job):
+            raise WITConfigError(f"{job.name}: {BLOCK_IN_FILE}")
         with tempfile.TemporaryDirectory(prefix="wit-") as folder:
             values = for_looking(_values(job), folder, _LEFT_OUT, **_NOT_HERE)
             path = Path(folder, "config.yaml")
@@ -103,8 +105,10 @@ class TRLDriver(FrameworkDriver):
         found = super().problems(job)
         if self.version() is None:
             return found
-        from wit_trl.sft import make_parser
+        from wit_trl.sft import BLOCK_IN_FILE, make_parser
 
+        if "wit" in _values(job):
+            return [*found, f"{job.name}: {BLOCK_IN_FILE}"]
         known = {action.dest for action in make_parser(prog="wit")._actions} | _launcher_options()
         unknown = [key for key in {**job.values, **job.overrides} if key not in known and key != "env"]
         for key in unknown[:_NAMED]:

@@ -21,6 +21,10 @@ from wit_plugins.errors import WITError
 from wit_plugins.front_door import report, reported_by_worker
 
 PROG = "python -m wit_trl sft"
+BLOCK_IN_FILE = (
+    "wit: a block is for Axolotl and LLaMA-Factory; in TRL these are top-level keys: write prompt_weight: 0.2 and "
+    "response_weight: 0.8 at the left margin, without wit:"
+)
 _HELP = {name: (info.description or "").replace("%", "%%") for name, info in WITConfig.model_fields.items()}
 
 
@@ -123,6 +127,8 @@ def _checked(argv: list[str]) -> tuple[list[str], list[str]]:
         *parsed, from_config, from_command_line = parser.parse_args_and_config(
             list(argv), return_remaining_strings=True, separate_remaining_strings=True
         )
+        if "--wit" in from_config:
+            raise WITConfigError(f"{_file_of(argv)}{BLOCK_IN_FILE}")
         parsed[-1].config()
     except WITConfigError:
         raise

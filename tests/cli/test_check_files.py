@@ -9,7 +9,7 @@ from checkkit import BOMB, flat, write
 from clikit import wit, workplace
 from wit_trl import driver as trl_driver
 from wit_trl.driver import TRLDriver
-from wit_trl.sft import make_parser
+from wit_trl.sft import launch, make_parser
 
 from wit_plugins.cli.configuration import MAX_DEPTH, look
 from wit_plugins.cli.driver import Job
@@ -184,3 +184,15 @@ def test_a_run_is_told_what_was_meant(tmp_path, monkeypatch, name):
     assert (dataset.path, dataset.data_files) == ("json", datasets[0]["data_files"])
     assert (weights.prompt_weight, weights.response_weight) == (0.5, 1.0)
     assert "main_process_port" not in driver.command(Job(path, {"main_process_port": 1}), output, None, port=2)[-1]
+
+
+def test_a_block_in_a_file_of_trl(tmp_path, capsys):
+    """The way that the other two frameworks have; TRL's command names TRL's."""
+    path = workplace(tmp_path, prompt_weight=None, response_weight=None)
+    path.write_text(path.read_text() + "wit: {prompt_weight: 0.2, response_weight: 0.8}\n")
+    for command in ("check", "preview"):
+        _, out, err = wit(command, path, capsys=capsys)
+        assert "in TRL these are top-level keys: write prompt_weight: 0.2 and response_weight" in flat(out + err)
+        assert "1 problem" in out or command == "preview"
+    assert launch(["--config", str(path)]) == 2
+    assert f"{path}: wit: a block is for Axolotl and LLaMA-Factory; in TRL these are top" in capsys.readouterr().err

@@ -292,7 +292,8 @@ def test_a_run_is_told_what_was_meant(workplace, tmp_path, monkeypatch, name):
     """By a file of its own, which `llamafactory-wit train` reads: `runs #1` is `runs` as a value of a command line."""
     monkeypatch.chdir(tmp_path)
     output, overrides = Path(name, "p0.5_r1", "model"), {"run_name": "a: b #1", "learning_rate": 1e-5, "seed": None}
-    path = workplace.write(wit={**WIT, "loss_impl": "logits"})
+    path = workplace.write(wit={**WIT, "loss_impl": "logits", "strategies": {"dft": {}}})
+    overrides["wit.strategies"] = {"eaft": {}}  # instead, and not beside, as LLaMA-Factory's own command line would
     one_run = dataclasses.replace(job(path, prompt_weight=0.5, response_weight=1.0), overrides=overrides)
     driver = LlamaFactoryDriver()
     for file, text in driver.files(one_run, output, Path(name, "checkpoint-2")).items():
@@ -301,8 +302,8 @@ def test_a_run_is_told_what_was_meant(workplace, tmp_path, monkeypatch, name):
     command = driver.command(one_run, output, Path(name, "checkpoint-2"))
     assert read_arguments(command[command.index("train") + 1 :]) == {
         **yaml.safe_load(path.read_text()),
-        **overrides,
-        "wit": {"prompt_weight": 0.5, "response_weight": 1.0, "loss_impl": "logits"},
+        **{key: value for key, value in overrides.items() if "." not in key},
+        "wit": {"prompt_weight": 0.5, "response_weight": 1.0, "loss_impl": "logits", "strategies": {"eaft": {}}},
         "output_dir": str(tmp_path / output),
         "resume_from_checkpoint": str(tmp_path / name / "checkpoint-2"),
     }

@@ -144,7 +144,7 @@ def test_the_documented_dft_is_dft(tmp_path, registered):
 
 @pytest.mark.parametrize("marks", [True, False], ids=["marks", "no marks"])
 def test_the_script_in_the_trl_guide(tmp_path, monkeypatch, capsys, marks):
-    """Pasted, with a chat template of either kind, with a local model for the hub's name and one step; nothing is added for a machine without a GPU."""
+    """Pasted, with a chat template of either kind, a local model for the hub's name and one step."""
     llama(vocab_size=64).save_pretrained(tmp_path / "model")
     reading = tokenizer()
     if not marks:

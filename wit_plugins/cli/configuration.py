@@ -147,6 +147,27 @@ def check_weights(values: Mapping[str, Any], overrides: Mapping[str, Any], weigh
         for key, value in values.items():
             if key not in WITConfig.model_fields and (meant := closest(key, WITConfig.model_fields, _CLOSE)):
                 raise WITConfigError(f"{key} = {value!r}: unknown key; did you mean {meant!r}?")
+        _check_top_level({**values, **weights})
+
+
+def _check_top_level(values: Mapping[str, Any]) -> None:
+    """The settings of the weights that stand beside all other keys, in a file that has no block for them.
+
+    What stands there as text is left to the framework, which has ways of its own to read it; text that is a number is
+    one.
+    """
+    settings: dict[str, Any] = {}
+    for key in WITConfig.model_fields.keys() & values.keys():
+        value = values[key]
+        if isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                if key not in ("prompt_weight", "response_weight"):
+                    continue
+        settings[key] = value
+    if settings:
+        WITConfig.parse({"prompt_weight": 1.0, **settings}, "the weights")
 
 
 def boolean(key: str, value: Any) -> bool:
