@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +46,8 @@ class Summary:
         end_tokens (`dict[int, int]`): by id, the tokens found at untrained ends.
         long (`int`): examples longer than `max_length`, before truncation. -1 if the framework does not say.
         cut_responses (`int`): of those, the ones that lose response tokens, where one end is cut off.
+        last_turns (`int`): of those that are cut at their end, the ones that keep response tokens, but none of their
+            last turn.
         lost, lost_response (`int`): tokens, and response tokens, of all examples that are not in the dataset any more.
         dropped (`int`): examples that were left out altogether.
         dropped_prompt (`int`): their prompt tokens within the maximum length, where they were left out because no
@@ -79,6 +81,7 @@ class Summary:
     end_tokens: dict[int, int] = field(default_factory=dict)
     long: int = _UNKNOWN
     cut_responses: int = 0
+    last_turns: int = 0
     lost: int = 0
     lost_response: int = 0
     dropped: int = 0
@@ -256,6 +259,9 @@ def _compare_with_uncut(
                 summary.long += 1
                 gone = is_response[:-limit] if prepared.truncation == "end" else is_response[limit:]
                 summary.cut_responses += bool(gone.any())
+                if prepared.truncation == "start" and is_response[:limit].any():
+                    begins = np.flatnonzero(is_response & ~np.append(False, is_response[:-1]))
+                    summary.last_turns += bool(begins[-1] >= limit)
         tokens += size
         if progress is not None:
             progress(len(block), size)
@@ -319,6 +325,11 @@ def warnings(summary: Summary, config: WITConfig, prepared: Prepared) -> list[st
             f"tokens ({summary.lost_response:,} in all): their ends are not learnt; allow more tokens, or take long "
             "examples out"
         )
+    if summary.last_turns and _weights_last_turns(config):
+        found.append(
+            f"{summary.last_turns:,} examples are cut before their last turn: there, last_turn is the last turn that "
+            "is left; allow more tokens, or take long examples out"
+        )
     if summary.untrained_ends > _TOLERATED * summary.responses:
         token = max(summary.end_tokens, key=summary.end_tokens.__getitem__)
         text = visible(TokenText(prepared.tokenizer)(token))
@@ -334,6 +345,11 @@ def warnings(summary: Summary, config: WITConfig, prepared: Prepared) -> list[st
             f"{visible(str(prepared.tokenizer.eos_token))}): the model may not learn to stop"
         )
     return found
+
+
+def _weights_last_turns(config: WITConfig) -> bool:
+    spans = config.strategies.get("spans", [])
+    return any(isinstance(one, Mapping) and one.get("named") == "last_turn" for one in spans)
 
 
 def _of(count: int, summary: Summary) -> str:
