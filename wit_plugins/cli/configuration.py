@@ -51,15 +51,20 @@ def look(path: Path) -> Plain:
     import yaml
 
     try:
-        repeated = _walk(path, text)
-        values = yaml.load(text, Loader=lenient_loader())
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        loader = lenient_loader()(text)
+        node, inspection = loader.get_single_node(), _Inspection(path)
+        if node is not None:
+            inspection.size(node)
+        values = None if node is None else loader.construct_document(node)
+    except RecursionError:
+        raise WITConfigError(f"{path}: is nested more than {MAX_DEPTH} deep; no configuration is") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         if isinstance(error, WITConfigError):
             raise
         raise unreadable(path, error) from None
     if not isinstance(values, dict):
         raise WITConfigError(f"{path}: holds no mapping of keys to values")
-    return Plain(values, repeated)
+    return Plain(values, inspection.repeated)
 
 
 def read_text(path: Path) -> str:
@@ -224,74 +229,42 @@ def lenient_loader() -> Any:
     return Loader
 
 
-@dataclass
-class _Open:
-    """A mapping or a sequence that has begun and not ended."""
+class _Inspection:
+    """The nodes of a YAML file, each looked at once: keys that stand twice, and what would take without end to read."""
 
-    name: str
-    is_mapping: bool
-    anchor: str | None
-    size: int = 1
-    key: str | None = None
-    expects_key: bool = True
-    lines: dict[str, int] = field(default_factory=dict)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.repeated: list[str] = []
+        self._sizes: dict[Any, int] = {}  # of each node, with all that its aliases stand for
+        self._expanded = 0
 
-    def place(self) -> str:
-        """The dotted name of what stands here now."""
-        return f"{self.name}.{self.key}" if self.name and self.key else self.name or self.key or ""
-
-
-def _walk(path: Path, text: str) -> list[str]:
-    """Keys that stand twice; refuses what would take without end. Reads events, so nothing is expanded or built."""
-    import yaml
-
-    repeated: list[str] = []
-    sizes: dict[str, int] = {}  # of what anchors name, with all that their aliases stand for
-    opened: list[_Open] = []
-    expanded = 0
-
-    def finish(anchor: str | None, size: int) -> None:
-        """A value has ended: it belongs to what is open around it."""
-        if anchor is not None:
-            sizes[anchor] = size
-        if opened:
-            opened[-1].size += size
-            if opened[-1].is_mapping:
-                opened[-1].expects_key = not opened[-1].expects_key
-
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        line = event.start_mark.line + 1
-        if isinstance(event, yaml.CollectionStartEvent):
-            if len(opened) >= MAX_DEPTH:
-                raise WITConfigError(f"{path}: line {line} is nested more than {MAX_DEPTH} deep; no configuration is")
-            name = opened[-1].place() if opened else ""
-            opened.append(_Open(name, isinstance(event, yaml.MappingStartEvent), event.anchor))
-            if event.anchor is not None:
-                sizes.pop(event.anchor, None)
-        elif isinstance(event, yaml.CollectionEndEvent):
-            ended = opened.pop()
-            finish(ended.anchor, ended.size)
-        elif isinstance(event, yaml.AliasEvent):
-            if event.anchor not in sizes:
-                inside = any(one.anchor == event.anchor for one in opened)
-                what = "stands inside what it names" if inside else "names nothing"
-                raise WITConfigError(f"{path}: line {line}: the alias *{event.anchor} {what}; write the value out")
-            expanded += sizes[event.anchor]
-            if expanded > MAX_VALUES:
+    def size(self, node: Any, name: str = "", around: tuple[Any, ...] = ()) -> int:
+        """How many values a node stands for. `name` is its dotted name, `around` the nodes that it stands in."""
+        where = f"{self.path}: line {node.start_mark.line + 1}"
+        if node in around:
+            raise WITConfigError(f"{where}: an alias of this value stands inside what it names; write the value out")
+        if len(around) > MAX_DEPTH:
+            raise WITConfigError(f"{where} is nested more than {MAX_DEPTH} deep; no configuration is")
+        if node in self._sizes:  # by an alias, at least the second time
+            self._expanded += self._sizes[node]
+            if self._expanded > MAX_VALUES:
                 raise WITConfigError(
-                    f"{path}: line {line}: the alias *{event.anchor}: together with those before it, it stands for "
-                    f"more than {MAX_VALUES:,} values; write out those that are meant"
+                    f"{where}: the aliases of this value and those before it stand for more than {MAX_VALUES:,} "
+                    "values; write out those that are meant"
                 )
-            finish(None, sizes[event.anchor])
-        elif isinstance(event, yaml.ScalarEvent):
-            around = opened[-1] if opened else None
-            if around is not None and around.is_mapping and around.expects_key:
-                around.key = event.value
-                if event.value in around.lines and event.value != "<<":
-                    repeated.append(
-                        f"{around.place()} stands twice, on line {around.lines[event.value]} and on line {line}; only "
-                        "one of them can count: take the other out"
+            return self._sizes[node]
+        count, inside, lines = 1, (*around, node), dict[Any, int]()
+        for item in node.value if isinstance(node.value, list) else ():
+            key, value = item if isinstance(item, tuple) else (None, item)
+            place = name
+            if key is not None and isinstance(key.value, str):
+                place, line = f"{name}.{key.value}".lstrip("."), key.start_mark.line + 1
+                if key.value in lines and key.value != "<<":
+                    self.repeated.append(
+                        f"{place} stands twice, on line {lines[key.value]} and on line {line}; only one of them can "
+                        "count: take the other out"
                     )
-                around.lines.setdefault(event.value, line)
-            finish(event.anchor, 1)
-    return repeated
+                lines.setdefault(key.value, line)
+            count += self.size(value, place, inside) + (key is not None)
+        self._sizes[node] = count
+        return count
