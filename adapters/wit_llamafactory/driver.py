@@ -75,7 +75,9 @@ class LlamaFactoryDriver(FrameworkDriver):
         except (yaml.YAMLError, OmegaConfBaseException, ValueError, OverflowError, RecursionError) as error:
             raise unreadable(path, error) from None
         if not isinstance(values, dict):
-            raise WITConfigError(f"{path}: holds no mapping of keys to values")
+            raise WITConfigError(
+                f"{path}: holds no mapping of keys to values; name a configuration, with lines such as seed: 1"
+            )
         return values
 
     def boolean_keys(self) -> set[str]:

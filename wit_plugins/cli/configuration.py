@@ -63,7 +63,9 @@ def look(path: Path) -> Plain:
             raise
         raise unreadable(path, error) from None
     if not isinstance(values, dict):
-        raise WITConfigError(f"{path}: holds no mapping of keys to values")
+        raise WITConfigError(
+            f"{path}: holds no mapping of keys to values; name a configuration, with lines such as seed: 1"
+        )
     return Plain(values, inspection.repeated)
 
 
@@ -102,7 +104,9 @@ def safe_load(path: Path) -> Mapping[str, Any]:
             raise
         raise unreadable(path, error) from None
     if not isinstance(values, dict):
-        raise WITConfigError(f"{path}: holds no mapping of keys to values")
+        raise WITConfigError(
+            f"{path}: holds no mapping of keys to values; name a configuration, with lines such as seed: 1"
+        )
     return values
 
 
