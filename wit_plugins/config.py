@@ -157,8 +157,30 @@ class WITConfig(BaseModel):
         }
         parts = [f"{name}={value!r}" for name, value in own.items() if name not in usual or value != usual[name]]
         if self.strategies:
-            parts.append(f"strategies={self.strategies!r}")
+            named = (f"{name}{_in_words(options)}" for name, options in self.strategies.items())
+            parts.append(f"strategies: {', '.join(named)}")
         return ", ".join(parts)
+
+
+def _in_words(options: Any) -> str:
+    """The options of a strategy as somebody would write them by hand, in brackets: ` (share 0.6)`."""
+
+    def worded(value: Any, outermost: bool = False) -> str:
+        if isinstance(value, Mapping):
+            said = ", ".join(f"{key} {worded(inner)}" for key, inner in value.items())
+            return said if outermost else f"{{{said}}}"
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join(map(worded, value))}]"
+        if isinstance(value, str):
+            return value if value.isidentifier() else repr(value)
+        if value is None or isinstance(value, bool):
+            return {None: "null", True: "true", False: "false"}[value]
+        return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+    if not options:
+        return ""
+    several = options if isinstance(options, (list, tuple)) else [options]
+    return f" ({'; '.join(worded(one, True) for one in several)})"
 
 
 def survives_float32(value: float) -> bool:

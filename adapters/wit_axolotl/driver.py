@@ -22,7 +22,8 @@ from wit_axolotl.versions import OLDEST, TOO_NEW
 from wit_plugins import WITConfigError, attached
 from wit_plugins.active import ActiveStrategies
 from wit_plugins.cli.borrow import exchanged, unattached_collator
-from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split
+from wit_plugins.cli.configuration import dump, is_boolean
+from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split, run_file
 from wit_plugins.cli.empty import empty_model
 
 # What decides where and how a model is trained, and nothing about the data.
@@ -47,6 +48,14 @@ class AxolotlDriver(FrameworkDriver):
     def recognises(self, values: Mapping[str, Any]) -> bool:
         """Only Axolotl calls the model `base_model`."""
         return "base_model" in values
+
+    def boolean_keys(self) -> set[str]:
+        """Those of Axolotl's schema."""
+        if self.version() is None:
+            return set()
+        from axolotl.utils.schemas.config import AxolotlInputConfig
+
+        return {name for name, field in AxolotlInputConfig.model_fields.items() if is_boolean(field.annotation)}
 
     def problems(self, job: Job) -> list[str]:
         """A block without the plugin line, which Axolotl would train without, and what the adapter refuses."""
@@ -91,11 +100,17 @@ class AxolotlDriver(FrameworkDriver):
             values = {key: value for key, value in values.items() if key not in _LEFT_OUT}
             values |= {**_NOT_HERE, "output_dir": f"{folder}/out"}
             prepared_path = values.get("dataset_prepared_path")
-            if not (prepared_path and Path(prepared_path).is_dir() and any(Path(prepared_path).iterdir())):
+            is_prepared = prepared_path and Path(prepared_path).is_dir() and any(Path(prepared_path).iterdir())
+            if not is_prepared:
                 values["dataset_prepared_path"] = f"{folder}/prepared"
             path = Path(folder, "config.yaml")
-            path.write_text(_yaml(values), encoding="utf-8")
+            path.write_text(dump(values), encoding="utf-8")
             trainer, problems, captured, tokenizer = _build_trainer(path)
+            unread: list[str] = []
+            if is_prepared and not captured:  # what is prepared already has no long examples any more
+                values["dataset_prepared_path"] = f"{folder}/anew"
+                path.write_text(dump(values), encoding="utf-8")
+                captured, unread = _prepared_anew(path, prepared_path)
             strategies = ActiveStrategies(config.active_strategies())
             collator = trainer.data_collator
             if attached(trainer) is None:
@@ -103,7 +118,7 @@ class AxolotlDriver(FrameworkDriver):
             sampler = trainer.get_train_dataloader().batch_sampler
             strategy = str(values.get("excess_length_strategy") or "drop").lower()
             # Nothing may point into the temporary folder when it is gone.
-            splits = _splits(trainer, captured, strategy, bool(values.get("val_set_size")))
+            splits = _splits(trainer, captured, strategy, bool(trainer.axolotl_cfg.val_set_size))
             limit = int(trainer.axolotl_cfg.sequence_len)
             return Prepared(
                 framework=f"Axolotl {self.version()}",
@@ -115,27 +130,24 @@ class AxolotlDriver(FrameworkDriver):
                 truncation="start" if strategy == "truncate" else "dropped",
                 row_length=getattr(sampler, "batch_max_len", None),
                 problems=problems,
+                unmatched=unread,
             )
 
-    def files(self, job: Job, output: Path, resume: Path | None) -> dict[Path, str]:
-        """Axolotl's command line does not reach into a block, so each run has a file of its own."""
-        values = {**_values(job), "output_dir": str(output)}
+    def run_values(self, job: Job, output: Path, resume: Path | None) -> dict[str, Any]:
+        """The file with what the command line says on top."""
+        values = {**_values(job), "output_dir": str(output.absolute())}
         if resume is not None:
-            values["resume_from_checkpoint"] = str(resume)
-        return {_cell_config(output): _yaml(values)}
+            values["resume_from_checkpoint"] = str(resume.absolute())
+        return values
 
     def command(self, job: Job, output: Path, resume: Path | None, port: int | None = None) -> list[str]:
-        """`axolotl train cell.yaml`, by its own launcher; where there is no GPU, in one process."""
+        """`axolotl train config.yaml`, by its own launcher; where there is no GPU, in one process."""
         import torch
 
-        command = [sys.executable, "-m", "axolotl.cli.main", "train", str(_cell_config(output))]
+        command = [sys.executable, "-m", "axolotl.cli.main", "train", str(run_file(output))]
         if not torch.cuda.is_available():
             return [*command, "--launcher", "python"]
         return command if port is None else [*command, "--", f"--main_process_port={port}"]
-
-
-def _cell_config(output: Path) -> Path:
-    return output.parent / "config.yaml"
 
 
 def _values(job: Job) -> dict[str, Any]:
@@ -177,10 +189,20 @@ def _processes(values: Mapping[str, Any]) -> int | None:
     return 1 + size // _BYTES_A_PROCESS
 
 
-def _yaml(values: Mapping[str, Any]) -> str:
-    import yaml
+@contextlib.contextmanager
+def _uncut_datasets() -> Iterator[list[Any]]:
+    """A list into which each dataset is put that Axolotl tokenises meanwhile, before long examples go."""
+    from axolotl.utils.data import sft
 
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+    captured: list[Any] = []
+    cut = sft.handle_long_seq_in_dataset
+
+    def keep_uncut(dataset: Any, sequence_len: int, cfg: Any) -> Any:
+        captured.append(dataset)
+        return cut(dataset, sequence_len, cfg)
+
+    with exchanged(sft, "handle_long_seq_in_dataset", keep_uncut):
+        yield captured
 
 
 def _build_trainer(path: Path) -> tuple[Any, list[str], list[Any], Any]:
@@ -189,16 +211,10 @@ def _build_trainer(path: Path) -> tuple[Any, list[str], list[Any], Any]:
     from axolotl.cli.config import load_cfg
     from axolotl.common.datasets import load_datasets
     from axolotl.loaders import load_tokenizer
-    from axolotl.utils.data import sft
     from transformers import AutoConfig, Trainer
 
-    captured: list[Any] = []
     trainers: list[Any] = []
-    cut, setup_trainer = sft.handle_long_seq_in_dataset, train.setup_trainer
-
-    def keep_uncut(dataset: Any, sequence_len: int, cfg: Any) -> Any:
-        captured.append(dataset)
-        return cut(dataset, sequence_len, cfg)
+    setup_trainer = train.setup_trainer
 
     def keep_trainer(*args: Any, **kwargs: Any) -> Any:
         trainers.append(setup_trainer(*args, **kwargs))
@@ -211,7 +227,7 @@ def _build_trainer(path: Path) -> tuple[Any, list[str], list[Any], Any]:
 
     problems = []
     with (
-        exchanged(sft, "handle_long_seq_in_dataset", keep_uncut),
+        _uncut_datasets() as captured,
         exchanged(train, "setup_trainer", keep_trainer),
         exchanged(train, "setup_model_and_tokenizer", without_weights),
         exchanged(Trainer, "_move_model_to_device", lambda self, model, device: None),  # there is nothing to move
@@ -226,6 +242,22 @@ def _build_trainer(path: Path) -> tuple[Any, list[str], list[Any], Any]:
                 raise
             problems.append(str(error))
     return trainers[-1], problems, captured, tokenizer
+
+
+def _prepared_anew(path: Path, prepared_path: Any) -> tuple[list[Any], list[str]]:
+    """The datasets before long examples went, for data that was prepared before; or why they are not known."""
+    from axolotl.cli.config import load_cfg
+    from axolotl.common.datasets import load_datasets
+
+    try:
+        with _uncut_datasets() as captured:
+            load_datasets(cfg=load_cfg(str(path)))
+    except Exception as error:  # whatever a library says of data that is not where it was
+        return [], [
+            f"dataset_prepared_path = {str(prepared_path)!r}: how many examples were left out as too long, when the "
+            f"data was prepared, is not known, since it cannot be read again ({type(error).__name__}: {error})"
+        ]
+    return captured, []
 
 
 class _PackedRows:

@@ -28,8 +28,8 @@ from wit_plugins.cli.borrow import (
     stopping,
     weighted_collator,
 )
-from wit_plugins.cli.configuration import read_text, unreadable
-from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split
+from wit_plugins.cli.configuration import boolean_fields, read_text, unreadable
+from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split, run_file
 from wit_plugins.cli.empty import empty_model
 
 _OWN = {"stage", "finetuning_type", "template", "dataset_dir", "cutoff_len"}
@@ -47,6 +47,7 @@ class LlamaFactoryDriver(FrameworkDriver):
     distribution = "llamafactory"
     oldest, below = str(OLDEST), str(TOO_NEW)
     train = "llamafactory-wit train"
+    reads_words = False
 
     def recognises(self, values: Mapping[str, Any]) -> bool:
         """Its files name a model as TRL's do, and a dataset by a key of their own."""
@@ -74,8 +75,18 @@ class LlamaFactoryDriver(FrameworkDriver):
         except (yaml.YAMLError, OmegaConfBaseException, ValueError, OverflowError, RecursionError) as error:
             raise unreadable(path, error) from None
         if not isinstance(values, dict):
-            raise WITConfigError(f"{path}: holds no mapping of keys to values")
+            raise WITConfigError(
+                f"{path}: holds no mapping of keys to values; name a configuration, with lines such as seed: 1"
+            )
         return values
+
+    def boolean_keys(self) -> set[str]:
+        """Those of the dataclasses that LLaMA-Factory fills."""
+        if self.version() is None:
+            return set()
+        from llamafactory.hparams.parser import _TRAIN_ARGS
+
+        return boolean_fields(_TRAIN_ARGS)
 
     def problems(self, job: Job) -> list[str]:
         """What the adapter refuses."""
@@ -130,8 +141,25 @@ class LlamaFactoryDriver(FrameworkDriver):
             problems=problems,
         )
 
+    def run_values(self, job: Job, output: Path, resume: Path | None) -> dict[str, Any]:
+        """The file with what the command line says on top, and the whole `wit:` block."""
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        values = {**_merged(job), "output_dir": str(output.absolute())}
+        if resume is not None:
+            values["resume_from_checkpoint"] = str(resume.absolute())
+        try:
+            OmegaConf.create(values)
+        except OmegaConfBaseException:
+            raise WITConfigError(
+                f"{output}: LLaMA-Factory takes ${{ for the beginning of a reference and cannot read this folder's "
+                "name; name another --output"
+            ) from None
+        return values
+
     def command(self, job: Job, output: Path, resume: Path | None, port: int | None = None) -> list[str]:
-        """`llamafactory-wit train cfg.yaml key=value …`."""
+        """`llamafactory-wit train config.yaml`."""
         script = Path(sys.executable).with_name("llamafactory-wit")
         if script.exists():
             command = [str(script), "train"]
@@ -139,11 +167,7 @@ class LlamaFactoryDriver(FrameworkDriver):
             found = shutil.which("llamafactory-wit")
             code = "import sys; from wit_llamafactory.command import main; sys.exit(main())"
             command = [found, "train"] if found else [sys.executable, "-c", code, "train"]
-        overrides = {**job.overrides, **{f"wit.{name}": weight for name, weight in job.weights.items()}}
-        overrides["output_dir"] = str(output)
-        if resume is not None:
-            overrides["resume_from_checkpoint"] = str(resume)
-        return [*command, str(job.path), *(f"{key}={_argument(value)}" for key, value in overrides.items())]
+        return [*command, str(run_file(output))]
 
 
 def _reading_weights(config: WITConfig) -> contextlib.AbstractContextManager[None]:
@@ -152,32 +176,34 @@ def _reading_weights(config: WITConfig) -> contextlib.AbstractContextManager[Non
     return reading_weights(config)
 
 
-def _argument(value: Any) -> str:
-    """A value as OmegaConf's command line reads it, which is YAML."""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _values(job: Job) -> tuple[dict[str, Any], WITConfig]:
-    """The file with its overrides as LLaMA-Factory merges them, without the `wit:` block; and the block."""
-    import yaml
+def _merged(job: Job) -> dict[str, Any]:
+    """The file with what the command line says on top; `a.b` reaches into a block."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    overrides = [f"{key}={_argument(value)}" for key, value in job.overrides.items()]
     try:
-        merged = OmegaConf.merge(OmegaConf.create(dict(job.values)), OmegaConf.from_dotlist(overrides))
+        merged = OmegaConf.create(dict(job.values))
+        for key, value in job.overrides.items():
+            OmegaConf.update(merged, key, value, merge=False)  # `--set` gives another value, and adds nothing to one
         values: Any = OmegaConf.to_container(merged)
-    except (OmegaConfBaseException, TypeError, ValueError, yaml.YAMLError) as error:
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise WITConfigError(f"{job.name}: --set does not fit the file: {' '.join(str(error).split())}") from None
+    block = values.get("wit")
+    if job.weights and (block is None or isinstance(block, dict)):
+        values["wit"] = {**(block or {}), **job.weights}
+    return values
+
+
+def _values(job: Job) -> tuple[dict[str, Any], WITConfig]:
+    """What LLaMA-Factory is given, without the `wit:` block; and the block."""
+    values = _merged(job)
     block = values.pop("wit", None)
-    if block is None and not job.weights:
+    if block is None:
         raise WITConfigError(
             f"{job.name}: there is no wit block, so `llamafactory-wit train` would train without weights; add wit: "
             "{prompt_weight: 0.2, response_weight: 0.8}, or say --prompt-weight"
         )
-    if block is not None and not isinstance(block, dict):
-        return values, WITConfig.parse(block, "wit")
-    return values, WITConfig.parse({**(block or {}), **job.weights}, "wit")
+    return values, WITConfig.parse(block, "wit")
 
 
 def _build_trainer(values: dict[str, Any], job: Job) -> tuple[Any, dict[str, Any], Any]:

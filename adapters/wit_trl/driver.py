@@ -8,7 +8,6 @@ the same `attach` that training calls.
 from __future__ import annotations
 
 import copy
-import json
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -25,13 +24,14 @@ from wit_plugins.cli.borrow import (
     stopping,
     weighted_collator,
 )
-from wit_plugins.cli.configuration import closest
-from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split
+from wit_plugins.cli.configuration import boolean_fields, closest, dump
+from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split, run_file
 from wit_plugins.cli.empty import empty_model
 from wit_trl.versions import OLDEST, TOO_NEW
 
+_PORT = "main_process_port"
 _NAMED = 3  # unknown keys; a file with more of them is not what it is taken for
-_OTHERS = {"base_model", "stage", "finetuning_type", "template", "wit"}  # keys of Axolotl and of LLaMA-Factory
+_OTHERS = {"base_model", "stage", "finetuning_type", "template"}  # keys of Axolotl and of LLaMA-Factory
 _NOT_HERE = {"load_in_4bit": False, "load_in_8bit": False, "torch_compile": False}
 _LEFT_OUT = {"accelerator_config", "parallelism_config", "hub_token", "activation_offloading", "optim_args"}
 
@@ -54,21 +54,30 @@ class TRLDriver(FrameworkDriver):
             and not (_OTHERS & set(values))
         )
 
+    def boolean_keys(self) -> set[str]:
+        """Those of the dataclasses that `trl sft` fills."""
+        if self.version() is None:
+            return set()
+        from wit_trl.sft import make_parser
+
+        return boolean_fields(make_parser(prog="wit").dataclass_types)
+
     def prepare(self, job: Job) -> Prepared:
         """Run `trl sft` until its trainer is there."""
         self.check_installed()
-        from wit_trl.sft import make_parser
+        from wit_trl.sft import BLOCK_IN_FILE, make_parser, template_errors
 
+        if "wit" in _values(job):
+            raise WITConfigError(f"{job.name}: {BLOCK_IN_FILE}")
         with tempfile.TemporaryDirectory(prefix="wit-") as folder:
-            values = {**job.values, **job.overrides, **job.weights}
-            values = {key: value for key, value in values.items() if value is not None}
-            values = for_looking(values, folder, _LEFT_OUT, **_NOT_HERE)
+            values = for_looking(_values(job), folder, _LEFT_OUT, **_NOT_HERE)
             path = Path(folder, "config.yaml")
-            path.write_text(_yaml(values), encoding="utf-8")
+            path.write_text(dump(values), encoding="utf-8")
             parsed = _parse(make_parser(prog="wit"), ["--config", str(path)], job)
             config = parsed[-1].config()
             strategies = ActiveStrategies(config.active_strategies())
-            trainer, uncut = _build_trainer(parsed[:-1], config)
+            with template_errors():
+                trainer, uncut = _build_trainer(parsed[:-1], config)
         args = trainer.args
         if hasattr(trainer.train_dataset, "__len__") and not len(trainer.train_dataset):
             raise WITConfigError(f"{job.name}: no training example is left: {_why_none(uncut.get('train'), args)}")
@@ -96,8 +105,10 @@ class TRLDriver(FrameworkDriver):
         found = super().problems(job)
         if self.version() is None:
             return found
-        from wit_trl.sft import make_parser
+        from wit_trl.sft import BLOCK_IN_FILE, make_parser
 
+        if "wit" in _values(job):
+            return [*found, f"{job.name}: {BLOCK_IN_FILE}"]
         known = {action.dest for action in make_parser(prog="wit")._actions} | _launcher_options()
         unknown = [key for key in {**job.values, **job.overrides} if key not in known and key != "env"]
         for key in unknown[:_NAMED]:
@@ -119,29 +130,23 @@ class TRLDriver(FrameworkDriver):
             ]
         return []
 
-    def command(self, job: Job, output: Path, resume: Path | None, port: int | None = None) -> list[str]:
-        """`python -m wit_trl sft …`, which is `trl sft …` with weights."""
-        command = [sys.executable, "-m", "wit_trl", "sft"]
-        if job.path is not None:
-            command += ["--config", str(job.path)]
-        overrides = {**job.overrides, **job.weights, "output_dir": str(output)}
-        if port is not None:
-            overrides.setdefault("main_process_port", port)
+    def run_values(self, job: Job, output: Path, resume: Path | None) -> dict[str, Any]:
+        """The file with what the command line says on top."""
+        values = {**_values(job), "output_dir": str(output.absolute())}
         if resume is not None:
-            overrides["resume_from_checkpoint"] = str(resume)
-        for key, value in overrides.items():
-            if isinstance(value, list):
-                command += [f"--{key}", *map(str, value)]
-            else:
-                command.append(f"--{key}={_argument(key, value)}")
-        return command
+            values["resume_from_checkpoint"] = str(resume.absolute())
+        return values
+
+    def command(self, job: Job, output: Path, resume: Path | None, port: int | None = None) -> list[str]:
+        """`python -m wit_trl sft --config config.yaml`, which is `trl sft` with weights."""
+        command = [sys.executable, "-m", "wit_trl", "sft", "--config", str(run_file(output))]
+        # Its own file's port is the user's wish.
+        return command if port is None or _PORT in _values(job) else [*command, f"--{_PORT}={port}"]
 
 
-def _yaml(values: Mapping[str, Any]) -> str:
-    import yaml
-
-    # Not JSON, of which YAML 1.1 reads numbers such as 1e-05 as text, and which has no dates.
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+def _values(job: Job) -> dict[str, Any]:
+    """The file with what the command line says on top; `null` is a value like any other."""
+    return {**job.values, **job.overrides, **job.weights}
 
 
 def _why_none(uncut: Any, args: Any) -> str:
@@ -154,14 +159,6 @@ def _why_none(uncut: Any, args: Any) -> str:
             "labels column, or what masks it (completion_only_loss, assistant_only_loss)"
         )
     return f"with max_length = {args.max_length} no response is reached, and TRL drops such examples; allow more tokens"
-
-
-def _argument(key: str, value: Any) -> str:
-    if value is None:
-        raise WITConfigError(f"--set {key}=null: `trl sft` has no way to say null; take {key} out of the file instead")
-    if isinstance(value, bool):
-        return str(value).lower()
-    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def _parse(parser: Any, arguments: list[str], job: Job) -> list[Any]:

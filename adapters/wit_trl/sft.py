@@ -21,6 +21,10 @@ from wit_plugins.errors import WITError
 from wit_plugins.front_door import report, reported_by_worker
 
 PROG = "python -m wit_trl sft"
+BLOCK_IN_FILE = (
+    "wit: a block is for Axolotl and LLaMA-Factory; in TRL these are top-level keys: write prompt_weight: 0.2 and "
+    "response_weight: 0.8 at the left margin, without wit:"
+)
 _HELP = {name: (info.description or "").replace("%", "%%") for name, info in WITConfig.model_fields.items()}
 
 
@@ -123,6 +127,8 @@ def _checked(argv: list[str]) -> tuple[list[str], list[str]]:
         *parsed, from_config, from_command_line = parser.parse_args_and_config(
             list(argv), return_remaining_strings=True, separate_remaining_strings=True
         )
+        if "--wit" in from_config:
+            raise WITConfigError(f"{_file_of(argv)}{BLOCK_IN_FILE}")
         parsed[-1].config()
     except WITConfigError:
         raise
@@ -212,6 +218,26 @@ def _weighted_trainer(config: WITConfig) -> Iterator[None]:
         trl.SFTTrainer = original
 
 
+@contextmanager
+def template_errors() -> Iterator[None]:
+    """TRL's refusal of a chat template by which it cannot find the answers, with the ways out.
+
+    Raises:
+        WITConfigError: in its place.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, WITError) or "{% generation %}" not in str(error):
+            raise
+        raise WITConfigError(
+            "assistant_only_loss = True: this model's chat template has no {% generation %} marks, by which TRL finds "
+            "the answers, and TRL has none for it. Give the data as columns prompt and completion, and take "
+            "assistant_only_loss out; or put the marks around the answer in a copy of the template and say "
+            "chat_template_path: template.jinja"
+        ) from error
+
+
 def main() -> int:
     """Train: what every process runs. Returns the exit code."""
     from trl.scripts import sft
@@ -219,7 +245,7 @@ def main() -> int:
     try:
         *arguments, wit = make_parser().parse_args_and_config(fail_with_unknown_args=False)
         _check_script()
-        with _weighted_trainer(wit.config()):
+        with _weighted_trainer(wit.config()), template_errors():
             sft.main(*arguments)
     except WITError as error:
         report(error, PROG)

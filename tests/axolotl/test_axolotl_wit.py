@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,39 @@ def test_long_examples_are_counted(place):
     long = [doc for doc in whole if len(doc.input_ids) > 30]
     assert summary.long == summary.dropped == len(long) > 0
     assert summary.lost == sum(len(doc.input_ids) for doc in long)
+
+
+def test_long_examples_are_counted_although_the_data_is_prepared(place, tmp_path):
+    """What `axolotl preprocess` wrote has them no more; in the training log they stood at that time alone."""
+    settings = {"kind": "multi_turn", "count": 12, "sequence_len": 30, "dataset_prepared_path": str(tmp_path / "data")}
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "begun").touch()  # a folder with something in it is the user's, and used
+    first, second = (prepare(config(place, **settings)) for _ in range(2))
+    fresh, again = (summarise(prepared, prepared.splits["train"]) for prepared in (first, second))
+    assert fresh.dropped > 0
+    assert (again.long, again.dropped, again.lost, again.lost_response) == (
+        fresh.long, fresh.dropped, fresh.lost, fresh.lost_response,
+    )  # fmt: skip
+    path = config(place, **settings)
+    data = yaml.safe_load(path.read_text())["datasets"][0]["path"]
+    moved = shutil.move(data, f"{data}.gone")
+    try:
+        said = prepare(path).unmatched
+    finally:
+        shutil.move(moved, data)
+    assert len(said) == 1
+    assert "how many examples were left out as too long, when the data was prepared, is not known" in said[0]
+
+
+def test_what_the_sampler_leaves_out_is_not_cut(place):
+    prepared = prepare(config(place, count=24, sample_packing=True, micro_batch_size=4, sequence_len=48))
+    split = prepared.splits["train"]
+    packed = [tuple(example["input_ids"]) for row in split.rows for example in row]
+    every = [tuple(example["input_ids"]) for example in split.examples]
+    summary = summarise(prepared, split)
+    assert summary.unpacked == len(every) - len(packed) > 0
+    assert summary.unpacked_tokens == sum(map(len, every)) - sum(map(len, packed))
+    assert (summary.long, summary.lost, summary.lost_response, summary.dropped) == (0, 0, 0, 0)
 
 
 def test_what_was_cut_is_known_after_a_part_was_split_off(place):
@@ -262,6 +296,20 @@ def test_a_run_that_cannot_win_is_ended(place, tmp_path, monkeypatch, capsys):
     assert code == 0, err
     _, log = stopped_run(runs)
     assert "Training completed" in log
+
+
+@pytest.mark.parametrize(
+    ("written", "args", "message"),
+    [
+        (None, ["trust_remote_code=no", "train_on_inputs=no"], "fine for Axolotl"),
+        ("false", ["train_on_inputs=off"], "fine for Axolotl"),
+        (None, ["trust_remote_code=never"], "is neither true nor false"),
+    ],
+)
+def test_words_are_booleans_where_axolotl_wants_one(place, capsys, written, args, message):
+    more = {} if written is None else {"trust_remote_code": written}
+    _, out, err = wit(capsys, "check", config(place, **more), *(f"--set={arg}" for arg in args))
+    assert message in out + err
 
 
 def test_a_run_that_is_not_evaluated_is_refused(place, tmp_path, capsys):

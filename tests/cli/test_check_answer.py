@@ -71,6 +71,9 @@ logging.getLogger("x").error("seen 3")
     [
         (None, "commands:"),
         ("model_name_or_path: m\ndataset_name: d\nprompt_wieght: 0.2\n", "did you mean 'prompt_weight'?"),
+        ("model_name_or_path: m\ndataset_name: d\nprompt_weight: -1\n", "prompt_weight = -1"),
+        ("model_name_or_path: m\ndataset_name: d\nprompt_weight: a fifth\n", "prompt_weight = 'a fifth'"),
+        ("model_name_or_path: m\ndataset_name: d\nprompt_weight: 0.2\nstrategies: [7]\n", "a list holds names only"),
         (
             "base_model: m\nplugins: [wit_axolotl.WITPlugin]\nwit: {prompt_wieght: 0.2}\n",
             "did you mean 'prompt_weight'?",

@@ -1,6 +1,8 @@
 """`wit check` and `wit preview`: data that cannot be trained on, pages that cannot be written."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from checkkit import FAULTS, GOOD, flat, write
 from clikit import wit, workplace
 from datasets import Dataset
 from support import from_dataset, subprocess_env
-from trlkit import sft_trainer
+from trlkit import sft_trainer, tokenizer
 from wit_trl.driver import TRLDriver
 
 from wit_plugins.cli.driver import Job
@@ -143,3 +145,22 @@ def test_a_page_through_a_link_and_into_a_pipe(tmp_path, capsys):
     code, _, err = wit("preview", path, "--html", "/dev/full", capsys=capsys)
     assert code == 2
     assert "No space left on device" in err
+
+
+def test_a_chat_template_by_which_trl_finds_no_answers(tmp_path, capsys):
+    """What TRL says has no way out; the ways out that the message names are ways out."""
+    path = workplace(tmp_path, "assistant_only", assistant_only_loss=True)
+    marked = tokenizer().chat_template
+    reading = tokenizer()
+    reading.chat_template = re.sub("{% (end)?generation %}", "", marked)
+    reading.save_pretrained(tmp_path / "model")
+    code, out, _ = wit("check", path, capsys=capsys)
+    assert code == 1
+    assert "Give the data as columns prompt and completion, and take assistant_only_loss out" in flat(out)
+    (tmp_path / "template.jinja").write_text(marked)
+    args = ["--set", f"chat_template_path={tmp_path / 'template.jinja'}"]
+    assert wit("check", path, *args, capsys=capsys)[0] == 0
+    rows = [json.loads(line) for line in (tmp_path / "data" / "train.jsonl").read_text().splitlines()]
+    made = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows]
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    assert wit("check", path, "--set", "assistant_only_loss=false", capsys=capsys)[0] == 0

@@ -9,7 +9,7 @@ from checkkit import BOMB, flat, write
 from clikit import wit, workplace
 from wit_trl import driver as trl_driver
 from wit_trl.driver import TRLDriver
-from wit_trl.sft import make_parser
+from wit_trl.sft import launch, make_parser
 
 from wit_plugins.cli.configuration import MAX_DEPTH, look
 from wit_plugins.cli.driver import Job
@@ -56,8 +56,9 @@ def test_a_repeated_key_is_a_problem_although_trl_takes_the_last(tmp_path, capsy
 
 
 def test_values_are_those_that_trl_s_own_parser_gets(tmp_path, monkeypatch):
-    path = workplace(tmp_path, prompt_weight=None)
-    more = "prompt_weight: 1e-3\nlearning_rate: 1e-4\nlr_scheduler_kwargs: {a: 1.0e-5, b: 1e-5, c: 2026-01-02}\n"
+    path = workplace(tmp_path, prompt_weight=None, max_length=None)
+    more = "max_length: null\nsample_weight_key: null\n"
+    more += "prompt_weight: 1e-3\nlearning_rate: 1e-4\nlr_scheduler_kwargs: {a: 1.0e-5, b: 1e-5, c: 2026-01-02}\n"
     write(path, path.read_text() + more + 'run_name: "\\U0001F600 é"\n')
     seen = []
     parse = trl_driver._parse
@@ -68,14 +69,15 @@ def test_values_are_those_that_trl_s_own_parser_gets(tmp_path, monkeypatch):
     assert prepared.config.prompt_weight == theirs[-1].prompt_weight == 0.001
     for name in ("learning_rate", "lr_scheduler_kwargs", "run_name", "max_length"):
         assert getattr(ours[1], name) == getattr(theirs[1], name), name
+    assert (prepared.max_length, prepared.config.sample_weight_key) == (None, None)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (BOMB, "stands for more than 100,000 values"),
-        ("a: &a [*a]\n", "the alias *a stands inside what it names"),
-        ("a: *b\n", "the alias *b names nothing"),
+        (BOMB, "stand for more than 100,000 values"),
+        ("a: &a [*a]\n", "line 1: an alias of this value stands inside what it names"),
+        ("a: *b\n", "is not YAML: found undefined alias 'b'"),
         ("a: " + "[" * 100_000 + "]" * 100_000, f"nested more than {MAX_DEPTH} deep"),
         ("a: " + "{x: " * 100_000, f"nested more than {MAX_DEPTH} deep"),
         ("- " * 100_000, f"nested more than {MAX_DEPTH} deep"),
@@ -155,3 +157,42 @@ def test_json_files_are_configurations_too(tmp_path, capsys):
     path = workplace(tmp_path, "assistant_only", assistant_only_loss=True)
     made = write(tmp_path / "sft.json", json.dumps(yaml.safe_load(path.read_text()), indent=1))
     assert wit("check", made, capsys=capsys)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["runs #1", "runs: 1", "@runs", "{runs", "-runs", "1e-5", "runs"])
+def test_a_run_is_told_what_was_meant(tmp_path, monkeypatch, name):
+    """By a file of its own, which TRL's own parser reads."""
+    monkeypatch.chdir(tmp_path)
+    path, output = workplace(tmp_path), Path(name, "p0.5_r1", "model")
+    datasets = [{"path": "json", "data_files": str(tmp_path / "data" / "train.jsonl")}]
+    overrides = {"run_name": "a: b #1", "datasets": datasets, "dataset_name": None, "max_length": None}
+    driver = TRLDriver()
+    job = Job(path, driver.read(path), overrides, {"prompt_weight": 0.5, "response_weight": 1.0})
+    for file, text in driver.files(job, output, Path(name, "checkpoint-2")).items():
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    command = driver.command(job, output, Path(name, "checkpoint-2"), port=29501)
+    assert command[-1] == "--main_process_port=29501"
+    *arguments, rest = make_parser().parse_args_and_config(command[command.index("sft") + 1 :], True)
+    script, training, _, mixture, weights = arguments
+    assert rest == ["--main_process_port=29501"]  # for accelerate
+    assert (training.output_dir, training.resume_from_checkpoint) == (
+        str(tmp_path / output), str(tmp_path / name / "checkpoint-2"),
+    )  # fmt: skip
+    assert (training.run_name, training.max_length, script.dataset_name) == ("a: b #1", None, None)
+    (dataset,) = mixture.datasets
+    assert (dataset.path, dataset.data_files) == ("json", datasets[0]["data_files"])
+    assert (weights.prompt_weight, weights.response_weight) == (0.5, 1.0)
+    assert "main_process_port" not in driver.command(Job(path, {"main_process_port": 1}), output, None, port=2)[-1]
+
+
+def test_a_block_in_a_file_of_trl(tmp_path, capsys):
+    """The way that the other two frameworks have; TRL's command names TRL's."""
+    path = workplace(tmp_path, prompt_weight=None, response_weight=None)
+    path.write_text(path.read_text() + "wit: {prompt_weight: 0.2, response_weight: 0.8}\n")
+    for command in ("check", "preview"):
+        _, out, err = wit(command, path, capsys=capsys)
+        assert "in TRL these are top-level keys: write prompt_weight: 0.2 and response_weight" in flat(out + err)
+        assert "1 problem" in out or command == "preview"
+    assert launch(["--config", str(path)]) == 2
+    assert f"{path}: wit: a block is for Axolotl and LLaMA-Factory; in TRL these are top" in capsys.readouterr().err

@@ -4,7 +4,9 @@ import re
 
 import pytest
 import yaml
+from checkkit import flat
 from clikit import wit, workplace
+from support import from_dataset
 from trlkit import dataset, tokenizer
 from wit_trl.driver import TRLDriver
 
@@ -114,3 +116,19 @@ def test_wrong_options_are_a_problem(tmp_path, capsys):
     code, out, _ = wit("check", path, capsys=capsys)
     assert code == 1
     assert "strategies: spans: [0].match = '(': is no regular expression" in " ".join(out.split())
+
+
+def test_the_last_turn_that_is_left(tmp_path, capsys):
+    """Of a conversation that is cut before its last turn: counted by hand, if somebody weighs last turns."""
+    path = workplace(tmp_path, "assistant_only", assistant_only_loss=True, max_length=None)
+    whole = from_dataset(TRLDriver().prepare(Job(path, yaml.safe_load(path.read_text()))).splits["train"].rows)
+    texts = ["".join("r" if response else "-" for response in document.is_response) for document in whole]
+    begins = [text.rindex("-r") + 1 for text in texts]
+    limit = max(begins)  # the first token of some last turn, which is cut with all behind it
+    cut = sum(begin >= limit and "r" in text[:limit] for text, begin in zip(texts, begins, strict=True))
+    assert cut > 0
+    said = f"{cut:,} examples are cut before their last turn: there, last_turn is the last turn that is left"
+    settings = ["--set", f"max_length={limit}"]
+    weighed = ["--set", 'strategies={"spans": [{"named": "last_turn", "others": 0.3}]}']
+    assert said in flat(wit("check", path, *settings, *weighed, capsys=capsys)[1])
+    assert "last turn" not in flat(wit("check", path, *settings, capsys=capsys)[1])

@@ -1,12 +1,17 @@
 """What is shown, in a terminal and on a page, hostile text included."""
 
 import html.parser
+import io
 import re
 
 from clikit import wit, workplace
 from previewkit import assert_harmless, prepare
+from rich.cells import cell_len
+from rich.console import Console
 
-from wit_plugins.cli.preview.documents import view
+from wit_plugins.cli.preview.documents import Document, Token, view
+from wit_plugins.cli.preview.scale import Scale
+from wit_plugins.cli.preview.terminal import print_document
 from wit_plugins.tokens.text import TokenText
 
 
@@ -44,6 +49,35 @@ def test_long_documents_are_shortened_and_say_so(tmp_path, capsys):
     prepared = prepare(path)
     length = len(prepared.splits["train"].rows[0]["input_ids"])
     assert sum(map(int, re.findall(r"… (\d+) tokens not shown …", out))) == length - 4
+
+
+def test_words_are_whole_where_they_fit():
+    """A token is often a part of a word. Nothing is added or lost, and what is wider than a line is broken anywhere."""
+    text = "un|believ|ably |long words, 日本|語日|本語 and a " + "x" * 30 + "\nend"
+    words = text.replace("|", "").split()
+    tokens = [Token(i, part, False, 2, 1.0, i + 1) for i, part in enumerate(text.split("|"))]
+    screen = io.StringIO()
+    out = Console(file=screen, width=16 + 2 + 20, color_system=None)
+    print_document(out, Document(1, 1, tokens, False), Scale.of([1.0]), 400)
+    lines = [line.partition("│ ")[2] for line in screen.getvalue().splitlines() if "│" in line]
+    assert "".join(lines) == text.replace("|", "").replace("\n", "⏎")
+    assert max(map(cell_len, lines)) <= 20
+    for word in words:
+        assert any(word in line for line in lines) == (cell_len(word) <= 20), word
+
+
+def test_rows_have_their_own_numbers(tmp_path, capsys):
+    """Whatever else was asked for is not there."""
+    path = workplace(tmp_path)
+    _, out, _ = wit("preview", path, "--rows", "100,0,2", "--no-summary", capsys=capsys)
+    assert re.findall(r"^Row (\d+)$", out, re.MULTILINE) == ["0", "2"]
+    assert "warning: the dataset 'train' has no row 100" in out
+    rows = prepare(path).splits["train"].rows
+    for number in (0, 2):
+        length = len(rows[number]["input_ids"])
+        assert f"Row {number}\n── {length} tokens" in out
+    code, out, err = wit("preview", path, "--rows", "100,200", capsys=capsys)
+    assert (code, "has no row 100" in err) == (2, True)
 
 
 class Page(html.parser.HTMLParser):

@@ -271,7 +271,7 @@ def test_a_dry_run_runs_nothing(tmp_path):
     done = run("sweep", "sft.yaml", *GRID, "--output", "runs", "--set", "seed=3", "--dry-run", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")  # nor does what frameworks say when they are imported stand there
     assert not (tmp_path / "runs").exists()
-    assert "-m wit_trl sft --config sft.yaml --seed=3 --prompt_weight=0.2 --response_weight=1.0" in done.stdout
+    assert f"-m wit_trl sft --config {tmp_path}/runs/p0.2_r1/config.yaml\n" in done.stdout
     assert "# 2 of 2 cells would be run" in done.stdout
 
 

@@ -22,6 +22,8 @@ from lfkit import (
 )
 from wit_llamafactory import command
 
+import wit_plugins
+
 WIT = {"prompt_weight": 0.4, "response_weight": 0.6}
 
 
@@ -73,7 +75,8 @@ def test_all_settings_go_through(workplace, tmp_path, monkeypatch, capsys):
     wit |= {"message_weight_keys": ["loss"], "sample_weight_key": "quality"}
     config = workplace.write(f"{tmp_path.name}.yaml", wit=wit, output_dir=str(tmp_path))
     assert run_command(monkeypatch, "train", str(config)) == 0
-    assert json.loads((tmp_path / "wit_config.json").read_text()) == {**wit, "strategies": {"dft": {}}}
+    recorded = json.loads((tmp_path / "wit_config.json").read_text())
+    assert recorded == {**wit, "strategies": {"dft": {}}, "wit_plugins_version": wit_plugins.__version__}
     assert "WIT loss: logits" in capsys.readouterr().out
 
 

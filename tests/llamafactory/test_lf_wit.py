@@ -1,5 +1,6 @@
 """The `wit` command on LLaMA-Factory's configurations: counts made by hand, its own trainer, a real sweep."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -12,11 +13,13 @@ from lfkit import LLAMAFACTORY, NEAT, chatml, environment, pairs, place, run
 from packaging.version import Version
 from searchkit import EVERY, STEPS, finished_references, stopped_run
 from wit_llamafactory.driver import LlamaFactoryDriver
+from wit_llamafactory.train import read_arguments
 
 from wit_plugins.cli import main
 from wit_plugins.cli.driver import Job, choose_driver
 from wit_plugins.cli.preview.documents import view
 from wit_plugins.cli.preview.summary import summarise, warnings
+from wit_plugins.errors import WITConfigError
 from wit_plugins.tokens.text import TokenText
 
 ROOT = next(p for p in Path(__file__).parents if (p / "configs" / "llamafactory").is_dir())
@@ -284,14 +287,47 @@ def test_a_run_that_cannot_win_is_ended(workplace, tmp_path, monkeypatch, capsys
     assert "train_loss" in json.loads((model / "all_results.json").read_text())
 
 
-def test_a_sweep_goes_on_from_a_checkpoint(workplace, tmp_path):
+@pytest.mark.parametrize("name", ["runs #1", "runs: 1", "@runs", "{runs", "-runs", "1e-5", "*runs", "runs"])
+def test_a_run_is_told_what_was_meant(workplace, tmp_path, monkeypatch, name):
+    """By a file of its own, which `llamafactory-wit train` reads: `runs #1` is `runs` as a value of a command line."""
+    monkeypatch.chdir(tmp_path)
+    output, overrides = Path(name, "p0.5_r1", "model"), {"run_name": "a: b #1", "learning_rate": 1e-5, "seed": None}
+    path = workplace.write(wit={**WIT, "loss_impl": "logits", "strategies": {"dft": {}}})
+    overrides["wit.strategies"] = {"eaft": {}}  # instead, and not beside, as LLaMA-Factory's own command line would
+    one_run = dataclasses.replace(job(path, prompt_weight=0.5, response_weight=1.0), overrides=overrides)
     driver = LlamaFactoryDriver()
-    config = workplace.write(wit=WIT)
-    command = driver.command(job(config, prompt_weight=0.5, response_weight=1.0), tmp_path, tmp_path / "checkpoint-2")
-    assert command[-4:] == [
-        "wit.prompt_weight=0.5", "wit.response_weight=1.0", f"output_dir={tmp_path}",
-        f"resume_from_checkpoint={tmp_path}/checkpoint-2",
-    ]  # fmt: skip
+    for file, text in driver.files(one_run, output, Path(name, "checkpoint-2")).items():
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    command = driver.command(one_run, output, Path(name, "checkpoint-2"))
+    assert read_arguments(command[command.index("train") + 1 :]) == {
+        **yaml.safe_load(path.read_text()),
+        **{key: value for key, value in overrides.items() if "." not in key},
+        "wit": {"prompt_weight": 0.5, "response_weight": 1.0, "loss_impl": "logits", "strategies": {"eaft": {}}},
+        "output_dir": str(tmp_path / output),
+        "resume_from_checkpoint": str(tmp_path / name / "checkpoint-2"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("written", "args", "message"),
+    [
+        (None, ["trust_remote_code=no"], "fine for LLaMA-Factory"),
+        (True, ["trust_remote_code=no"], "fine for LLaMA-Factory"),
+        (None, ["trust_remote_code=never"], "is neither true nor false"),
+        ("false", [], "is text, which LLaMA-Factory takes for true whatever it says; write trust_remote_code: false"),
+    ],
+)
+def test_a_model_s_code_is_not_run_for_a_word(workplace, capsys, written, args, message):
+    """LLaMA-Factory takes values as they are: text is true to it, so its quoted `false` is said and not guessed at."""
+    more = {} if written is None else {"trust_remote_code": written}
+    _, out, err = wit(capsys, "check", workplace.write(wit=WIT, **more), *(f"--set={arg}" for arg in args))
+    assert message in out + err
+
+
+def test_a_folder_that_llamafactory_cannot_be_told(workplace):
+    with pytest.raises(WITConfigError, match="name another --output"):
+        LlamaFactoryDriver().files(job(workplace.write(wit=WIT)), Path("runs ${x", "p0_r1", "model"), None)
 
 
 def test_a_run_that_is_not_evaluated_is_refused(workplace, tmp_path, capsys):

@@ -144,10 +144,14 @@ def test_the_documented_dft_is_dft(tmp_path, registered):
     assert losses[0] == losses[1]
 
 
-def test_the_script_in_the_trl_guide(tmp_path, monkeypatch, capsys):
-    """Pasted, with a local model for the hub's name and one step; nothing is added for a machine without a GPU."""
+@pytest.mark.parametrize("marks", [True, False], ids=["marks", "no marks"])
+def test_the_script_in_the_trl_guide(tmp_path, monkeypatch, capsys, marks):
+    """Pasted, with a chat template of either kind, a local model for the hub's name and one step."""
     llama(vocab_size=64).save_pretrained(tmp_path / "model")
-    tokenizer().save_pretrained(tmp_path / "model")
+    reading = tokenizer()
+    if not marks:
+        reading.chat_template = re.sub("{% (end)?generation %}", "", reading.chat_template)
+    reading.save_pretrained(tmp_path / "model")
     (script,) = [b for b in blocks("trl.md") if "trainer.train()" in b]
     script = script.replace('"Qwen/Qwen2.5-0.5B"', repr(str(tmp_path / "model")))
     options = "max_steps=1, report_to=[], max_length=512"

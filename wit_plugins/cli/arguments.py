@@ -79,11 +79,13 @@ def assignment(text: str) -> tuple[str, Any]:
     """`key=value`, the value as YAML."""
     import yaml
 
+    from wit_plugins.cli.configuration import lenient_loader
+
     key, found, value = text.partition("=")
     if not found or not key:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = yaml.load(value, Loader=lenient_loader())
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
         return key, value
     # To YAML 1.1 `no` is false, but here somebody wrote eval_strategy=no.

@@ -8,7 +8,7 @@ roles and weights included, is the same for every framework, and comes from the 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from packaging.version import Version
 
 from wit_plugins.cli import configuration
+from wit_plugins.cli.configuration import boolean
 from wit_plugins.cli.text import visible
 from wit_plugins.config import WITConfig, did_you_mean
 from wit_plugins.errors import WITConfigError
@@ -117,6 +118,8 @@ class FrameworkDriver:
         block (`str`): the block of its files in which the settings of the weights stand; empty for none.
         train (`str`): what a user types in front of a file to train it.
         model_keys (`tuple[str, str]`): the keys of the model's name and of its revision.
+        reads_words (`bool`): whether it reads text such as `"false"` where it wants a boolean; else any text is true
+            to it.
     """
 
     name = ""
@@ -127,6 +130,7 @@ class FrameworkDriver:
     block = "wit"
     train = ""
     model_keys = ("model_name_or_path", "model_revision")
+    reads_words = True
 
     def recognises(self, values: Mapping[str, Any]) -> bool:
         """Whether this is a configuration of this framework. The framework need not be installed."""
@@ -139,6 +143,29 @@ class FrameworkDriver:
             WITConfigError: if the framework cannot read it.
         """
         return configuration.safe_load(path)
+
+    def boolean_keys(self) -> Set[str]:
+        """The keys that take true or false and nothing else; none where the framework is not installed."""
+        return frozenset()
+
+    def with_booleans(self, job: Job) -> Job:
+        """The job with a boolean for each key that wants one: whoever asks `if value` asks the right thing.
+
+        Raises:
+            WITConfigError: if a value is no boolean, or is text that the framework takes for true whatever it says.
+        """
+        keys = self.boolean_keys()
+        values, overrides = (
+            {key: boolean(key, value) if key in keys and value is not None else value for key, value in given.items()}
+            for given in (job.values, job.overrides)
+        )
+        for key in keys & job.values.keys() if not self.reads_words else ():
+            if isinstance(job.values[key], str) and key not in overrides:
+                raise WITConfigError(
+                    f"{key} = {job.values[key]!r}: is text, which {self.title} takes for true whatever it says; write "
+                    f"{key}: {str(values[key]).lower()} without quotation marks"
+                )
+        return replace(job, values=values, overrides=overrides)
 
     def problems(self, job: Job) -> list[str]:
         """What is wrong with a configuration that can be said without the framework, each with the way out."""
@@ -156,6 +183,25 @@ class FrameworkDriver:
         """What is wrong with a configuration of which several runs are to be compared."""
         return []
 
+    def run_values(self, job: Job, output: Path, resume: Path | None) -> Mapping[str, Any] | None:
+        """The whole configuration of one training run, by the framework's own names; `None` if a run reads no file.
+
+        Args:
+            job ([`Job`]): with both weights.
+            output (`Path`): where the run is to write its model and its checkpoints.
+            resume (`Path | None`): the checkpoint to go on from.
+        """
+        return None
+
+    def files(self, job: Job, output: Path, resume: Path | None) -> dict[Path, str]:
+        """The file of one run, which the command of [`command`] reads: written before the run is started.
+
+        Everything that a run is told stands in that file. A command line would be read once more by the framework,
+        each by rules of its own: `runs #1` is `runs` to one that takes every value for YAML.
+        """
+        values = self.run_values(job, output, resume)
+        return {} if values is None else {run_file(output): configuration.dump(values)}
+
     def command(self, job: Job, output: Path, resume: Path | None, port: int | None = None) -> list[str]:
         """The command line of one training run, through the framework's own launcher.
 
@@ -166,10 +212,6 @@ class FrameworkDriver:
             port (`int | None`): a free port for the processes of this run to meet on, where runs go side by side.
         """
         raise NotImplementedError
-
-    def files(self, job: Job, output: Path, resume: Path | None) -> dict[Path, str]:
-        """Files that the command of [`command`] reads, if it needs some of its own: written before it is started."""
-        return {}
 
     def version(self) -> Version | None:
         """The installed version, or `None`."""
@@ -190,6 +232,11 @@ class FrameworkDriver:
             raise WITConfigError(f"{self.title} is not installed in this environment; {wanted}")
         if not self.supports(version):
             raise WITConfigError(f"{self.title} {version} is not supported; {wanted}")
+
+
+def run_file(output: Path) -> Path:
+    """The configuration file of the run that writes to `output`; absolute, so that no `-` or `@` leads a path."""
+    return output.parent.absolute() / "config.yaml"
 
 
 def drivers() -> list[FrameworkDriver]:

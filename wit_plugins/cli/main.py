@@ -119,7 +119,11 @@ def _job(options: argparse.Namespace) -> tuple[FrameworkDriver, Job]:
     job = _plain_job(options)
     if problem := _weights_problem(job):
         raise WITConfigError(f"{job.name}: {problem}")
-    return _for_framework(job, options.framework)
+    driver, job = _for_framework(job, options.framework)
+    try:
+        return driver, driver.with_booleans(job)
+    except WITConfigError as error:
+        raise WITConfigError(f"{job.name}: {error}") from None
 
 
 def _plain_job(options: argparse.Namespace) -> Job:
@@ -206,6 +210,11 @@ def _run_check(options: argparse.Namespace) -> int:
     except WITConfigError as error:
         if not plain.repeated:
             raise
+        return refuse(plain.name, [*plain.repeated, str(error)])
+    try:
+        with quiet(options.verbose):
+            job = driver.with_booleans(job)
+    except WITConfigError as error:
         return refuse(plain.name, [*plain.repeated, str(error)])
     return check(driver, job, options.strict, options.limit, options.verbose)
 

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from rich.text import Text
 
+from wit_plugins.cli.configuration import boolean
 from wit_plugins.cli.console import console
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared
 from wit_plugins.cli.preview.command import prepare, progress, reasons
@@ -155,7 +156,8 @@ class _Source:
         folder = Path(str(given)).expanduser()
         self.folder = folder if folder.is_dir() else None
         self.name = str(folder.absolute()) if self.folder else str(given)
-        self._options: dict[str, Any] = {"trust_remote_code": bool(values.get("trust_remote_code"))}
+        trusted = boolean("trust_remote_code", values.get("trust_remote_code") or False)
+        self._options: dict[str, Any] = {"trust_remote_code": trusted}
         if self.own and values.get(revision_key):
             self._options["revision"] = str(values[revision_key])
 

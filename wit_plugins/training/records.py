@@ -10,20 +10,28 @@ from pathlib import Path
 from wit_plugins.config import WITConfig
 
 CONFIG_NAME = "wit_config.json"
+VERSION_KEY = "wit_plugins_version"
 _CARD_HEADING = "## Weighted instruction tuning"
 
 
 def save_config(config: WITConfig, folder: str | os.PathLike[str]) -> None:
-    """Write the settings to `folder/wit_config.json`."""
+    """Write the settings to `folder/wit_config.json`, and by which version of this package the model was trained."""
+    import wit_plugins
+
     Path(folder).mkdir(parents=True, exist_ok=True)
-    text = json.dumps(config.model_dump(), indent=2) + "\n"
+    text = json.dumps({**config.model_dump(), VERSION_KEY: wit_plugins.__version__}, indent=2) + "\n"
     Path(folder, CONFIG_NAME).write_text(text, encoding="utf-8")
 
 
 def load_config(folder: str | os.PathLike[str]) -> WITConfig | None:
     """The settings that a checkpoint was trained with, or `None` if it was trained without weights."""
     path = Path(folder, CONFIG_NAME)
-    return WITConfig.parse(json.loads(path.read_text(encoding="utf-8")), str(path)) if path.is_file() else None
+    if not path.is_file():
+        return None
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(values, dict):
+        values.pop(VERSION_KEY, None)  # says who wrote it, and is no setting
+    return WITConfig.parse(values, str(path))
 
 
 def warn_if_changed(config: WITConfig, checkpoint: str | os.PathLike[str]) -> None:

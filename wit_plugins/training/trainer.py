@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 from torch.nn.parallel import DistributedDataParallel
+from tqdm.auto import tqdm
 from transformers.trainer_utils import get_last_checkpoint
 
 from wit_plugins.errors import BadExampleError, WeightsNotAppliedError, WITConfigError
@@ -166,7 +167,8 @@ class WeightedTrainerMixin(_Base):
             )
         if training and not wit.verified:
             self._verify_synchronised(model)
-            self.accelerator.print(f"WIT loss: {wit.head.chosen}")
+            if self.accelerator.is_local_main_process:
+                tqdm.write(f"WIT loss: {wit.head.chosen}")  # above the progress bar, which has begun
         if parts > 1:
             seen, *rest = loss if isinstance(loss, tuple) else (loss,)
             labels, own = inputs["shift_labels"], outputs[-1]["loss"]

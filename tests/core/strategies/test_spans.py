@@ -470,7 +470,8 @@ def test_settings_survive_a_file():
     options = [{"match": r"\d+", "weight": 0.5, "role": "response"}, {"named": "last_turn", "others": 0.3}]
     config = WITConfig(prompt_weight=0.2, strategies={"spans": options})
     assert WITConfig.parse(json.loads(json.dumps(config.model_dump()))) == config
-    assert "'match'" in config.summary()
+    said = r"strategies: spans (match '\\d+', weight 0.5, role response; named last_turn, others 0.3)"
+    assert config.summary().endswith(said)
 
 
 # The documentation

@@ -1,7 +1,10 @@
 """What a run logs, says at its ends and leaves behind."""
 
+import io
 import json
+import sys
 import warnings
+from importlib.metadata import version
 
 import pytest
 from support import (
@@ -63,6 +66,20 @@ def test_the_end_of_training_says_what_was_trained(tmp_path, capsys):
     assert str(tmp_path / "out") in end
 
 
+def test_how_the_loss_is_computed_has_a_line_of_its_own(tmp_path, monkeypatch):
+    """The progress bar has begun by then, and stands on the same terminal."""
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    trainer = make_trainer(tmp_path, disable_tqdm=False)
+    attach(trainer, CONFIG)
+    trainer.train()
+    before, _, after = screen.getvalue().partition("WIT loss: fused")
+    assert "| 0/3 [" in before
+    assert before[-1] in "\r\n"
+    assert after.startswith("\n")
+
+
 class TestRecords:
     def test_settings_with_every_checkpoint_and_on_the_card(self, tmp_path):
         trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2)
@@ -70,7 +87,9 @@ class TestRecords:
         trainer.train()
         trainer.save_model(str(tmp_path / "final"))
         for folder in (tmp_path / "out" / "checkpoint-2", tmp_path / "out" / "checkpoint-3", tmp_path / "final"):
-            assert json.loads((folder / "wit_config.json").read_text()) == CONFIG.model_dump()
+            recorded = json.loads((folder / "wit_config.json").read_text())
+            assert recorded.pop("wit_plugins_version") == version("wit-plugins")
+            assert recorded == CONFIG.model_dump()
         for _ in range(2):
             trainer.create_model_card()
         card = (tmp_path / "out" / "README.md").read_text()

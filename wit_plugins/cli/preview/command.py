@@ -29,6 +29,7 @@ from wit_plugins.tokens.text import TokenText
 
 _ABOUT_THE_DATA = (UnmatchedSpanWarning, UnreadWeightWarning)
 _LONGEST = 1500  # characters of a framework's own message; some list all that they know
+FIRST_ROWS = [0, 1, 2]  # which rows are shown, unless --rows says otherwise
 _STREAM_ROWS = 10_000  # of a stream, whose end nobody knows, unless --limit says otherwise
 
 
@@ -73,7 +74,10 @@ def preview(driver: FrameworkDriver, job: Job, options: Options) -> int:
             raise WITConfigError(
                 f"the dataset {options.split!r} has no row {options.rows[0]}; choose others with --rows"
             )
-        shown = view(rows, options.rows, prepared, TokenText(prepared.tokenizer), options.split)
+        shown = view(list(rows.values()), list(rows), prepared, TokenText(prepared.tokenizer), options.split)
+        missing = [number for number in options.rows if number not in rows]
+        if missing and options.rows != FIRST_ROWS:
+            found.append(f"the dataset {options.split!r} has no row {', '.join(map(str, missing))}")
         if options.summary:
             summary = summarise_split(prepared, options.split, split, options.limit, screen, say_rate=True)
             found += warnings(summary, prepared.config, prepared)

@@ -176,10 +176,10 @@ def _column(name: str, column: Any) -> list[Any]:
     return [values[start:end] for start, end in itertools.pairwise(offsets.tolist())]
 
 
-def first_rows(rows: Any, wanted: list[int]) -> list[Any]:
-    """The rows with these numbers, counted from 0; those beyond the end are left out."""
+def first_rows(rows: Any, wanted: list[int]) -> dict[int, Any]:
+    """The rows with these numbers, counted from 0, by number; those beyond the end are left out."""
     if hasattr(rows, "__getitem__") and hasattr(rows, "__len__"):
-        return [rows[index] for index in wanted if index < len(rows)]
+        return {index: rows[index] for index in wanted if index < len(rows)}
     last = max(wanted, default=-1)
     found = {index: row for index, row in enumerate(itertools.islice(rows, last + 1)) if index in set(wanted)}
-    return [found[index] for index in wanted if index in found]
+    return {index: found[index] for index in wanted if index in found}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,10 +46,14 @@ class Summary:
         end_tokens (`dict[int, int]`): by id, the tokens found at untrained ends.
         long (`int`): examples longer than `max_length`, before truncation. -1 if the framework does not say.
         cut_responses (`int`): of those, the ones that lose response tokens, where one end is cut off.
+        last_turns (`int`): of those that are cut at their end, the ones that keep response tokens, but none of their
+            last turn.
         lost, lost_response (`int`): tokens, and response tokens, of all examples that are not in the dataset any more.
         dropped (`int`): examples that were left out altogether.
         dropped_prompt (`int`): their prompt tokens within the maximum length, where they were left out because no
             response token is: prompt_weight would have counted them.
+        unpacked, unpacked_tokens, unpacked_response (`int`): examples of the dataset that the batch sampler packs into
+            no row of its first epoch, their tokens, and their response tokens.
         parts ([`Parts`]): the spans, and the sources of the weights.
         complete (`bool`): whether every row was read.
     """
@@ -77,10 +81,14 @@ class Summary:
     end_tokens: dict[int, int] = field(default_factory=dict)
     long: int = _UNKNOWN
     cut_responses: int = 0
+    last_turns: int = 0
     lost: int = 0
     lost_response: int = 0
     dropped: int = 0
     dropped_prompt: int = 0
+    unpacked: int = 0
+    unpacked_tokens: int = 0
+    unpacked_response: int = 0
     parts: Parts = field(default_factory=Parts)
     complete: bool = True
 
@@ -191,7 +199,9 @@ def summarise(
     pad_id = prepared.tokenizer.pad_token_id
     # Other strategies may look at the columns themselves.
     as_arrays = set(prepared.config.strategies) <= {"dft", "spans"}
+    packed = 0
     for block in blocks(split.rows, limit, as_arrays):
+        packed += sum(len(row) if isinstance(row, list) else 1 for row in block)
         tokens = read(block, prepared.collator, pad_id, name, summary.rows)
         summary.add(tokens, is_special, prepared.max_length)
         if progress is not None:
@@ -200,9 +210,27 @@ def summarise(
         summary.room = summary.rows * prepared.row_length
     if limit is not None and summary.rows == limit and _length(split.rows) != limit:
         summary.complete = False
-    elif split.uncut is not None and prepared.max_length is not None:
+        return summary
+    if split.examples is not None and (_length(split.examples) or packed) > packed:
+        _count_unpacked(summary, prepared, split.examples, packed, name)
+    if split.uncut is not None and prepared.max_length is not None:
         _compare_with_uncut(summary, prepared, split.uncut, progress, name)
     return summary
+
+
+def _count_unpacked(summary: Summary, prepared: Prepared, examples: Any, packed: int, name: str) -> None:
+    """What the sampler leaves out: all examples, without those that stand in its rows."""
+    count = tokens = response = 0
+    for block in blocks(examples):
+        for number, example in enumerate(block, count):
+            with row_errors(f"dataset {name}, example {number} (from 0)", example):
+                roles = prepared.collator.reader(example).roles
+            tokens += len(roles)
+            response += int((roles == RESPONSE).sum())
+        count += len(block)
+    summary.unpacked = count - packed
+    summary.unpacked_tokens = tokens - summary.tokens
+    summary.unpacked_response = response - summary.response
 
 
 def _compare_with_uncut(
@@ -231,13 +259,17 @@ def _compare_with_uncut(
                 summary.long += 1
                 gone = is_response[:-limit] if prepared.truncation == "end" else is_response[limit:]
                 summary.cut_responses += bool(gone.any())
+                if prepared.truncation == "start" and is_response[:limit].any():
+                    begins = np.flatnonzero(is_response & ~np.append(False, is_response[:-1]))
+                    summary.last_turns += bool(begins[-1] >= limit)
         tokens += size
         if progress is not None:
             progress(len(block), size)
-    summary.lost = tokens - summary.tokens
-    summary.lost_response = max(0, response - summary.response)
+    # What the sampler leaves out of an epoch is in the dataset, and the next epoch has other rows.
+    summary.lost = tokens - summary.tokens - summary.unpacked_tokens
+    summary.lost_response = max(0, response - summary.response - summary.unpacked_response)
     if prepared.truncation != "split":
-        summary.dropped = max(0, examples - summary.documents)
+        summary.dropped = max(0, examples - summary.documents - summary.unpacked)
     if summary.dropped == len(unanswered) and prepared.truncation in ("start", "end"):
         summary.dropped_prompt = sum(unanswered)
 
@@ -293,6 +325,11 @@ def warnings(summary: Summary, config: WITConfig, prepared: Prepared) -> list[st
             f"tokens ({summary.lost_response:,} in all): their ends are not learnt; allow more tokens, or take long "
             "examples out"
         )
+    if summary.last_turns and _weights_last_turns(config):
+        found.append(
+            f"{summary.last_turns:,} examples are cut before their last turn: there, last_turn is the last turn that "
+            "is left; allow more tokens, or take long examples out"
+        )
     if summary.untrained_ends > _TOLERATED * summary.responses:
         token = max(summary.end_tokens, key=summary.end_tokens.__getitem__)
         text = visible(TokenText(prepared.tokenizer)(token))
@@ -308,6 +345,11 @@ def warnings(summary: Summary, config: WITConfig, prepared: Prepared) -> list[st
             f"{visible(str(prepared.tokenizer.eos_token))}): the model may not learn to stop"
         )
     return found
+
+
+def _weights_last_turns(config: WITConfig) -> bool:
+    spans = config.strategies.get("spans", [])
+    return any(isinstance(one, Mapping) and one.get("named") == "last_turn" for one in spans)
 
 
 def _of(count: int, summary: Summary) -> str:

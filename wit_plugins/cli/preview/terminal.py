@@ -78,9 +78,64 @@ def print_document(out: Console, document: Document, scale: Scale, max_tokens: i
         out.print(Segments([*line, Segment.line()]), end="", no_wrap=True, crop=False, overflow="ignore")
 
 
+class _Lines:
+    """The lines of one run of tokens: words are kept whole where they fit, however many tokens spell them.
+
+    Args:
+        margin (`str`): what stands before the first line.
+        room (`int`): how many cells of a terminal the text of a line has.
+    """
+
+    def __init__(self, margin: str, room: int) -> None:
+        self.lines: list[list[Segment]] = []
+        self._margin, self._room = margin, room
+        self._line: list[Segment] = []
+        self._used = 0
+        self._word: list[tuple[str, Style]] = []
+
+    def add(self, text: str, style: Style) -> None:
+        """Add a token's text, in which a line break ends the line."""
+        for char in text:
+            self._word.append((char, style))
+            if char.isspace():
+                self._end_word()
+
+    def add_note(self, text: str) -> None:
+        """Add a line of its own that is no text of the document."""
+        self.finish()
+        self._line.append(Segment(text, Style(dim=True)))
+        self._end_line()
+
+    def finish(self) -> None:
+        """End the last line, if there is anything in it."""
+        self._end_word()
+        if self._used:
+            self._end_line()
+
+    def _end_word(self) -> None:
+        size = sum(cell_len(char) for char, _ in self._word if not char.isspace())
+        if self._used and self._room - self._used < size <= self._room:
+            self._end_line()
+        for char, style in self._word:
+            cells = cell_len(char)
+            if char == "\n" or self._used + cells > self._room:
+                self._end_line()
+            if char == "\n":
+                continue
+            if self._line and self._line[-1].style == style:  # one escape sequence a run, not one a letter
+                char = self._line.pop().text + char
+            self._line.append(Segment(char, style))
+            self._used += cells
+        self._word = []
+
+    def _end_line(self) -> None:
+        margin = " " * _MARGIN if self.lines else self._margin
+        self.lines.append([Segment(margin), Segment(_BAR, Style(dim=True)), *self._line])
+        self._line, self._used = [], 0
+
+
 def _document_lines(out: Console, document: Document, scale: Scale, max_tokens: int) -> Iterator[list[Segment]]:
     """The lines of a document: margin, bar, tokens."""
-    dim = Style(dim=True)
     width = max(out.width, _MARGIN + 12)
     shown, tail = len(document.tokens), 0
     if shown > max_tokens:
@@ -88,42 +143,15 @@ def _document_lines(out: Console, document: Document, scale: Scale, max_tokens: 
     skipped = range(shown, len(document.tokens) - tail)
     for run in document.runs():
         role, weight = run.label
-        margin = f"{role:<9}{weight:>5}"[: _MARGIN - 1].ljust(_MARGIN)
-        line: list[Segment] = []
-        used = 0
-        margins = iter([margin])
-
-        def flush() -> list[Segment]:
-            nonlocal line, used
-            full = [Segment(next(margins, " " * _MARGIN)), Segment(_BAR, dim), *line]  # noqa: B023
-            line, used = [], 0
-            return full
-
+        lines = _Lines(f"{role:<9}{weight:>5}"[: _MARGIN - 1].ljust(_MARGIN), width - _MARGIN - len(_BAR))
         for token in run.tokens:
-            if token.position in skipped:
-                if token.position == skipped.start or token is run.tokens[0]:
-                    count = sum(t.position in skipped for t in run.tokens)
-                    if used:
-                        yield flush()
-                    line.append(Segment(f"… {count:,} tokens not shown …", dim))
-                    yield flush()
-                continue
-            style, text = token_style(out, token, scale), token_text(token)
-            room = width - _MARGIN - len(_BAR)
-            if used and room - used < cell_len(text.split("\n")[0]) <= room:
-                yield flush()  # break between tokens, and in one only if it is longer than a line
-            for char in text:
-                size = cell_len(char)
-                if char == "\n" or used + size > room:
-                    yield flush()
-                    if char == "\n":
-                        continue
-                if line and line[-1].style == style:  # one escape sequence a run, not one a letter
-                    char = line.pop().text + char
-                line.append(Segment(char, style))
-                used += size
-        if used:
-            yield flush()
+            if token.position not in skipped:
+                lines.add(token_text(token), token_style(out, token, scale))
+            elif token.position == skipped.start or token is run.tokens[0]:
+                count = sum(t.position in skipped for t in run.tokens)
+                lines.add_note(f"… {count:,} tokens not shown …")
+        lines.finish()
+        yield from lines.lines
 
 
 def print_legend(out: Console, prepared: Prepared, scale: Scale) -> None:
@@ -235,6 +263,14 @@ def summary_facts(summary: Summary, prepared: Prepared) -> list[tuple[str, str]]
             (
                 "left empty by packing",
                 f"{empty:,} of {summary.room:,} places ({empty / summary.room:.1%}), in {summary.rows:,} rows",
+            )
+        )
+    if summary.unpacked:
+        facts.append(
+            (
+                "left out by packing",
+                f"{summary.unpacked:,} examples with {summary.unpacked_tokens:,} tokens, which fill no row of the "
+                "first epoch",
             )
         )
     if summary.padding:
