@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from axolotl.prompt_strategies.chat_template import ChatTemplateStrategy
 
-from wit_axolotl.conversation import Conversation, read_conversation
+from wit_axolotl.conversation import Conversation, read_conversation, without_weights
 from wit_plugins.errors import BadExampleError, WITConfigError
 from wit_plugins.tokens.data_weights import DataWeights
 
@@ -55,6 +55,10 @@ class WeighingStrategy:
             return made
         rows = _rows(prompt)
         read = [self.read(row) for row in rows]
+        if isinstance(self.strategy, ChatTemplateStrategy):
+            column = self.strategy.prompter.field_messages
+            plain = [without_weights(self.strategy, self.weights, row) for row in rows]
+            prompt = {**prompt, column: [row[column] for row in plain]} if column in prompt else prompt
         made = self.strategy.tokenize_prompt(prompt)
         if not any(said is not None for said in read):
             return made

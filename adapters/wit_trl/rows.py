@@ -14,6 +14,7 @@ import numpy as np
 
 from wit_plugins.errors import BadExampleError
 from wit_plugins.tokens.data_weights import DataWeights
+from wit_plugins.tokens.messages import WeightedMessage
 from wit_plugins.tokens.prepared import read_prepared
 from wit_plugins.tokens.roles import IGNORE_INDEX, token_array
 
@@ -103,10 +104,20 @@ class Weigh:
         data ([`DataWeights`]): what is read from the data.
         template ([`Template`]): what they were tokenised with.
         name (`str`): the dataset's, for messages.
+        assistant_only (`bool`): whether TRL trains on nothing but messages of the assistant.
+        completion_only (`bool`): whether TRL trains on nothing but completions, where there are some.
     """
 
-    def __init__(self, data: DataWeights, template: Template, name: str) -> None:
+    def __init__(
+        self,
+        data: DataWeights,
+        template: Template,
+        name: str,
+        assistant_only: bool = False,
+        completion_only: bool = True,
+    ) -> None:
         self.data, self.template, self.name = data, template, name
+        self.assistant_only, self.completion_only = assistant_only, completion_only
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         """The columns that change.
@@ -128,7 +139,7 @@ class Weigh:
         weights: Any = self.data.sample_weight(row)
         found = conversations(row)
         names = ("prompt", "completion") if "prompt" in row else ("messages",)
-        weighted = [each for name in names for each in self.data.messages(found.pop(name, ()), name)]
+        weighted = [each for name in names for each in self._messages(found.pop(name, ()), name)]
         for name, others in found.items():
             if any(each.weight != 1 or each.pieces for each in self.data.messages(others, name)):
                 raise BadExampleError(
@@ -141,6 +152,11 @@ class Weigh:
                 weighted, lambda contents: self.template.render(row, messages, contents), row["input_ids"]
             )
         return self.data.labels(row["input_ids"], row["labels"], weights, raw)
+
+    def _messages(self, messages: Sequence[Any], column: str) -> list[WeightedMessage]:
+        trains_on_all = not self.assistant_only and not (self.completion_only and column == "prompt")
+        are_answers = [trains_on_all or message.get("role") == "assistant" for message in messages]
+        return self.data.messages(messages, column, are_answers=are_answers)
 
 
 class KeepsResponse:

@@ -140,11 +140,14 @@ def test_examples_that_axolotl_leaves_out_are_left_out(packed: bool) -> None:
 
 
 def test_a_trainer_without_weights_gets_axolotl_s_labels() -> None:
-    """What `axolotl evaluate` is given."""
-    rows = [chat(user(weight=0.5), assistant(weight=0)), chat(user(), assistant())]
-    given: list[Any] = []
-    OwnLabelsCollator(given.extend)([list(tokenised(rows))])
-    assert given == [list(tokenised(rows, wit=None))]
+    """What `axolotl evaluate` is given: without what weighs 0, which Axolotl itself masks where it reads the flag."""
+    dataset = {**CHAT, "message_field_training": "weight"}
+    rows = [chat(user(), assistant(weight=0), user(), assistant(weight=2.0)), chat(user(), assistant())]
+    parts = [{"type": "text", "text": "four", "train": False}, {"type": "text", "text": " and five"}]
+    for each, how in ((rows, dataset), ([chat(user(plain("two")), assistant(parts))], CHAT)):
+        given: list[Any] = []
+        OwnLabelsCollator(given.extend)([list(tokenised(each, how))])
+        assert given == [list(tokenised(each, how, wit=None))]
 
 
 def test_what_the_page_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from wit_plugins.tokens.prepared import FINGERPRINT_BITS, prepare
 from wit_plugins.tokens.roles import example_roles
 from wit_plugins.tokens.text import TokenText
 
+_VERSION = 2  # of what a value in the data means: what was prepared with another meaning is prepared again
 _LOOKS_LIKE_A_WEIGHT = re.compile(r"w(ei|ie)gh?t|loss|scale|train", re.IGNORECASE)
 
 
@@ -76,12 +77,16 @@ class DataWeights:
         value = example.get(self.sample_key) if self.sample_key else None
         return 1.0 if value is None else _weight(value, str(self.sample_key))
 
-    def message_weight(self, message: Mapping[str, Any], where: str) -> float:
+    def message_weight(self, message: Mapping[str, Any], where: str, is_answer: bool = True) -> float:
         """What a message or a part of one is multiplied by; 1 if it says nothing.
+
+        Data for other trainers marks its prompts with `false`, which there repeats the mask. So `true` and `false`
+        count in answers alone, and leave a prompt the weight of prompts. A number counts everywhere.
 
         Args:
             message (`Mapping`): with any of the keys that are read; `None` stands for a key that is not there.
             where (`str`): what to call it in an error, such as `messages[3]`.
+            is_answer (`bool`): whether it is the assistant's, or the framework trains on it as response anyway.
 
         Raises:
             BadExampleError: if what it says is no weight, or if two keys say something.
@@ -91,7 +96,10 @@ class DataWeights:
             both = " and ".join(f"{key} = {value!r}" for key, value in said.items())
             raise BadExampleError(f"{where} has two weights, {both}; keep one of them")
         self._look_at(message, where)
-        return next((_weight(value, f"{where}.{key}") for key, value in said.items()), 1.0)
+        for key, value in said.items():
+            if is_answer or not isinstance(value, (bool, np.bool_)):
+                return _weight(value, f"{where}.{key}")
+        return 1.0
 
     def group(self, example: Mapping[str, Any]) -> int:
         """The number of an example's group, from 1; 0 if there are none.
@@ -115,7 +123,11 @@ class DataWeights:
         return found
 
     def messages(
-        self, messages: Sequence[Mapping[str, Any]], where: str = "messages", content: str = "content"
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        where: str = "messages",
+        content: str = "content",
+        are_answers: Sequence[bool] | None = None,
     ) -> list[WeightedMessage]:
         """Messages with their weights, for [`weigh_tokens`]; their parts of text become one text.
 
@@ -123,23 +135,25 @@ class DataWeights:
             messages: mappings with a role and a content: a text, or a list of parts `{type: text, text, weight}`.
             where (`str`): what to call them in errors.
             content (`str`): under which key the content stands.
+            are_answers (`Sequence[bool]`, *optional*): of each, see [`DataWeights.message_weight`]; by default all are.
 
         Raises:
             BadExampleError: naming the message, the key and the value.
         """
         made = []
         for index, message in enumerate(messages):
-            at = f"{where}[{index}]"
-            weight, said = self.message_weight(message, at), message.get(content)
+            at, is_answer = f"{where}[{index}]", are_answers is None or are_answers[index]
+            weight, said = self.message_weight(message, at, is_answer), message.get(content)
             pieces: list[tuple[int, int, float]] = []
             if isinstance(said, (list, tuple)):
                 text = ""
                 for number, part in enumerate(said):
-                    own = self.message_weight(part, f"{at}.{content}[{number}]") if isinstance(part, Mapping) else 1.0
+                    place = f"{at}.{content}[{number}]"
+                    own = self.message_weight(part, place, is_answer) if isinstance(part, Mapping) else 1.0
                     words = part.get("text") if isinstance(part, Mapping) else part
                     if not isinstance(words, str):
                         raise BadExampleError(
-                            f"{at}.{content}[{number}] = {part!r}: only parts of text can be weighted; "
+                            f"{place} = {part!r}: only parts of text can be weighted; "
                             "write {type: text, text: …, weight: …}"
                         )
                     if own != 1:
@@ -241,7 +255,7 @@ class DataWeights:
 
 def fingerprint(message_keys: Sequence[str], sample_key: str | None, strategies: ActiveStrategies) -> int:
     """See [`DataWeights.fingerprint`]."""
-    said: list[Any] = [1, list(message_keys), sample_key, strategies.reading_raw]
+    said: list[Any] = [_VERSION, list(message_keys), sample_key, strategies.reading_raw]
     if strategies.groups is not None:  # which they are; what they weigh is in no label
         said += [strategies.groups.key, strategies.groups.names]
     digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).digest()
