@@ -83,7 +83,8 @@ def _align_dataset(original: Callable[..., Any], config: WITConfig) -> Callable[
 
         convert = get_weighted_converter(dataset_attr.formatting, dataset_attr, data_args)
         try:
-            for example in itertools.islice(dataset, _LOOKED_AT):  # for warnings, which a cache would not repeat
+            convert.warn_of_unread_keys(dataset)  # which a cache would not repeat
+            for example in itertools.islice(dataset, _LOOKED_AT):
                 convert.weights(example)
             with exchanged(converter, "get_dataset_converter", get_weighted_converter):
                 return original(dataset, dataset_attr, data_args, training_args)

@@ -103,6 +103,11 @@ class WeightedConverter:
             message[KEY] = text
         return aligned
 
+    def warn_of_unread_keys(self, dataset: Any) -> None:
+        """Warn of keys of messages that look like weights and are not read."""
+        if isinstance(self.converter, (SharegptDatasetConverter, OpenAIDatasetConverter)):
+            self.data.warn_of_unread_keys(dataset, [self.converter.dataset_attr.messages], [self._content])
+
     def weights(self, example: Mapping[str, Any]) -> list[WeightedMessage]:
         """What the messages of an example say; empty for formats that have none.
 

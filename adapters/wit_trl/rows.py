@@ -224,19 +224,10 @@ def found_weights(dataset: Any, data: DataWeights) -> list[str] | None:
         found.append(f"groups of {data.groups.strategy.name}: column {data.groups.key}")
     if data.sample_key in features:
         found.append(f"column {data.sample_key}")
-    unclear = []
-    for name in _CONVERSATIONS:
-        message = _item(features.get(name))
-        if not isinstance(message, Mapping):
-            unclear += [name] if _is_json(message) else []
-            continue
-        part = _item(message.get("content"))
-        unclear += [name] if _is_json(part) else []
-        for where, keys in ((f"{name}[]", message), (f"{name}[].content[]", part)):
-            if isinstance(keys, Mapping):
-                # Asked as if all were there, so that one that is not read is warned of before anything is tokenised.
-                data.says_something({}, [dict.fromkeys(keys, True)])
-                found += [f"{where}.{key}" for key in data.message_keys if key in keys]
+    in_messages, unclear = data.weighted_columns(features, _CONVERSATIONS)
+    found += in_messages
+    # Before anything is tokenised.
+    data.warn_of_unread_keys(dataset, _CONVERSATIONS)
     if found or not unclear:
         return found
     if not hasattr(dataset, "__len__"):
@@ -245,12 +236,3 @@ def found_weights(dataset: Any, data: DataWeights) -> list[str] | None:
         if says_something(row, data):
             return unclear
     return []
-
-
-def _item(feature: Any) -> Any:
-    """What a list is of, by its feature; anything else is itself."""
-    return feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
-
-
-def _is_json(feature: Any) -> bool:
-    return type(feature).__name__ == "Json"

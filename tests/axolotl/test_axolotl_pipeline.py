@@ -18,7 +18,7 @@ import yaml
 from axolotl.utils.data import sft, wrappers
 from axolotl.utils.dict import DictDefault
 from axorows import CHAT, WIT, assistant, chat, plain, tokenised, user
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from support import word_tokenizer
 from wit_axolotl import patch
 
@@ -119,9 +119,39 @@ def test_data_that_changed_since_it_was_prepared_is_said(tmp_path: Path) -> None
         sft.load_preprocessed_dataset(cfg, "name")
 
 
-def test_keys_that_look_like_weights_are_named() -> None:
-    with pytest.warns(UnreadWeightWarning, match="'wieght' that looks like a weight"):
+def as_json_lines(folder: Path, rows: list[dict[str, Any]]) -> Dataset:
+    """As `datasets` reads a file whose messages have not all the same keys: `List(Json)`, which names no key."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    made = load_dataset("json", data_files=str(path), split="train", cache_dir=str(folder / "cache"))
+    assert "Json" in str(made.features["messages"])
+    return made
+
+
+def test_weights_that_only_some_messages_have_are_not_lost(tmp_path: Path) -> None:
+    """Refused where they cannot be read, as a key in every message is: in a message, and in a part of its content."""
+    parts = [{"type": "text", "text": "four", "weight": 0.5}]
+    for index, said in enumerate((assistant(weight=0.5), assistant(parts))):
+        (tmp_path / str(index)).mkdir()
+        data = as_json_lines(tmp_path / str(index), [chat(user(), assistant()), chat(user(), said)])
+        if said["content"] != parts:  # of which this type wants other keys
+            with pytest.raises(WITConfigError, match="there are weights in messages, but Axolotl does not tokenise"):
+                tokenised(data, {"path": "here", "type": "messages"}, chat_template="chatml")
+        ids = data.add_column("input_ids", [[1, 2]] * 2).add_column("labels", [[1, 2]] * 2)
+        with pytest.raises(WITConfigError, match="there are weights in messages, but Axolotl does not tokenise"):
+            tokenised(ids.add_column("attention_mask", [[1, 1]] * 2), {"path": "here", "type": None})
+        made = tokenised(data)  # and read where they can be
+        assert read_prepared(np.array(made["labels"][0])) is None
+        assert 0.5 in read_prepared(np.array(made["labels"][1])).weights
+
+
+def test_keys_that_look_like_weights_are_named(tmp_path: Path) -> None:
+    with pytest.warns(UnreadWeightWarning, match=r"row 0 \(from 0\): messages\[1\] has a key 'wieght' that looks like"):
         tokenised([chat(user(), assistant(wieght=0.5))])
+    rows = [chat(user(), assistant()), chat(user(), assistant(wieght=0.5)), chat(user(), assistant())]
+    for dataset in (CHAT, {"path": "here", "type": "messages"}):
+        with pytest.warns(UnreadWeightWarning, match=r"row 1 \(from 0\): messages\[1\] has a key 'wieght'"):
+            tokenised(as_json_lines(tmp_path, rows), dataset, chat_template="chatml")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tokenised([chat(user(), assistant(weight=0.5, name="four"))])

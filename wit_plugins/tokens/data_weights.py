@@ -17,6 +17,7 @@ import numpy as np
 from wit_plugins.active import ActiveStrategies
 from wit_plugins.config import WITConfig, checked_weight
 from wit_plugins.errors import BadExampleError
+from wit_plugins.tokens.columns import evenly, keys_by_features, messages_of
 from wit_plugins.tokens.messages import Render, WeightedMessage, token_offsets, weigh_tokens
 from wit_plugins.tokens.prepared import FINGERPRINT_BITS, prepare
 from wit_plugins.tokens.roles import example_roles
@@ -121,6 +122,49 @@ class DataWeights:
                     self._look_at(each, "messages")
                     found |= any(each.get(key) is not None for key in self.message_keys)
         return found
+
+    def weighted_columns(self, features: Mapping[str, Any], names: Collection[str]) -> tuple[list[str], list[str]]:
+        """Where weights stand in some columns of messages, in words, and which of the columns do not say so.
+
+        Args:
+            features (`Mapping`): of a dataset, by the names of its columns.
+            names (`Collection[str]`): the columns to look at.
+        """
+        found, unclear = [], []
+        for name in names:
+            keys = keys_by_features(features.get(name))
+            unclear += [name] if keys.unclear else []
+            places = [(f"{name}[]", keys.of_messages)]
+            places += [(f"{name}[].{content}[]", of_parts) for content, of_parts in keys.of_parts.items()]
+            found += [f"{where}.{key}" for where, own in places for key in self.message_keys if key in own]
+        return found, unclear
+
+    def warn_of_unread_keys(self, dataset: Any, names: Collection[str], contents: Sequence[str] = ("content",)) -> None:
+        """Warn of keys of messages and their parts that look like weights and are not read, each with its first row.
+
+        Rows are read where the features name such a key, or do not name the keys: at most 10,000, at even distances.
+        A stream is not read.
+
+        Args:
+            dataset: with features, of which only those of a type that `datasets` gave them say something.
+            names (`Collection[str]`): its columns of messages.
+            contents (`Sequence[str]`): the keys under which a message may have parts.
+        """
+        features = getattr(dataset, "features", None) or {}
+        wanted, columns, unclear = set[str](), [], False
+        for name in names:
+            keys = keys_by_features(features.get(name))
+            unread = {key for own in (keys.of_messages, *keys.of_parts.values()) for key in own if self._is_unread(key)}
+            columns += [name] if unread or keys.unclear else []
+            wanted, unclear = wanted | unread, unclear or keys.unclear
+        if not columns or not hasattr(dataset, "__len__"):
+            return
+        rows = dataset.select_columns(columns)
+        for index in evenly(len(rows)):
+            for where, said in messages_of(rows[index], contents):
+                self._look_at(said, f"row {index} (from 0): {where}")
+            if not unclear and wanted <= self._warned:
+                return
 
     def messages(
         self,
@@ -235,16 +279,19 @@ class DataWeights:
             return own.tolist()
         return prepare(own, np.asarray(weights, dtype=np.float32), self.fingerprint, group).tolist()
 
+    def _is_unread(self, key: Any) -> bool:
+        """Whether a key looks like a weight and is none that is read."""
+        looks = bool(_LOOKS_LIKE_A_WEIGHT.search(str(key))) and not str(key).endswith("_detail")
+        return looks and key not in self.message_keys
+
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_warned": set()}
 
     def _look_at(self, message: Mapping[str, Any], where: str) -> None:
         """Warn of keys that look like weights and are not read, of each once."""
-        for key in message.keys() - self._warned - set(self.message_keys):
-            if message[key] is None:
-                continue
-            self._warned.add(key)
-            if _LOOKS_LIKE_A_WEIGHT.search(str(key)) and not str(key).endswith("_detail"):
+        for key in message.keys() - self._warned:
+            if message[key] is not None and self._is_unread(key):
+                self._warned.add(key)
                 warnings.warn(
                     f"{where} has a key {key!r} that looks like a weight and is not read; read are "
                     f"{', '.join(self.message_keys) or 'none'} (message_weight_keys)",

@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from wit_plugins.errors import BadExampleError, WITConfigError
+from wit_plugins.tokens.columns import evenly
 from wit_plugins.tokens.reader import ExampleReader, ReadExample
 from wit_plugins.tokens.roles import PROMPT, RESPONSE
 from wit_plugins.tokens.transport import decode
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from wit_plugins.tokens.collator import WeightedCollator
 
 _LOOKED_AT = 100
-_READ = 10_000  # examples, where all would take too long
 
 
 class UnmatchedSpanWarning(UserWarning):
@@ -111,7 +111,7 @@ def check_dataset(dataset: Any, masking_hint: str, reader: ExampleReader) -> Dat
         WITConfigError: if a role is missing, the examples carry no labels, or one of them cannot be trained on.
     """
     look = DatasetLook(len(dataset))
-    first = _evenly(look.size, _LOOKED_AT)
+    first = evenly(look.size, _LOOKED_AT)
     rest = np.setdiff1d(np.arange(look.size), first)
     # Silent for the usual dataset, which these settle; a bar for one that has to be read through.
     for index in tqdm([*first, *rest.tolist()], desc="Looking for prompt and response tokens", delay=5):
@@ -210,7 +210,7 @@ def warn_of_unmatched_spans(dataset: Any, collator: WeightedCollator) -> None:
     if not (collator.strategies.looks_for_spans and can_be_read_again(dataset)):
         return
     size, seen, matched = len(dataset), set[str](), set[str]()
-    read = _evenly(size)
+    read = evenly(size)
     for index in tqdm(read, desc="Looking for what is weighted", delay=5):
         try:
             found = collator.find_spans(dataset[index])
@@ -253,7 +253,7 @@ def check_scores(datasets: Mapping[str, Any], collator: WeightedCollator) -> Non
     for name, dataset in datasets.items():
         if not can_be_read_again(dataset):
             continue
-        for index in tqdm(_evenly(len(dataset)), desc=f"Looking for the scores of the {name} dataset", delay=5):
+        for index in tqdm(evenly(len(dataset)), desc=f"Looking for the scores of the {name} dataset", delay=5):
             example = dataset[index]
             if "input_ids" not in example or example.get("labels") is None:
                 break  # for generation
@@ -261,11 +261,6 @@ def check_scores(datasets: Mapping[str, Any], collator: WeightedCollator) -> Non
                 collator.log_probs(example)
             except BadExampleError as error:
                 raise BadExampleError(f"example {index} of the {name} dataset: {error}") from None
-
-
-def _evenly(size: int, most: int = _READ) -> list[int]:
-    """Numbers of examples, from the first to the last."""
-    return np.unique(np.linspace(0, size - 1, min(size, most)).astype(np.int64)).tolist() if size else []
 
 
 def _read(example: Mapping[str, Any], masking_hint: str, reader: ExampleReader) -> ReadExample:
