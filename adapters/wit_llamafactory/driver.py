@@ -29,7 +29,7 @@ from wit_plugins.cli.borrow import (
     weighted_collator,
 )
 from wit_plugins.cli.configuration import read_text, unreadable
-from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split
+from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split, evaluation_split
 from wit_plugins.cli.empty import empty_model
 
 _OWN = {"stage", "finetuning_type", "template", "dataset_dir", "cutoff_len"}
@@ -225,7 +225,8 @@ def _splits(trainer: Any, uncut: dict[str, Any]) -> dict[str, Split]:
     if isinstance(evaluation, dict):
         for name in evaluation:
             loader = trainer.get_eval_dataloader(name)
-            splits[name] = Split(loader.dataset, whole.get(name) if isinstance(whole, dict) else None)
+            uncut_one = whole.get(name) if isinstance(whole, dict) else None
+            splits[evaluation_split(name)] = Split(loader.dataset, uncut_one)
     elif evaluation is not None:
         splits["eval"] = Split(trainer.get_eval_dataloader().dataset, whole)
     return splits

@@ -44,6 +44,15 @@ def wit(capsys, *args):
     return code, " ".join(captured.out.split()), captured.err
 
 
+def test_an_evaluation_set_named_train_is_not_shown_for_the_training_set(workplace):
+    workplace.dataset("mine", [{"instruction": "one", "input": "", "output": "word"}])
+    evaluation = {"dataset": "mine", "eval_dataset": "train", "eval_on_each_dataset": True, "eval_strategy": "epoch"}
+    splits = LlamaFactoryDriver().prepare(job(workplace.write(wit=WIT, **evaluation))).splits
+    assert list(splits) == ["train", "eval_train"]
+    assert (len(splits["train"].rows), len(splits["eval_train"].rows)) == (1, len(chatml()))
+    assert len(splits["eval_train"].uncut) == len(chatml())
+
+
 @pytest.mark.parametrize("shape", [pytest.param(s, marks=NEAT if "neat" in s else ()) for s in SHAPES])
 def test_rows_and_totals(workplace, tmp_path, shape):
     """The rows are those that LLaMA-Factory trains on; the totals are those of documents written by hand."""

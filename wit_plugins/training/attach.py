@@ -147,7 +147,8 @@ def _datasets(trainer: Trainer) -> dict[str, Any]:
     evaluation = getattr(trainer, "eval_dataset", None)
     if not getattr(trainer.args, "predict_with_generate", False):
         by_name = evaluation if isinstance(evaluation, dict) else {"evaluation": evaluation}
-        found |= {str(name): dataset for name, dataset in by_name.items()}
+        for name, dataset in by_name.items():
+            found[f"evaluation {name}" if name in found else str(name)] = dataset
     return {name: dataset for name, dataset in found.items() if dataset is not None}
 
 
