@@ -186,11 +186,15 @@ def _build_trainer(values: dict[str, Any], job: Job) -> tuple[Any, dict[str, Any
     from llamafactory.model.loader import load_config
     from llamafactory.train.sft import workflow
 
+    from wit_llamafactory.data import newer_data
+
     with parser_errors(job.name, "LLaMA-Factory does not take these options"):
         arguments = get_train_args(values)
     cutoff = arguments[1].cutoff_len  # which LLaMA-Factory takes as it is
     if not isinstance(cutoff, int):
         raise WITConfigError(f"cutoff_len = {cutoff!r}: is not a whole number; write one such as 2048")
+    if newer_data(arguments[1]):
+        arguments[1].tokenized_path = None  # training tokenises anew, and writes it there
     get_dataset = workflow.get_dataset
     uncut: dict[str, Any] = {}
 

@@ -101,22 +101,30 @@ def test_weights_that_cannot_be_read_are_refused() -> None:
         tokenised([messages], streaming=True, sample_packing=True)
 
 
-def test_data_that_changed_since_it_was_prepared_is_said(tmp_path: Path) -> None:
-    data = tmp_path / "data.jsonl"
+@pytest.mark.parametrize("kind", ["file", "folder", "data_files"])
+def test_data_that_changed_since_it_was_prepared_is_prepared_anew(tmp_path: Path, kind: str) -> None:
+    data = tmp_path / "data" / "data.jsonl"
+    data.parent.mkdir()
     data.write_text(json.dumps(chat(user(), assistant())))
-    cfg = DictDefault({"plugins": ["wit_axolotl.WITPlugin"], "wit": WIT, "datasets": [{"path": str(data)}]})
+    entry = {"path": str(data if kind == "file" else data.parent)}
+    if kind == "data_files":
+        entry = {"path": "json", "data_files": [str(data)]}
+    cfg = DictDefault({"plugins": ["wit_axolotl.WITPlugin"], "wit": WIT, "datasets": [entry]})
     cfg.dataset_prepared_path = str(tmp_path / "prepared")
     Dataset.from_list([{"labels": [1]}]).save_to_disk(str(tmp_path / "prepared" / "name"))
     patch.install()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        os.utime(data, (1, 1))
-        assert sft.load_preprocessed_dataset(cfg, "name")[:] == {"labels": [[1]]}
+        for when in (1, time.time() + 1000):  # older, and by a clock that is wrong
+            os.utime(data, (when, when))
+            assert sft.load_preprocessed_dataset(cfg, "name")[:] == {"labels": [[1]]}
         assert sft.load_preprocessed_dataset(cfg, "other") is None
-    future = time.time() + 10
-    os.utime(data, (future, future))
-    with pytest.warns(patch.StaleDataWarning, match="data.jsonl is newer than what was prepared"):
-        sft.load_preprocessed_dataset(cfg, "name")
+    for file in (tmp_path / "prepared" / "name").iterdir():
+        os.utime(file, (1, 1))
+    os.utime(data, (2, 2))
+    with pytest.warns(patch.StaleDataWarning, match="data.jsonl is newer than what was prepared .* prepared anew"):
+        assert sft.load_preprocessed_dataset(cfg, "name") is None
+    assert not (tmp_path / "prepared" / "name").exists()
 
 
 def as_json_lines(folder: Path, rows: list[dict[str, Any]]) -> Dataset:

@@ -302,7 +302,7 @@ class DataWeights:
 
 def fingerprint(message_keys: Sequence[str], sample_key: str | None, strategies: ActiveStrategies) -> int:
     """See [`DataWeights.fingerprint`]."""
-    said: list[Any] = [_VERSION, list(message_keys), sample_key, strategies.reading_raw]
+    said: list[Any] = [_VERSION, list(message_keys), sample_key, strategies.reading_raw, strategies.code_reading_raw]
     if strategies.groups is not None:  # which they are; what they weigh is in no label
         said += [strategies.groups.key, strategies.groups.names]
     digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).digest()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -188,6 +191,43 @@ def test_a_strategy_reads_the_example_as_it_was() -> None:
             collator.codes({"input_ids": [two, two], "labels": [-100, two]})
         # With other options it is another preparation.
         assert data.fingerprint != _data_weights(strategies={"by_source": {"web": 0.5}}).fingerprint
+
+
+def test_an_edited_strategy_is_another_preparation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code counts: of the strategy's file, and in a package of the files beside it, which it may use."""
+    source = """
+import numpy as np
+from wit_plugins import hookimpl
+
+@hookimpl
+def static_weights(roles, raw_example):
+    return np.full(len(roles), 0.5, dtype=np.float32)
+"""
+    package = tmp_path / "edited_package"
+    package.mkdir()
+    alone, inside, helper = tmp_path / "edited_alone.py", package / "strategy.py", package / "helper.py"
+    (package / "__init__.py").touch()
+    helper.touch()
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def fingerprint(name: str) -> int:
+        for each in [each for each in sys.modules if each.startswith("edited_")]:
+            del sys.modules[each]
+        importlib.invalidate_caches()
+        with registered(importlib.import_module(name), "edited"):
+            data = _data_weights(strategies={"edited": {}})
+            assert pickle.loads(pickle.dumps(data)).fingerprint == data.fingerprint
+            return data.fingerprint
+
+    for name, file in (("edited_alone", alone), ("edited_package.strategy", inside)):
+        file.write_text(source)
+        before = fingerprint(name)
+        assert fingerprint(name) == before
+        file.write_text(source.replace("0.5", "0.25"))
+        after = fingerprint(name)
+        assert after != before
+        helper.write_text(f"# {name}")
+        assert (fingerprint(name) == after) == (file is alone)
 
 
 def test_what_is_pickled_tells_caches_apart() -> None:
