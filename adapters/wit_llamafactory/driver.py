@@ -30,7 +30,7 @@ from wit_plugins.cli.borrow import (
 )
 from wit_plugins.cli.configuration import read_text, unreadable
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split, evaluation_split
-from wit_plugins.cli.empty import empty_model
+from wit_plugins.cli.empty import empty_model, resize_embeddings
 
 _OWN = {"stage", "finetuning_type", "template", "dataset_dir", "cutoff_len"}
 _NOT_HERE = {"do_train": True, "overwrite_output_dir": True}
@@ -208,7 +208,10 @@ def _build_trainer(values: dict[str, Any], job: Job) -> tuple[Any, dict[str, Any
         return get_dataset(template, model_args, data_args, training_args, **kwargs)
 
     def load_model(tokenizer: Any, model_args: Any, finetuning_args: Any, is_trainable: bool = False) -> Any:
-        return empty_model(load_config(model_args), "sdpa", model_args.trust_remote_code)
+        model = empty_model(load_config(model_args), "sdpa", model_args.trust_remote_code)
+        if model_args.resize_vocab:
+            resize_embeddings(model, len(tokenizer), multiple=64)
+        return model
 
     with (
         exchanged(workflow, "CustomSeq2SeqTrainer", stopping(workflow.CustomSeq2SeqTrainer)),
@@ -226,6 +229,8 @@ def _splits(trainer: Any, uncut: dict[str, Any]) -> dict[str, Split]:
     """The datasets as the data loaders hand them to the collator."""
     splits = {"train": Split(trainer.get_train_dataloader().dataset, uncut.get("train_dataset"))}
     evaluation, whole = trainer.eval_dataset, uncut.get("eval_dataset")
+    if trainer.args.predict_with_generate:
+        return splits  # it evaluates by what the model writes, of which nothing is weighed
     if isinstance(evaluation, dict):
         for name in evaluation:
             loader = trainer.get_eval_dataloader(name)

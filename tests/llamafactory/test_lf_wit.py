@@ -124,6 +124,21 @@ def test_preview_and_check(workplace, tmp_path, capsys):
     assert wit(capsys, "preview", config, "--split", "eval", "--set", "wit.prompt_weight=0.7")[0] == 0
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"add_tokens": "<one>,<two>", "resize_vocab": True, "dataset": "new"},
+        {"predict_with_generate": True, "eval_dataset": "train", "eval_strategy": "epoch"},
+    ],
+    ids=["tokens_are_added", "evaluated_by_generation"],
+)
+def test_check_does_not_refuse_what_trains(workplace, tmp_path, capsys, changes):
+    workplace.dataset("new", [{"instruction": "one <one>", "input": "", "output": "word <two>"}] * 8)
+    code, out, _ = wit(capsys, "check", workplace.write("trains.yaml", wit=WIT, **changes))
+    assert code == 0, out
+    assert run(workplace.config(output_dir=str(tmp_path), **changes), WIT).state.global_step > 0
+
+
 def test_weights_of_the_model_are_not_read(tmp_path, capsys):
     made = place(tmp_path)
     (weights,) = (tmp_path / "model").glob("*.safetensors")
