@@ -62,8 +62,9 @@ def messages_of(row: Mapping[str, Any], contents: Sequence[str]) -> Iterator[tup
                         yield f"{name}[{index}].{key}[{number}]", part
 
 
-def evenly(size: int, most: int = READ_AT_MOST) -> list[int]:
-    """Numbers of rows, from the first to the last, at even distances."""
+def evenly(size: int, most: int | None = None) -> list[int]:
+    """Numbers of rows, from the first to the last, at even distances: at most 10,000, or `most`."""
+    most = READ_AT_MOST if most is None else most
     return np.unique(np.linspace(0, size - 1, min(size, most)).astype(np.int64)).tolist() if size else []
 
 
