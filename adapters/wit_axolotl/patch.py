@@ -117,6 +117,12 @@ def get_dataset_wrapper(
         except BadExampleError as error:
             row = used[0].refused_row(dataset) if used and refusal is None else None
             raise BadExampleError(f"{where}{'' if row is None else f', row {row}'}: {error}") from None
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+            row = used[0].refused_row(dataset, Exception) if used and hasattr(dataset, "__len__") else None
+            if row is None:
+                raise
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise BadExampleError(f"{where}, row {row}: Axolotl cannot tokenise it ({reason})") from error
     if not used:
         refuse_unread(weights, dataset, where)
     return made

@@ -123,8 +123,8 @@ class WeighingStrategy:
             weights = weights * said.conversation.token_weights(self.strategy, self.weights, ids)
         return self.weights.labels(ids, labels, np.asarray(weights, dtype=np.float32), row)
 
-    def refused_row(self, dataset: Iterable[Mapping[str, Any]]) -> int | None:
-        """The first row that is refused; `None` if it is not found soon.
+    def refused_row(self, dataset: Iterable[Mapping[str, Any]], kind: type[Exception] = BadExampleError) -> int | None:
+        """The first row that is refused with such an error; `None` if it is not found soon.
 
         All rows are read, which is quick; the first thousand are tokenised, too.
         """
@@ -134,7 +134,7 @@ class WeighingStrategy:
                 if index < _FULLY:
                     batched = self.strategy.supports_batched
                     self.tokenize_prompt({key: [value] for key, value in row.items()} if batched else row)
-            except BadExampleError:
+            except kind:
                 return index
         return None
 

@@ -127,6 +127,20 @@ def test_data_that_changed_since_it_was_prepared_is_prepared_anew(tmp_path: Path
     assert not (tmp_path / "prepared" / "name").exists()
 
 
+@pytest.mark.parametrize("bad", [{"messages": []}, {"messages": [{"role": "user"}]}, {"messages": None}])
+def test_what_axolotl_cannot_tokenise_is_named_with_its_row(tmp_path: Path, bad: dict[str, Any]) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [chat(user(), assistant())] * 2 + [bad]))
+    data = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    try:
+        tokenised(data, wit=None)
+    except Exception:  # whatever Axolotl has for it
+        with pytest.raises(BadExampleError, match=r"datasets: here, row 2: Axolotl cannot tokenise it \(\w+: "):
+            tokenised(data)
+    else:
+        tokenised(data)  # what it takes is taken
+
+
 def as_json_lines(folder: Path, rows: list[dict[str, Any]]) -> Dataset:
     """As `datasets` reads a file whose messages have not all the same keys: `List(Json)`, which names no key."""
     path = folder / "rows.jsonl"
