@@ -125,6 +125,17 @@ def test_what_a_message_says(message: dict[str, Any], weight: float) -> None:
     assert _data_weights().message_weight(message, "messages[0]") == weight
 
 
+@pytest.mark.parametrize(("value", "weight"), [(False, 1.0), (True, 1.0), (np.bool_(False), 1.0), (0, 0.0), (0.5, 0.5)])
+def test_a_flag_on_a_prompt_repeats_the_mask_and_a_number_counts(value: Any, weight: float) -> None:
+    parts = {"role": "user", "content": [{"type": "text", "text": "two", "train": value}]}
+    data = _data_weights()
+    assert data.message_weight({"train": value}, "m", is_answer=False) == weight
+    (message,) = data.messages([parts], are_answers=[False])
+    assert message.pieces == (() if weight == 1 else ((0, 3, weight),))
+    (message,) = data.messages([parts], are_answers=[True])
+    assert message.pieces == (() if value == 1 else ((0, 3, float(value)),))
+
+
 @pytest.mark.parametrize(
     ("message", "said"),
     [
