@@ -150,6 +150,11 @@ class ActiveStrategies(HooksOnDevice):
         """The strategies whose `static_weights` reads examples as they are before tokenisation, with their options."""
         return {strategy.name: strategy.options for strategy in self._strategies if strategy.reads_raw}
 
+    @property
+    def code_reading_raw(self) -> dict[str, str]:
+        """The same strategies, each with a hash of its code."""
+        return {strategy.name: strategy.code for strategy in self._strategies if strategy.reads_raw}
+
     def find_spans(
         self,
         input_ids: np.ndarray,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pluggy
@@ -55,6 +59,26 @@ class Strategy:
         """Whether its `static_weights` reads the example as it is before tokenisation."""
         impl = self._hooks.get("static_weights")
         return impl is not None and RAW_ARGUMENT in impl.argnames
+
+    @property
+    def code(self) -> str:
+        """A hash of the code of its `static_weights`: what was prepared by other code is told by it.
+
+        It is of the file that the hook stands in, and where that is in a package, of the files beside it. Without a
+        file (in a notebook) it is of the compiled function alone.
+        """
+        function = inspect.unwrap(self._hooks["static_weights"].function)
+        function = getattr(function, "__func__", function)
+        digest = hashlib.sha256()
+        file = Path(inspect.getfile(function))
+        in_package = bool(getattr(sys.modules.get(function.__module__), "__package__", None))
+        for path in sorted(file.parent.glob("*.py")) if in_package else [file]:
+            if path.is_file():
+                digest.update(path.name.encode() + path.read_bytes())
+        if not file.is_file():
+            digest.update(repr((function.__code__.co_code, function.__code__.co_names)).encode())
+            digest.update(repr([c for c in function.__code__.co_consts if not inspect.iscode(c)]).encode())
+        return digest.hexdigest()[:16]
 
     @property
     def per_token(self) -> bool:

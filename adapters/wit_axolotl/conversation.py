@@ -8,6 +8,7 @@ found with Axolotl's own prompter, which is asked for the same turns with other 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,13 +124,68 @@ def read_conversation(
         if first + index < 0:
             messages.append(WeightedMessage(text))
             continue
-        reader = _MessageReader(strategy, weights, said[first + index], f"{prompter.field_messages}[{first + index}]")
+        where = f"{prompter.field_messages}[{first + index}]"
+        reader = _MessageReader(strategy, weights, said[first + index], where, is_answer(strategy, turn))
         messages.append(WeightedMessage(text, reader.weight(), reader.pieces("content", text)))
         if isinstance(turn.get(thinking), str) and (pieces := reader.parts(thinking, turn[thinking])):
             thoughts[index] = WeightedMessage(turn[thinking], 1.0, pieces)
     if not thoughts and all(message.weight == 1 and not message.pieces for message in messages):
         return None
     return Conversation(turns, strategy._get_tools(prompt), messages, thoughts, thinking)
+
+
+def is_answer(strategy: ChatTemplateStrategy, turn: Mapping[str, Any]) -> bool:
+    """Whether a turn is an answer: its role is trained on, or a flag in the data turns it into response.
+
+    Where no role is trained on by itself (`roles_to_train: []`), flags decide, and the assistant's turns are answers.
+    """
+    return turn.get("role") in (strategy.roles_to_train or ("assistant",)) or bool(turn.get("training"))
+
+
+def without_weights(strategy: ChatTemplateStrategy, weights: DataWeights, row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row as Axolotl is to tokenise it: its flags are read here, as weights, and decide no mask of its own.
+
+    Axolotl masks what is flagged with 0 or false, so that a zero inside of an answer would split it into two runs of
+    response tokens, which strategies take for two turns; and it trains on whole prompts whose parts have flags. Here
+    an answer stays response, of weight 0 where a flag says so, and a prompt stays prompt. Where Axolotl would train on
+    no answer of the row at all, flags of messages stay, so that it leaves the row out as it does by itself.
+    """
+    prompter, keys = strategy.prompter, set(weights.message_keys)
+    messages: Any = row.get(prompter.field_messages)
+    if not keys or not messages:
+        return row
+    if is_text := isinstance(messages, str):
+        messages = strategy._get_messages({prompter.field_messages: messages})
+    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
+        return row  # Axolotl says what is wrong
+    mapped, flag = prompter.message_property_mappings, prompter.message_field_training
+    details = prompter.message_field_training_detail
+    contents = [mapped.get(key, key) for key in ("content", str(prompter.template_thinking_key))]
+    made, keeps_answer, flagged = [], False, []
+    for message in messages:
+        changed = dict(message)
+        for key in contents:
+            if isinstance(parts := message.get(key), list):
+                changed[key] = [
+                    {k: v for k, v in part.items() if k not in keys} if isinstance(part, Mapping) else part
+                    for part in parts
+                ]
+        role = message.get(mapped.get("role", "role"))
+        says = message.get(flag) if flag in keys else None
+        if is_answer(strategy, {"role": prompter.roles.get(role, role), "training": says}):
+            if details and isinstance(said := message.get(details), list) and "train" in keys:
+                changed[details] = [
+                    {**d, "train": True} if isinstance(d, Mapping) and d.get("train") is not None else d for d in said
+                ]
+            keeps_answer |= says is None or bool(says)
+            if says is not None and not says:
+                flagged.append(changed)
+        made.append(changed)
+    for changed in flagged if keeps_answer else ():
+        changed[flag] = True
+    if made == messages:
+        return row
+    return {**row, prompter.field_messages: json.dumps(made) if is_text else made}
 
 
 def _speaks(message: Mapping[str, Any], weights: DataWeights) -> bool:
@@ -145,18 +201,25 @@ class _MessageReader:
     """What one message says."""
 
     def __init__(
-        self, strategy: ChatTemplateStrategy, weights: DataWeights, message: Mapping[str, Any], where: str
+        self,
+        strategy: ChatTemplateStrategy,
+        weights: DataWeights,
+        message: Mapping[str, Any],
+        where: str,
+        is_answer: bool,
     ) -> None:
         self._prompter = strategy.prompter
         self._weights = weights
         self._message = message
         self._where = where
+        self._is_answer = is_answer
 
     def weight(self) -> float:
         return self._weight(self._message, self._where)
 
     def _weight(self, said: Mapping[str, Any], where: str) -> float:
-        return self._weights.message_weight({k: said[k] for k in self._weights.message_keys if k in said}, where)
+        keys = self._weights.message_keys
+        return self._weights.message_weight({k: said[k] for k in keys if k in said}, where, self._is_answer)
 
     def pieces(self, key: str, text: str) -> _Pieces:
         """Of its content: parts, or a `train_detail`."""
@@ -227,4 +290,4 @@ class _MessageReader:
             raise BadExampleError(f"{at} has no train beside its weight; Axolotl needs it (train: true)")
         if not self._prompter.message_field_training_detail and set(said) <= {"train"}:
             return None  # Axolotl does not read it, and it has no weight of ours
-        return self._weights.message_weight(said, at) if said else None
+        return self._weights.message_weight(said, at, self._is_answer) if said else None

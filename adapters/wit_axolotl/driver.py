@@ -24,7 +24,7 @@ from wit_plugins.active import ActiveStrategies
 from wit_plugins.cli.borrow import exchanged, unattached_collator
 from wit_plugins.cli.configuration import dump, is_boolean
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split, run_file
-from wit_plugins.cli.empty import empty_model
+from wit_plugins.cli.empty import empty_model, resize_embeddings
 
 # What decides where and how a model is trained, and nothing about the data.
 _NOT_HERE: dict[str, Any] = {"bf16": False, "fp16": False, "tf32": False}
@@ -223,7 +223,10 @@ def _build_trainer(path: Path) -> tuple[Any, list[str], list[Any], Any]:
     def without_weights(cfg: Any) -> tuple[Any, Any, None, None]:
         remote = bool(cfg.trust_remote_code)
         config = AutoConfig.from_pretrained(cfg.base_model_config or cfg.base_model, trust_remote_code=remote)
-        return empty_model(config, trust_remote_code=remote), load_tokenizer(cfg), None, None
+        model, tokenizer = empty_model(config, trust_remote_code=remote), load_tokenizer(cfg)
+        multiple = 32 if cfg.resize_token_embeddings_to_32x else 1
+        resize_embeddings(model, len(tokenizer), multiple, bool(cfg.shrink_embeddings))
+        return model, tokenizer, None, None
 
     problems = []
     with (

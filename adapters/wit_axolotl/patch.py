@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from wit_plugins import WITConfig, WITConfigError
 from wit_plugins.active import ActiveStrategies
 from wit_plugins.errors import BadExampleError
 from wit_plugins.tokens.data_weights import DataWeights, fingerprint
+from wit_plugins.tokens.freshness import newer_file
 from wit_plugins.tokens.prepared import is_prepared, read_prepared
 
 
@@ -115,6 +117,12 @@ def get_dataset_wrapper(
         except BadExampleError as error:
             row = used[0].refused_row(dataset) if used and refusal is None else None
             raise BadExampleError(f"{where}{'' if row is None else f', row {row}'}: {error}") from None
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+            row = used[0].refused_row(dataset, Exception) if used and hasattr(dataset, "__len__") else None
+            if row is None:
+                raise
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise BadExampleError(f"{where}, row {row}: Axolotl cannot tokenise it ({reason})") from error
     if not used:
         refuse_unread(weights, dataset, where)
     return made
@@ -132,21 +140,27 @@ def generate_dataset_hash_from_config(cfg: Any, cfg_datasets: Any, tokenizer_nam
 
 
 def load_preprocessed_dataset(cfg: Any, dataset_hash: str) -> Any:
-    """Axolotl's, which knows what was prepared by its name alone; warns if the data has changed since."""
-    made = shared.load_preprocessed_dataset(cfg, dataset_hash)
-    if made is None or _config(cfg) is None:
-        return made
-    folder = shared.get_prepared_dataset_path(cfg, dataset_hash)
-    prepared = max(file.stat().st_mtime for file in folder.iterdir())
+    """Axolotl's, which knows what was prepared by its name alone; prepares anew if the data has changed since."""
+    if _config(cfg) is None or cfg.get("is_preprocess") or cfg.get("skip_prepare_dataset"):
+        return shared.load_preprocessed_dataset(cfg, dataset_hash)
+    folder = Path(shared.get_prepared_dataset_path(cfg, dataset_hash))
+    newer = newer_file(_sources(cfg), folder) if folder.is_dir() else None
+    if newer is not None:
+        warnings.warn(
+            f"{newer} is newer than what was prepared from it ({folder}), so it is prepared anew",
+            StaleDataWarning,
+            stacklevel=2,
+        )
+        shutil.rmtree(folder)  # not written over: another run may read it
+    return shared.load_preprocessed_dataset(cfg, dataset_hash)
+
+
+def _sources(cfg: Any) -> list[Path]:
+    """The files and folders here that the datasets are read from."""
+    made = []
     for entry in [*(cfg.get("datasets") or []), *(cfg.get("test_datasets") or [])]:
-        path = Path(str(entry.get("path")))
-        if path.is_file() and path.stat().st_mtime > prepared:
-            warnings.warn(
-                f"{path} is newer than what was prepared from it ({folder}), which is trained on: texts or weights "
-                "that were changed since do not count; delete that folder, or name another dataset_prepared_path",
-                StaleDataWarning,
-                stacklevel=2,
-            )
+        files = entry.get("data_files") or []
+        made += [Path(str(path)) for path in (entry.get("path"), *([files] if isinstance(files, str) else files))]
     return made
 
 

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from axolotl.prompt_strategies.chat_template import ChatTemplateStrategy
 
-from wit_axolotl.conversation import Conversation, read_conversation
+from wit_axolotl.conversation import Conversation, read_conversation, without_weights
 from wit_plugins.errors import BadExampleError, WITConfigError
+from wit_plugins.tokens.columns import NOT_MESSAGES, messages_of
 from wit_plugins.tokens.data_weights import DataWeights
 
 _FULLY = 1000  # rows that are tokenised again to find the one that was refused
@@ -55,6 +56,10 @@ class WeighingStrategy:
             return made
         rows = _rows(prompt)
         read = [self.read(row) for row in rows]
+        if isinstance(self.strategy, ChatTemplateStrategy):
+            column = self.strategy.prompter.field_messages
+            plain = [without_weights(self.strategy, self.weights, row) for row in rows]
+            prompt = {**prompt, column: [row[column] for row in plain]} if column in prompt else prompt
         made = self.strategy.tokenize_prompt(prompt)
         if not any(said is not None for said in read):
             return made
@@ -118,8 +123,8 @@ class WeighingStrategy:
             weights = weights * said.conversation.token_weights(self.strategy, self.weights, ids)
         return self.weights.labels(ids, labels, np.asarray(weights, dtype=np.float32), row)
 
-    def refused_row(self, dataset: Iterable[Mapping[str, Any]]) -> int | None:
-        """The first row that is refused; `None` if it is not found soon.
+    def refused_row(self, dataset: Iterable[Mapping[str, Any]], kind: type[Exception] = BadExampleError) -> int | None:
+        """The first row that is refused with such an error; `None` if it is not found soon.
 
         All rows are read, which is quick; the first thousand are tokenised, too.
         """
@@ -129,16 +134,17 @@ class WeighingStrategy:
                 if index < _FULLY:
                     batched = self.strategy.supports_batched
                     self.tokenize_prompt({key: [value] for key, value in row.items()} if batched else row)
-            except BadExampleError:
+            except kind:
                 return index
         return None
 
     def look_at_columns(self, dataset: Any) -> None:
         """Warn of keys of messages that look like weights and are not read, once, before processes are started."""
         if isinstance(self.strategy, ChatTemplateStrategy):
-            features = getattr(dataset, "features", None) or {}
-            keys = _keys(features.get(self.strategy.prompter.field_messages)) - set(self.weights.message_keys)
-            self.weights.message_weight(dict.fromkeys(keys, ""), "messages")
+            prompter = self.strategy.prompter
+            mapped = prompter.message_property_mappings
+            contents = [mapped.get(key, key) for key in ("content", str(prompter.template_thinking_key))]
+            self.weights.warn_of_unread_keys(dataset, [prompter.field_messages], contents)
 
 
 def refuse_unread(weights: DataWeights, dataset: Any, where: str) -> None:
@@ -147,28 +153,19 @@ def refuse_unread(weights: DataWeights, dataset: Any, where: str) -> None:
     Raises:
         WITConfigError: if there are.
     """
-    keys = {weights.sample_key, *weights.message_keys}
     features = getattr(dataset, "features", None) or {}
-    columns = [name for name, feature in features.items() if name == weights.sample_key or _keys(feature) & keys]
-    if not columns:
-        return
-    for row in dataset.select_columns(columns):
-        messages = [part for value in row.values() if isinstance(value, list) for part in value]
-        said = [weights.message_weight(part, "messages") for part in messages if isinstance(part, Mapping)]
+    columns = [name for name in features if name not in NOT_MESSAGES]
+    weights.warn_of_unread_keys(dataset, columns)
+    weighted = [name for name in columns if name == weights.sample_key]
+    weighted += [name for name in columns if any(weights.weighted_columns(features, [name]))]
+    for row in dataset.select_columns(weighted) if weighted else ():
+        said = [weights.message_weight(message, place) for place, message in messages_of(row, ("content",))]
         if weights.sample_weight(row) != 1 or any(weight != 1 for weight in said):
             raise WITConfigError(
-                f"{where}: there are weights in {', '.join(columns)}, but Axolotl does not tokenise this dataset row "
+                f"{where}: there are weights in {', '.join(weighted)}, but Axolotl does not tokenise this dataset row "
                 "by row (it is tokenised already, or its type makes a dataset of its own), so they cannot be read; use "
                 "the type chat_template, or leave them unread (message_weight_keys: [], sample_weight_key: null)"
             )
-
-
-def _keys(feature: Any) -> set[str]:
-    """The keys of a column of messages, or of any list of mappings, as the dataset's schema has them."""
-    inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", feature)
-    if not isinstance(inner, Mapping):
-        return set()
-    return {key for key, value in inner.items() if getattr(value, "dtype", None) != "null"}
 
 
 def _rows(batch: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

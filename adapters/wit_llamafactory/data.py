@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
+import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llamafactory.data import converter, loader
+from llamafactory.data import converter, loader, parser
 from llamafactory.data.processor.supervised import SupervisedDatasetProcessor
 from llamafactory.extras.misc import has_tokenized_data
 from llamafactory.train.sft import workflow
@@ -26,7 +28,9 @@ from wit_plugins import WITConfig, WITConfigError
 from wit_plugins.cli.borrow import exchanged
 from wit_plugins.errors import BadExampleError
 from wit_plugins.tokens.data_weights import DataWeights
+from wit_plugins.tokens.freshness import newer_file
 
+_log = logging.getLogger(__name__)
 RECORD = "wit_data_weights.json"  # in the folder of `tokenized_path`
 _read: weakref.WeakSet[Any] = weakref.WeakSet()
 _LOOKED_AT = 100  # examples whose keys are looked at before the dataset is aligned, perhaps from a cache
@@ -83,7 +87,8 @@ def _align_dataset(original: Callable[..., Any], config: WITConfig) -> Callable[
 
         convert = get_weighted_converter(dataset_attr.formatting, dataset_attr, data_args)
         try:
-            for example in itertools.islice(dataset, _LOOKED_AT):  # for warnings, which a cache would not repeat
+            convert.warn_of_unread_keys(dataset)  # which a cache would not repeat
+            for example in itertools.islice(dataset, _LOOKED_AT):
                 convert.weights(example)
             with exchanged(converter, "get_dataset_converter", get_weighted_converter):
                 return original(dataset, dataset_attr, data_args, training_args)
@@ -111,6 +116,12 @@ def _get_dataset_processor(original: Callable[..., Any], config: WITConfig) -> C
 def _get_dataset(original: Callable[..., Any], config: WITConfig) -> Callable[..., Any]:
     def get_dataset(template: Any, model_args: Any, data_args: Any, training_args: Any, **kwargs: Any) -> Any:
         path = data_args.tokenized_path
+        with training_args.main_process_first(
+            desc="look at tokenized_path", local=not data_args.data_shared_file_system
+        ):
+            if newer := newer_data(data_args):
+                _log.warning("%s is newer than tokenized_path = %r, so the data is tokenised anew", newer, path)
+                shutil.rmtree(path)
         is_there = path is not None and has_tokenized_data(path)
         if is_there:
             _check_record(path, config)
@@ -124,6 +135,21 @@ def _get_dataset(original: Callable[..., Any], config: WITConfig) -> Callable[..
     return get_dataset
 
 
+def newer_data(data_args: Any) -> Path | None:
+    """A file of the data that is newer than what `tokenized_path` keeps of it with weights; `None` if there is none."""
+    path, folder = data_args.tokenized_path, data_args.dataset_dir
+    if path is None or not (Path(path) / RECORD).is_file() or not isinstance(folder, str):
+        return None
+    names = [*(data_args.dataset or ()), *(data_args.eval_dataset or ())]
+    if not names or not Path(folder).is_dir():
+        return None
+    try:
+        datasets = parser.get_dataset_list(names, folder)
+    except ValueError:  # names that LLaMA-Factory does not look at where it finds tokenised data
+        return None
+    return newer_file([Path(folder) / each.dataset_name for each in datasets if each.load_from == "file"], Path(path))
+
+
 def _record(config: WITConfig) -> dict[str, Any]:
     """What tokenised data was written with, as far as weights that stand in the data are concerned."""
     data = DataWeights(config, None)
@@ -131,6 +157,7 @@ def _record(config: WITConfig) -> dict[str, Any]:
         "message_weight_keys": list(data.message_keys),
         "sample_weight_key": data.sample_key,
         "strategies": data.strategies.reading_raw,
+        "code of strategies": data.strategies.code_reading_raw,
         "groups": None if data.groups is None else [data.groups.key, *data.groups.names],
         "fingerprint": data.fingerprint,
     }

@@ -29,8 +29,8 @@ from wit_plugins.cli.borrow import (
     weighted_collator,
 )
 from wit_plugins.cli.configuration import boolean_fields, read_text, unreadable
-from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split, run_file
-from wit_plugins.cli.empty import empty_model
+from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split, evaluation_split, run_file
+from wit_plugins.cli.empty import empty_model, resize_embeddings
 
 _OWN = {"stage", "finetuning_type", "template", "dataset_dir", "cutoff_len"}
 _NOT_HERE = {"do_train": True, "overwrite_output_dir": True}
@@ -212,11 +212,15 @@ def _build_trainer(values: dict[str, Any], job: Job) -> tuple[Any, dict[str, Any
     from llamafactory.model.loader import load_config
     from llamafactory.train.sft import workflow
 
+    from wit_llamafactory.data import newer_data
+
     with parser_errors(job.name, "LLaMA-Factory does not take these options"):
         arguments = get_train_args(values)
     cutoff = arguments[1].cutoff_len  # which LLaMA-Factory takes as it is
     if not isinstance(cutoff, int):
         raise WITConfigError(f"cutoff_len = {cutoff!r}: is not a whole number; write one such as 2048")
+    if newer_data(arguments[1]):
+        arguments[1].tokenized_path = None  # training tokenises anew, and writes it there
     get_dataset = workflow.get_dataset
     uncut: dict[str, Any] = {}
 
@@ -230,7 +234,10 @@ def _build_trainer(values: dict[str, Any], job: Job) -> tuple[Any, dict[str, Any
         return get_dataset(template, model_args, data_args, training_args, **kwargs)
 
     def load_model(tokenizer: Any, model_args: Any, finetuning_args: Any, is_trainable: bool = False) -> Any:
-        return empty_model(load_config(model_args), "sdpa", model_args.trust_remote_code)
+        model = empty_model(load_config(model_args), "sdpa", model_args.trust_remote_code)
+        if model_args.resize_vocab:
+            resize_embeddings(model, len(tokenizer), multiple=64)
+        return model
 
     with (
         exchanged(workflow, "CustomSeq2SeqTrainer", stopping(workflow.CustomSeq2SeqTrainer)),
@@ -248,10 +255,13 @@ def _splits(trainer: Any, uncut: dict[str, Any]) -> dict[str, Split]:
     """The datasets as the data loaders hand them to the collator."""
     splits = {"train": Split(trainer.get_train_dataloader().dataset, uncut.get("train_dataset"))}
     evaluation, whole = trainer.eval_dataset, uncut.get("eval_dataset")
+    if trainer.args.predict_with_generate:
+        return splits  # it evaluates by what the model writes, of which nothing is weighed
     if isinstance(evaluation, dict):
         for name in evaluation:
             loader = trainer.get_eval_dataloader(name)
-            splits[name] = Split(loader.dataset, whole.get(name) if isinstance(whole, dict) else None)
+            uncut_one = whole.get(name) if isinstance(whole, dict) else None
+            splits[evaluation_split(name)] = Split(loader.dataset, uncut_one)
     elif evaluation is not None:
         splits["eval"] = Split(trainer.get_eval_dataloader().dataset, whole)
     return splits

@@ -103,6 +103,11 @@ class WeightedConverter:
             message[KEY] = text
         return aligned
 
+    def warn_of_unread_keys(self, dataset: Any) -> None:
+        """Warn of keys of messages that look like weights and are not read."""
+        if isinstance(self.converter, (SharegptDatasetConverter, OpenAIDatasetConverter)):
+            self.data.warn_of_unread_keys(dataset, [self.converter.dataset_attr.messages], [self._content])
+
     def weights(self, example: Mapping[str, Any]) -> list[WeightedMessage]:
         """What the messages of an example say; empty for formats that have none.
 
@@ -112,7 +117,9 @@ class WeightedConverter:
         self.data.sample_weight(example)
         self.data.group(example)
         self._look_for_unknown_messages(example)
-        return self.data.messages(self._messages(example), self.converter.dataset_attr.messages or "", self._content)
+        messages = self._messages(example)
+        name = self.converter.dataset_attr.messages or ""
+        return self.data.messages(messages, name, self._content, self._are_answers(messages))
 
     def _look_for_unknown_messages(self, example: Mapping[str, Any]) -> None:
         """Refuse weights of messages in a format that was added to LLaMA-Factory's own."""
@@ -125,6 +132,12 @@ class WeightedConverter:
                     f"{column}: its messages have weights, which are read with formatting: sharegpt and openai, not "
                     f"with {self.converter.dataset_attr.formatting}; use one of these, or set message_weight_keys: []"
                 )
+
+    def _are_answers(self, messages: Sequence[Mapping[str, Any]]) -> list[bool]:
+        """Which messages are answers; with `mask_history`, too, earlier ones are."""
+        attributes = self.converter.dataset_attr
+        answering = (attributes.assistant_tag, attributes.function_tag)
+        return [message.get(attributes.role_tag) in answering for message in messages]
 
     @property
     def _content(self) -> str:

@@ -47,6 +47,11 @@ def read_arguments(argv: list[str]) -> dict[str, Any] | None:
                     f"{argument}: the weights stand in a configuration file or follow it; write "
                     f"llamafactory-wit train cfg.yaml {name}=…"
                 )
+        if argv and not argv[0].startswith("-"):
+            raise WITConfigError(
+                f"{argv[0]}: LLaMA-Factory reads its configuration from a .yaml, .yml or .json file; write "
+                "llamafactory-wit train cfg.yaml"
+            )
         return None
     path = Path(argv[0])
     try:
@@ -54,8 +59,13 @@ def read_arguments(argv: list[str]) -> dict[str, Any] | None:
             loaded = OmegaConf.create(json.loads(path.read_text(encoding="utf-8")))
         else:
             loaded = OmegaConf.load(path)
+        if not OmegaConf.is_dict(loaded):
+            kind = "list" if OmegaConf.is_list(loaded) else type(loaded).__name__
+            raise WITConfigError(f"{argv[0]}: holds no mapping of keys to values, but a {kind}")
         merged = OmegaConf.merge(loaded, OmegaConf.from_cli(argv[1:]))
         values: Any = OmegaConf.to_container(merged)
+    except WITConfigError:
+        raise
     except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException) as error:
         what = (error.strerror if isinstance(error, OSError) else None) or f"{type(error).__name__}: {error}"
         raise WITConfigError(f"{argv[0]}: the configuration cannot be read: {what}") from error

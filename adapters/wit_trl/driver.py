@@ -25,7 +25,7 @@ from wit_plugins.cli.borrow import (
     weighted_collator,
 )
 from wit_plugins.cli.configuration import boolean_fields, closest, dump
-from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split, run_file
+from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split, evaluation_split, run_file
 from wit_plugins.cli.empty import empty_model
 from wit_trl.versions import OLDEST, TOO_NEW
 
@@ -175,7 +175,7 @@ def _launcher_options() -> set[str]:
 
 
 def _build_trainer(arguments: list[Any], config: WITConfig) -> tuple[Any, dict[str, Any]]:
-    """The trainer of `trl sft`, and the datasets before truncation and packing by the names that TRL gives them."""
+    """The trainer of `trl sft`, and the datasets before truncation and packing by the names of their splits."""
     import trl
     from trl.scripts import sft
     from trl.trainer import sft_trainer
@@ -192,8 +192,9 @@ def _build_trainer(arguments: list[Any], config: WITConfig) -> tuple[Any, dict[s
             # First without truncation, packing and shuffling; what is tokenised already is then only cut and packed.
             whole = copy.copy(args)
             whole.max_length, whole.shuffle_dataset = None, False
-            uncut[name] = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, name)
-            return super()._prepare_dataset(uncut[name], processing_class, args, packing, formatting_func, name)
+            split = evaluation_split(name) if uncut else name  # the first that comes is the training set
+            uncut[split] = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, name)
+            return super()._prepare_dataset(uncut[split], processing_class, args, packing, formatting_func, name)
 
     SFTTrainer.__name__ = SFTTrainer.__qualname__ = original.__name__
     setattr(SFTTrainer, CONFIG, config)
@@ -234,7 +235,8 @@ def _splits(trainer: Any, uncut: dict[str, Any]) -> dict[str, Split]:
     evaluation = trainer.eval_dataset
     if isinstance(evaluation, dict):
         for name in evaluation:
-            splits[name] = Split(trainer.get_eval_dataloader(name).dataset, uncut.get(name))
+            split = evaluation_split(name)
+            splits[split] = Split(trainer.get_eval_dataloader(name).dataset, uncut.get(split))
     elif evaluation is not None:
         splits["eval"] = Split(trainer.get_eval_dataloader().dataset, uncut.get("eval"))
     return splits

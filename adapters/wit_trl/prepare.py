@@ -154,7 +154,8 @@ def _weighted(
         features.pop(RAW, None)
         features |= {"labels": type(features["labels"])(Value("string")), MARK: Value("int64")}
         options["features"] = features
-    return _map(dataset, Weigh(data, template, name), args, f"Weighing {name} dataset", **options)
+    masks = bool(args.assistant_only_loss), bool(trainer.completion_only_loss)
+    return _map(dataset, Weigh(data, template, name, *masks), args, f"Weighing {name} dataset", **options)
 
 
 def _keep_raw(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from wit_plugins.errors import BadExampleError
 from wit_plugins.tokens.data_weights import DataWeights
+from wit_plugins.tokens.messages import WeightedMessage
 from wit_plugins.tokens.prepared import read_prepared
 from wit_plugins.tokens.roles import IGNORE_INDEX, token_array
 
@@ -103,10 +104,20 @@ class Weigh:
         data ([`DataWeights`]): what is read from the data.
         template ([`Template`]): what they were tokenised with.
         name (`str`): the dataset's, for messages.
+        assistant_only (`bool`): whether TRL trains on nothing but messages of the assistant.
+        completion_only (`bool`): whether TRL trains on nothing but completions, where there are some.
     """
 
-    def __init__(self, data: DataWeights, template: Template, name: str) -> None:
+    def __init__(
+        self,
+        data: DataWeights,
+        template: Template,
+        name: str,
+        assistant_only: bool = False,
+        completion_only: bool = True,
+    ) -> None:
         self.data, self.template, self.name = data, template, name
+        self.assistant_only, self.completion_only = assistant_only, completion_only
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         """The columns that change.
@@ -128,7 +139,7 @@ class Weigh:
         weights: Any = self.data.sample_weight(row)
         found = conversations(row)
         names = ("prompt", "completion") if "prompt" in row else ("messages",)
-        weighted = [each for name in names for each in self.data.messages(found.pop(name, ()), name)]
+        weighted = [each for name in names for each in self._messages(found.pop(name, ()), name)]
         for name, others in found.items():
             if any(each.weight != 1 or each.pieces for each in self.data.messages(others, name)):
                 raise BadExampleError(
@@ -141,6 +152,11 @@ class Weigh:
                 weighted, lambda contents: self.template.render(row, messages, contents), row["input_ids"]
             )
         return self.data.labels(row["input_ids"], row["labels"], weights, raw)
+
+    def _messages(self, messages: Sequence[Any], column: str) -> list[WeightedMessage]:
+        trains_on_all = not self.assistant_only and not (self.completion_only and column == "prompt")
+        are_answers = [trains_on_all or message.get("role") == "assistant" for message in messages]
+        return self.data.messages(messages, column, are_answers=are_answers)
 
 
 class KeepsResponse:
@@ -208,19 +224,10 @@ def found_weights(dataset: Any, data: DataWeights) -> list[str] | None:
         found.append(f"groups of {data.groups.strategy.name}: column {data.groups.key}")
     if data.sample_key in features:
         found.append(f"column {data.sample_key}")
-    unclear = []
-    for name in _CONVERSATIONS:
-        message = _item(features.get(name))
-        if not isinstance(message, Mapping):
-            unclear += [name] if _is_json(message) else []
-            continue
-        part = _item(message.get("content"))
-        unclear += [name] if _is_json(part) else []
-        for where, keys in ((f"{name}[]", message), (f"{name}[].content[]", part)):
-            if isinstance(keys, Mapping):
-                # Asked as if all were there, so that one that is not read is warned of before anything is tokenised.
-                data.says_something({}, [dict.fromkeys(keys, True)])
-                found += [f"{where}.{key}" for key in data.message_keys if key in keys]
+    in_messages, unclear = data.weighted_columns(features, _CONVERSATIONS)
+    found += in_messages
+    # Before anything is tokenised.
+    data.warn_of_unread_keys(dataset, _CONVERSATIONS)
     if found or not unclear:
         return found
     if not hasattr(dataset, "__len__"):
@@ -229,12 +236,3 @@ def found_weights(dataset: Any, data: DataWeights) -> list[str] | None:
         if says_something(row, data):
             return unclear
     return []
-
-
-def _item(feature: Any) -> Any:
-    """What a list is of, by its feature; anything else is itself."""
-    return feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
-
-
-def _is_json(feature: Any) -> bool:
-    return type(feature).__name__ == "Json"

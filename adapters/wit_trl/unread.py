@@ -16,7 +16,7 @@ from wit_plugins import WITConfig, WITConfigError
 from wit_plugins.tokens.data_weights import DataWeights, UnreadWeightWarning
 from wit_trl.rows import MARK, found_weights, says_something
 
-NOTES = "_wit_datasets"  # on a trainer: its datasets by TRL's names for them
+NOTES = "_wit_datasets"  # on a trainer: its datasets, each with TRL's name for it, which two of them may share
 _WAY_OUT = (
     "prepare it before the trainer is made: dataset = wit_trl.prepare_dataset(dataset, tokenizer, args), with the same "
     "settings; or leave the weights out: message_weight_keys=[], sample_weight_key=None"
@@ -51,7 +51,7 @@ def note(trainer: Any, name: str, dataset: Any) -> Any:
     if isinstance(dataset, IterableDataset) and dataset.features is None:
         kept = Look(name)
         dataset = dataset.map(kept)
-    vars(trainer).setdefault(NOTES, {})[name] = kept
+    vars(trainer).setdefault(NOTES, []).append((name, kept))
     return dataset
 
 
@@ -65,26 +65,27 @@ def check(trainer: Any, config: WITConfig) -> None:
     if not data.active:
         return
     noted = vars(trainer).get(NOTES)
-    for name, dataset in (_as_they_are(trainer) if noted is None else noted).items():
+    for name, dataset in _as_they_are(trainer) if noted is None else noted:
         if isinstance(dataset, Look):
             dataset.data = data
         else:
             _check(dataset, data, name)
 
 
-def _as_they_are(trainer: Any) -> dict[str, Any]:
+def _as_they_are(trainer: Any) -> list[tuple[str, Any]]:
     """The datasets of a trainer that was made before this package was imported, or that has TRL prepare nothing.
 
     Raises:
         WITConfigError: if TRL kept what it should have dropped.
     """
     evaluation = trainer.eval_dataset
-    named = {"train": trainer.train_dataset, **(evaluation if isinstance(evaluation, dict) else {"eval": evaluation})}
-    named = {name: each for name, each in named.items() if isinstance(each, (Dataset, IterableDataset))}
+    by_name = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
+    named = [("train", trainer.train_dataset), *by_name.items()]
+    named = [(name, each) for name, each in named if isinstance(each, (Dataset, IterableDataset))]
     args = trainer.args
     if trainer._skip_prepare_dataset:
-        return {name: each for name, each in named.items() if each.column_names is not None}
-    for name, dataset in named.items():
+        return [(name, each) for name, each in named if each.column_names is not None]
+    for name, dataset in named:
         columns = dataset.column_names
         if columns is None or set(columns) <= {"input_ids", "labels", "seq_lengths"}:
             warnings.warn(
@@ -98,7 +99,7 @@ def _as_they_are(trainer: Any) -> dict[str, Any]:
                 f"the trainer was made before wit_trl was imported, so that of the prepared {name} dataset TRL has not "
                 "dropped the examples of which no response is left; import wit_trl first"
             )
-    return {name: each for name, each in named.items() if each.column_names is not None}
+    return [(name, each) for name, each in named if each.column_names is not None]
 
 
 def _check(dataset: Any, data: DataWeights, name: str) -> None:

@@ -18,15 +18,34 @@ from wit_plugins.tokens.prepared import read_prepared
 
 
 def weights_of(rows: list[dict[str, Any]], dataset: dict[str, Any] = CHAT, **settings: Any) -> list[list[float]]:
-    """Each row's weights; ids and labels are those of Axolotl without the plugin."""
-    made, alone = tokenised(rows, dataset, **settings), tokenised(rows, dataset, wit=None, **settings)
+    """Each row's weights; ids are those of Axolotl without the plugin, and so are labels where something is weighed.
+
+    But for flags of parts, by which Axolotl would mask more than these parts.
+    """
+    made = tokenised(rows, dataset, **settings)
+    alone = tokenised(without_flags_of_parts(rows), dataset, wit=None, **settings)
     assert made["input_ids"] == alone["input_ids"]
     found = []
     for labels, own in zip(made["labels"], alone["labels"], strict=True):
         prepared = read_prepared(np.array(labels))
-        assert (labels if prepared is None else prepared.labels.tolist()) == own
         found.append([1.0] * len(own) if prepared is None else prepared.weights.tolist())
+        kept = labels if prepared is None else prepared.labels.tolist()
+        assert [k for k, weight in zip(kept, found[-1], strict=True) if weight] == [
+            o for o, weight in zip(own, found[-1], strict=True) if weight
+        ]
     return found
+
+
+def without_flags_of_parts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    bare = json.loads(json.dumps(rows))
+    for row in bare:
+        messages = row.get("messages", ())
+        for message in messages if isinstance(messages, list) else ():
+            for key in ("content", "reasoning_content"):
+                for part in message[key] if isinstance(message.get(key), list) else ():
+                    part.pop("train", None)
+                    part.pop("weight", None)
+    return bare
 
 
 def expected(*turns: Any) -> list[float]:
@@ -86,6 +105,87 @@ def test_parts_of_a_content() -> None:
     first = ("assistant", 2.0, ("four", 0.5), (" and five", 3.0))
     second = ("assistant", 1, ("two", 0.0), (" is two", 1))
     same(found, ("user", 1, ("two plus two", 1)), first, ("user", 1, ("你好", 1)), second)
+
+
+def roles_and_weights(rows: list[dict[str, Any]], dataset: dict[str, Any] = CHAT) -> tuple[list[bool], list[float]]:
+    """Of the one row: which tokens are response, and the weights in the data."""
+    (labels,) = tokenised(rows, dataset)["labels"]
+    prepared = read_prepared(np.array(labels))
+    if prepared is None:
+        return [label != -100 for label in labels], [1.0] * len(labels)
+    return (prepared.labels != -100).tolist(), prepared.weights.tolist()
+
+
+def trained_on(rows: list[dict[str, Any]]) -> list[bool]:
+    """Which tokens of one row Axolotl alone trains on by its roles, whatever is flagged in it."""
+    bare = json.loads(json.dumps(rows))
+    for message in bare[0]["messages"]:
+        for each in (message, *(message["content"] if isinstance(message["content"], list) else ())):
+            for key in ("train", "weight", "loss"):
+                each.pop(key, None)
+    return [label != -100 for label in tokenised(bare, wit=None)["labels"][0]]
+
+
+@pytest.mark.parametrize("key", ["train", "learn", None])
+def test_flags_of_prompts_repeat_the_mask(key: str | None) -> None:
+    """Public data marks prompts with false: they keep the prompt's weight, whether or not Axolotl reads the flag."""
+    name, dataset = key or "loss", {**CHAT, "message_field_training": key} if key else CHAT
+    off, on = {name: False}, {name: True}
+    rows = [chat({"role": "system", "content": "and", **off}, user(**off), assistant(**on), user(**off), assistant())]
+    assert roles_and_weights(rows, dataset) == (trained_on(rows), [1.0] * len(trained_on(rows)))
+    rows[0]["messages"][2][name] = False
+    found, said = (user(), ("two plus two", 1)), ("is four", 1)
+    same(
+        roles_and_weights(rows, dataset)[1],
+        *[("system", 1, ("and", 1)), ("user", 1, found[1]), ("assistant", 0.0, said)],
+        *[("user", 1, found[1]), ("assistant", 1, said)],
+    )
+    rows = [chat(user(**{name: 0}), assistant(**{name: 1}))]  # a number means what it says
+    assert 0.0 in roles_and_weights(rows, dataset)[1]
+
+
+def test_flags_within_prompts_repeat_the_mask_and_parts_of_prompts_stay_prompt() -> None:
+    """Parts of a question with weights or flags stay prompt, as in TRL and LLaMA-Factory."""
+    asked = [{"type": "text", "text": "two", "train": False}, {"type": "text", "text": " plus", "train": True}]
+    rows = [chat(user(asked), assistant(plain("is four")))]
+    assert roles_and_weights(rows) == (trained_on(rows), [1.0] * len(trained_on(rows)))
+    asked = [{"type": "text", "text": "two", "weight": 0.5}, {"type": "text", "text": " plus", "weight": 3.0}]
+    rows = [chat(user(asked), assistant(plain("is four")))]
+    found = roles_and_weights(rows)
+    assert found[0] == trained_on(rows)
+    same(found[1], ("user", 1, ("two", 0.5), (" plus", 3.0)), ("assistant", 1, ("is four", 1)))
+    detail = [{"begin_offset": 0, "end_offset": 2, "train": False}, {"begin_offset": 3, "end_offset": 7, "train": True}]
+    dataset = {**CHAT, "message_field_training_detail": "train_detail"}
+    (weights,) = weights_of([chat(user("two plus", train_detail=detail), assistant())], dataset)
+    assert set(weights) == {1.0}
+
+
+@pytest.mark.parametrize("how", ["part", "detail", "message"])
+def test_a_zero_in_an_answer_leaves_it_one_run_of_response(how: str) -> None:
+    """What takes runs of response tokens for turns sees the turns that TRL and LLaMA-Factory show."""
+    dataset = {**CHAT, "message_field_training": "train", "message_field_training_detail": "train_detail"}
+    first: dict[str, Any] = assistant("is four and five")
+    if how == "part":
+        texts = [("is", None), (" four", False), (" and five", None)]
+        first = assistant(
+            [{"type": "text", "text": text, **({} if own is None else {"train": own})} for text, own in texts]
+        )
+    elif how == "detail":
+        bounds = [(0, 1, True), (2, 6, False), (7, 15, True)]
+        first["train_detail"] = [{"begin_offset": a, "end_offset": b, "train": own} for a, b, own in bounds]
+    else:
+        first["train"] = False
+    contents = (plain if how == "part" else str)("two")
+    rows = [chat(user(contents), first, user(contents), assistant((plain if how == "part" else str)("is two")))]
+    response, weights = roles_and_weights(rows, dataset)
+    bare = [{**rows[0]["messages"][1]}]
+    bare[0].pop("train_detail", None)
+    assert response == trained_on([chat(rows[0]["messages"][0], *bare, *rows[0]["messages"][2:])])
+    starts = [i for i, now in enumerate(response) if now and not response[i - 1]]
+    assert len(starts) == 2
+    gone = ("is", 1), (" four", 0.0), (" and five", 1)
+    own = ("assistant", 0.0, ("is four and five", 1)) if how == "message" else ("assistant", 1, *gone)
+    same(weights, ("user", 1, ("two", 1)), own, ("user", 1, ("two", 1)), ("assistant", 1, ("is two", 1)))
 
 
 def test_train_detail_with_a_weight_beside_train() -> None:

@@ -66,7 +66,10 @@ def words_of(row: dict[str, Any], noisy: float = 1.0) -> list[tuple[str, bool, f
     sample *= noisy if row.get("source") == "noisy" else 1.0
     made: list[tuple[str, bool, float]] = []
     for message in row["messages"]:
-        of_message = next((float(message[key]) for key in KEYS if message.get(key) is not None), 1.0) * sample
+        values = [message[key] for key in KEYS if message.get(key) is not None]
+        if message["role"] != "assistant":  # a flag of a prompt repeats its mask
+            values = [value for value in values if not isinstance(value, bool)]
+        of_message = float(values[0] if values else 1) * sample
         said = message["content"] if isinstance(message["content"], list) else [{"text": message["content"]}]
         made.append(("<a>" if message["role"] == "assistant" else "<u>", False, of_message))
         for part in said:

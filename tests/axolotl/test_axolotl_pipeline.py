@@ -18,7 +18,7 @@ import yaml
 from axolotl.utils.data import sft, wrappers
 from axolotl.utils.dict import DictDefault
 from axorows import CHAT, WIT, assistant, chat, plain, tokenised, user
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from support import word_tokenizer
 from wit_axolotl import patch
 
@@ -101,27 +101,79 @@ def test_weights_that_cannot_be_read_are_refused() -> None:
         tokenised([messages], streaming=True, sample_packing=True)
 
 
-def test_data_that_changed_since_it_was_prepared_is_said(tmp_path: Path) -> None:
-    data = tmp_path / "data.jsonl"
+@pytest.mark.parametrize("kind", ["file", "folder", "data_files"])
+def test_data_that_changed_since_it_was_prepared_is_prepared_anew(tmp_path: Path, kind: str) -> None:
+    data = tmp_path / "data" / "data.jsonl"
+    data.parent.mkdir()
     data.write_text(json.dumps(chat(user(), assistant())))
-    cfg = DictDefault({"plugins": ["wit_axolotl.WITPlugin"], "wit": WIT, "datasets": [{"path": str(data)}]})
+    entry = {"path": str(data if kind == "file" else data.parent)}
+    if kind == "data_files":
+        entry = {"path": "json", "data_files": [str(data)]}
+    cfg = DictDefault({"plugins": ["wit_axolotl.WITPlugin"], "wit": WIT, "datasets": [entry]})
     cfg.dataset_prepared_path = str(tmp_path / "prepared")
     Dataset.from_list([{"labels": [1]}]).save_to_disk(str(tmp_path / "prepared" / "name"))
     patch.install()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        os.utime(data, (1, 1))
-        assert sft.load_preprocessed_dataset(cfg, "name")[:] == {"labels": [[1]]}
+        for when in (1, time.time() + 1000):  # older, and by a clock that is wrong
+            os.utime(data, (when, when))
+            assert sft.load_preprocessed_dataset(cfg, "name")[:] == {"labels": [[1]]}
         assert sft.load_preprocessed_dataset(cfg, "other") is None
-    future = time.time() + 10
-    os.utime(data, (future, future))
-    with pytest.warns(patch.StaleDataWarning, match="data.jsonl is newer than what was prepared"):
-        sft.load_preprocessed_dataset(cfg, "name")
+    for file in (tmp_path / "prepared" / "name").iterdir():
+        os.utime(file, (1, 1))
+    os.utime(data, (2, 2))
+    with pytest.warns(patch.StaleDataWarning, match="data.jsonl is newer than what was prepared .* prepared anew"):
+        assert sft.load_preprocessed_dataset(cfg, "name") is None
+    assert not (tmp_path / "prepared" / "name").exists()
 
 
-def test_keys_that_look_like_weights_are_named() -> None:
-    with pytest.warns(UnreadWeightWarning, match="'wieght' that looks like a weight"):
+@pytest.mark.parametrize("bad", [{"messages": []}, {"messages": [{"role": "user"}]}, {"messages": None}])
+def test_what_axolotl_cannot_tokenise_is_named_with_its_row(tmp_path: Path, bad: dict[str, Any]) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [chat(user(), assistant())] * 2 + [bad]))
+    data = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    try:
+        tokenised(data, wit=None)
+    except Exception:  # whatever Axolotl has for it
+        with pytest.raises(BadExampleError, match=r"datasets: here, row 2: Axolotl cannot tokenise it \(\w+: "):
+            tokenised(data)
+    else:
+        tokenised(data)  # what it takes is taken
+
+
+def as_json_lines(folder: Path, rows: list[dict[str, Any]]) -> Dataset:
+    """As `datasets` reads a file whose messages have not all the same keys: `List(Json)`, which names no key."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    made = load_dataset("json", data_files=str(path), split="train", cache_dir=str(folder / "cache"))
+    assert "Json" in str(made.features["messages"])
+    return made
+
+
+def test_weights_that_only_some_messages_have_are_not_lost(tmp_path: Path) -> None:
+    """Refused where they cannot be read, as a key in every message is: in a message, and in a part of its content."""
+    parts = [{"type": "text", "text": "four", "weight": 0.5}]
+    for index, said in enumerate((assistant(weight=0.5), assistant(parts))):
+        (tmp_path / str(index)).mkdir()
+        data = as_json_lines(tmp_path / str(index), [chat(user(), assistant()), chat(user(), said)])
+        if said["content"] != parts:  # of which this type wants other keys
+            with pytest.raises(WITConfigError, match="there are weights in messages, but Axolotl does not tokenise"):
+                tokenised(data, {"path": "here", "type": "messages"}, chat_template="chatml")
+        ids = data.add_column("input_ids", [[1, 2]] * 2).add_column("labels", [[1, 2]] * 2)
+        with pytest.raises(WITConfigError, match="there are weights in messages, but Axolotl does not tokenise"):
+            tokenised(ids.add_column("attention_mask", [[1, 1]] * 2), {"path": "here", "type": None})
+        made = tokenised(data)  # and read where they can be
+        assert read_prepared(np.array(made["labels"][0])) is None
+        assert 0.5 in read_prepared(np.array(made["labels"][1])).weights
+
+
+def test_keys_that_look_like_weights_are_named(tmp_path: Path) -> None:
+    with pytest.warns(UnreadWeightWarning, match=r"row 0 \(from 0\): messages\[1\] has a key 'wieght' that looks like"):
         tokenised([chat(user(), assistant(wieght=0.5))])
+    rows = [chat(user(), assistant()), chat(user(), assistant(wieght=0.5)), chat(user(), assistant())]
+    for dataset in (CHAT, {"path": "here", "type": "messages"}):
+        with pytest.warns(UnreadWeightWarning, match=r"row 1 \(from 0\): messages\[1\] has a key 'wieght'"):
+            tokenised(as_json_lines(tmp_path, rows), dataset, chat_template="chatml")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tokenised([chat(user(), assistant(weight=0.5, name="four"))])
@@ -140,11 +192,14 @@ def test_examples_that_axolotl_leaves_out_are_left_out(packed: bool) -> None:
 
 
 def test_a_trainer_without_weights_gets_axolotl_s_labels() -> None:
-    """What `axolotl evaluate` is given."""
-    rows = [chat(user(weight=0.5), assistant(weight=0)), chat(user(), assistant())]
-    given: list[Any] = []
-    OwnLabelsCollator(given.extend)([list(tokenised(rows))])
-    assert given == [list(tokenised(rows, wit=None))]
+    """What `axolotl evaluate` is given: without what weighs 0, which Axolotl itself masks where it reads the flag."""
+    dataset = {**CHAT, "message_field_training": "weight"}
+    rows = [chat(user(), assistant(weight=0), user(), assistant(weight=2.0)), chat(user(), assistant())]
+    parts = [{"type": "text", "text": "four", "train": False}, {"type": "text", "text": " and five"}]
+    for each, how in ((rows, dataset), ([chat(user(plain("two")), assistant(parts))], CHAT)):
+        given: list[Any] = []
+        OwnLabelsCollator(given.extend)([list(tokenised(each, how))])
+        assert given == [list(tokenised(each, how, wit=None))]
 
 
 def test_what_the_page_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from axokit import from_prepared
+from axokit import CHAT, from_prepared
 from axolotl.integrations.base import PluginManager
 from searchkit import EVERY, STEPS, finished_references, stopped_run
 from support import subprocess_env
@@ -142,6 +142,17 @@ def test_preview_and_check(place, tmp_path, capsys):
     assert "prompt_weight=0.7" in out
     assert (tmp_path / "o.html").is_file()
     assert wit(capsys, "check", path)[0] == 0
+
+
+def test_check_does_not_refuse_tokens_that_are_added(place, tmp_path, capsys):
+    """`axolotl train` grows the embeddings for them; here more than the model has room for."""
+    tokens = [f"<new{index}>" for index in range(300)]
+    row = {"messages": [{"role": "user", "content": "w01"}, {"role": "assistant", "content": tokens[-1]}]}
+    path = tmp_path / "new.jsonl"
+    path.write_text((json.dumps(row) + "\n") * 8)
+    datasets = [{"path": str(path), "ds_type": "json", **CHAT}]
+    code, out, _ = wit(capsys, "check", config(place, datasets=datasets, tokens=tokens))
+    assert code == 0, out
 
 
 def test_a_configuration_for_machines_that_are_not_here(place, capsys):

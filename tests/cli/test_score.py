@@ -98,7 +98,7 @@ def test_check_looks_every_document_up(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "scores"
     path = workplace(tmp_path, strategies={"rho1": {"share": 0.5, "reference": str(folder)}})
     assert wit("score", path, "--output", folder, capsys=capsys)[0] == 0
-    monkeypatch.setattr("wit_plugins.tokens.dataset_check._READ", 2)
+    monkeypatch.setattr("wit_plugins.tokens.columns.READ_AT_MOST", 2)
     assert wit("check", path, capsys=capsys)[0] == 0
     ids = documents_of(path)[3].input_ids
     index = np.load(folder / "documents.npy")

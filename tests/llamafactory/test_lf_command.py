@@ -89,6 +89,23 @@ def test_without_a_block_it_is_llamafactory(workplace, tmp_path, monkeypatch, ca
     assert not (tmp_path / "out" / "wit_config.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("notes.txt", "wit: {}", "reads its configuration from a .yaml, .yml or .json file"),
+        ("list.yaml", "- wit\n- stage", "holds no mapping of keys to values, but a list"),
+        ("list.json", "[1]", "holds no mapping of keys to values, but a list"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named(tmp_path, monkeypatch, capsys, name, text, says):
+    (tmp_path / name).write_text(text)
+    assert run_command(monkeypatch, "train", str(tmp_path / name)) == 1
+    err = capsys.readouterr().err
+    assert f"{tmp_path / name}: " in err
+    assert says in err
+    assert "Traceback" not in err
+
+
 def own_command(folder, *argv):
     script = [sys.executable, "-c", "import sys; from llamafactory.cli import main; sys.exit(main())"]
     return subprocess.run([*script, *argv], cwd=folder, capture_output=True, text=True, timeout=300)

@@ -1,6 +1,7 @@
 """Tokenised data and its caches: what LLaMA-Factory's own would be, and never that of other weights."""
 
 import datetime
+import os
 import re
 
 import numpy as np
@@ -84,6 +85,23 @@ def test_a_tokenized_path_is_used_by_those_whose_weights_are_in_it(workplace, tm
     err = capsys.readouterr().err
     assert "was written with other settings of weights in the data" in err
     assert "Traceback" not in err
+
+
+def test_a_tokenized_path_that_is_older_than_its_data_is_written_anew(workplace, tmp_path):
+    """Where the data is known; by a run, and seen by `wit preview` without writing anything."""
+    rows, docs = data()
+    workplace.dataset("edited", rows[:4], **SHAREGPT)
+    cached = {"dataset": "edited", "tokenized_path": str(tmp_path / "cache"), "cutoff_len": 512}
+    assert_step(run(workplace.config(output_dir=str(tmp_path / "first"), **cached), LAMBDA), docs[:4])
+    for file in (tmp_path / "cache").rglob("*"):
+        os.utime(file, (1, 1))
+    workplace.dataset("edited", rows[4:], **SHAREGPT)
+    path = workplace.write("edited.yaml", wit=LAMBDA, **cached)
+    shown = LlamaFactoryDriver().prepare(Job(path, yaml.safe_load(path.read_text()))).splits["train"].rows
+    assert [list(row["input_ids"]) for row in shown] == [doc.input_ids for doc in docs[4:]]
+    assert (tmp_path / "cache" / "wit_data_weights.json").stat().st_mtime == 1
+    assert_step(run(workplace.config(output_dir=str(tmp_path / "again"), **cached), LAMBDA), docs[4:])
+    assert (tmp_path / "cache" / "wit_data_weights.json").stat().st_mtime > 1
 
 
 def test_a_run_without_the_plugin_does_not_train_on_it_silently(workplace, tmp_path):

@@ -47,6 +47,15 @@ def wit(capsys, *args):
     return code, " ".join(captured.out.split()), captured.err
 
 
+def test_an_evaluation_set_named_train_is_not_shown_for_the_training_set(workplace):
+    workplace.dataset("mine", [{"instruction": "one", "input": "", "output": "word"}])
+    evaluation = {"dataset": "mine", "eval_dataset": "train", "eval_on_each_dataset": True, "eval_strategy": "epoch"}
+    splits = LlamaFactoryDriver().prepare(job(workplace.write(wit=WIT, **evaluation))).splits
+    assert list(splits) == ["train", "eval_train"]
+    assert (len(splits["train"].rows), len(splits["eval_train"].rows)) == (1, len(chatml()))
+    assert len(splits["eval_train"].uncut) == len(chatml())
+
+
 @pytest.mark.parametrize("shape", [pytest.param(s, marks=NEAT if "neat" in s else ()) for s in SHAPES])
 def test_rows_and_totals(workplace, tmp_path, shape):
     """The rows are those that LLaMA-Factory trains on; the totals are those of documents written by hand."""
@@ -116,6 +125,21 @@ def test_preview_and_check(workplace, tmp_path, capsys):
     code, out, err = wit(capsys, "check", config, "--strict")
     assert code == 0, out + err
     assert wit(capsys, "preview", config, "--split", "eval", "--set", "wit.prompt_weight=0.7")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"add_tokens": "<one>,<two>", "resize_vocab": True, "dataset": "new"},
+        {"predict_with_generate": True, "eval_dataset": "train", "eval_strategy": "epoch"},
+    ],
+    ids=["tokens_are_added", "evaluated_by_generation"],
+)
+def test_check_does_not_refuse_what_trains(workplace, tmp_path, capsys, changes):
+    workplace.dataset("new", [{"instruction": "one <one>", "input": "", "output": "word <two>"}] * 8)
+    code, out, _ = wit(capsys, "check", workplace.write("trains.yaml", wit=WIT, **changes))
+    assert code == 0, out
+    assert run(workplace.config(output_dir=str(tmp_path), **changes), WIT).state.global_step > 0
 
 
 def test_weights_of_the_model_are_not_read(tmp_path, capsys):

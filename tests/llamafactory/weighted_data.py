@@ -74,7 +74,7 @@ def data(count=8):
             {"role": "system", "content": "be kind", name: 0.5},
             {"role": "user", "content": question, "weight": 3},
             {"role": "assistant", "content": answer, first[0]: first[1]},
-            {"role": "user", "content": again, "weight": None},
+            {"role": "user", "content": again, "train": False},  # repeats the mask: it weighs what prompts weigh
             {"role": "assistant", "content": last, name: 0.25 * index},
         ]
         sample = (1.0, 0.5, 2.0)[index % 3]

@@ -183,7 +183,7 @@ def test_the_script_about_weights_in_the_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(script, names)
-    assert "weights stand in the data of 1 of the first 1 examples" in capsys.readouterr().out
+    assert "weights stand in the data of 1 of 1 examples" in capsys.readouterr().out
     first, *_ = names["trainer"].state.log_history
     said = "<u> What is two plus two? <end> <a> Five. <end> <u> Are you sure? <end> <a> No. It is four. <end>"
     words = said.split()

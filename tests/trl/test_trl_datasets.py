@@ -87,11 +87,11 @@ class TestPaddingInTheDataset:
         roles = role_losses(trainer.model, docs)
         columns = trainer._signature_columns
         trainer.add_callback(WITCallback(trainer, prompt_weight=0.2, response_weight=0.8))
-        share = trainer._wit.first_tokens
+        look = trainer._wit.look
         trainer.train()
         assert logs(trainer)[0] == pytest.approx(expected, rel=1e-5)
         assert {k: trainer.state.log_history[0][k] for k in roles} == pytest.approx(roles, rel=1e-5)
-        assert share == (roles["prompt_tokens"], roles["response_tokens"])
+        assert (look.prompt, look.response) == (roles["prompt_tokens"], roles["response_tokens"])
         detach(trainer)
         assert trainer._signature_columns == columns
 

@@ -137,7 +137,7 @@ def test_a_document_without_scores_is_refused_before_training(tmp_path):
 
 def test_what_the_check_did_not_read_stops_the_batch(tmp_path, monkeypatch):
     """Only some examples of a large dataset are looked at before; one that is missed is no silent zero."""
-    monkeypatch.setattr("wit_plugins.tokens.dataset_check._READ", 2)
+    monkeypatch.setattr("wit_plugins.tokens.columns.READ_AT_MOST", 2)
     trainer, _ = in_order(tmp_path, per_device_train_batch_size=4)
     rows = list(trainer.train_dataset)
     folder = write_scores(tmp_path / "scores", rows[:2] + rows[3:])

@@ -13,7 +13,9 @@ from support import subprocess_env
 from test_trl_data_weights import config, conversation
 from weightkit import dataset, tokenizer, trainer
 from wit_trl import WITCallback, prepare_dataset
+from wit_trl.driver import _splits
 from wit_trl.rows import own_labels
+from wit_trl.unread import NOTES, _as_they_are
 
 from wit_plugins import WITConfig, WITConfigError, attach
 from wit_plugins.tokens.data_weights import UnreadWeightWarning
@@ -82,6 +84,23 @@ def test_nor_is_an_evaluation_set_forgotten(tmp_path):
     made = trainer(tmp_path, plain, trainer_kwargs={"eval_dataset": {"mine": data}}, **OPTIONS)
     with pytest.raises(WITConfigError, match="the mine dataset"):
         WITCallback(made, prompt_weight=0.2)
+
+
+def test_an_evaluation_set_named_train_does_not_stand_for_the_training_set(tmp_path):
+    """Neither at `attach`, also where the trainer was made before wit_trl was imported, nor for the command `wit`."""
+    data = Dataset.from_list(one("message"))
+    plain = Dataset.from_list([conversation(index) for index in range(5)])
+    made = trainer(tmp_path, data, trainer_kwargs={"eval_dataset": {"train": plain}}, **OPTIONS)
+    with pytest.raises(WITConfigError, match="the train dataset"):
+        WITCallback(made, prompt_weight=0.2)
+    splits = _splits(made, {"train": data, "eval_train": plain})
+    assert [(name, len(split.rows), split.uncut) for name, split in splits.items()] == [
+        ("train", 4, data),
+        ("eval_train", 5, plain),
+    ]
+    kept = trainer(tmp_path, prepared(plain), trainer_kwargs={"eval_dataset": {"train": prepared(plain)}}, **OPTIONS)
+    vars(kept).pop(NOTES)
+    assert [name for name, _ in _as_they_are(kept)] == ["train", "train"]
 
 
 @pytest.mark.parametrize("args", [{}, {"packing": True}], ids=["padded", "packed"])

@@ -41,7 +41,7 @@ def rows(kind: str = "messages") -> list[dict[str, Any]]:
                 {"type": "text", "text": "ends", "loss_scale": 2},
             ]
         messages = [
-            {"role": "user", "content": "two plus two?", **({"weight": 2.0} if index == 1 else {})},
+            {"role": "user", "content": "two plus two?", **({"weight": 2.0} if index == 1 else {"train": False})},
             {"role": "assistant", "content": f"four {index}", **said},
             {"role": "user", "content": "then?" * (1 + index)},
             {"role": "assistant", "content": parts, **({"train": True} if index == 3 else {})},
@@ -98,9 +98,10 @@ class Weighted:
         return [Weighted(self.ids[cut], self.response[cut], self.data[cut]) for cut in cuts]
 
 
-def _said(holder: dict[str, Any]) -> float:
+def _said(holder: dict[str, Any], answers: bool) -> float:
+    """A flag repeats the mask of a prompt; a number counts everywhere."""
     found = [holder[key] for key in KEYS if holder.get(key) is not None]
-    return float(found[0]) if found else 1.0
+    return float(found[0]) if found and (answers or not isinstance(found[0], bool)) else 1.0
 
 
 def _conversation(row: dict[str, Any]) -> tuple[list[tuple[str, bool, int, int | None]], list[float], list[float]]:
@@ -116,10 +117,10 @@ def _conversation(row: dict[str, Any]) -> tuple[list[tuple[str, bool, int, int |
         pieces.append((f"<|im_start|>{message['role']}\n", False, number, None))
         for part in parts:
             pieces.append((part["text"], answers, number, len(of_parts)))
-            of_parts.append(_said(part))
+            of_parts.append(_said(part, message["role"] == "assistant"))
         pieces.append(("<|im_end|>", answers, number, None))
         pieces.append(("\n", answers and "prompt" in row, number, None))
-        of_messages.append(_said(message))
+        of_messages.append(_said(message, message["role"] == "assistant"))
     return pieces, of_messages, of_parts
 
 

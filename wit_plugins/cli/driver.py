@@ -76,6 +76,11 @@ class Split:
     examples: Iterable[Any] | None = None
 
 
+def evaluation_split(name: str) -> str:
+    """What an evaluation set is called among a run's datasets: `eval_train`, where its own name is `train`."""
+    return f"eval_{name}" if name == "train" else name
+
+
 @dataclass
 class Prepared:
     """A run's data, ready to be looked at.

@@ -31,3 +31,17 @@ def empty_model(config: Any, attn_implementation: str | None = None, trust_remot
     # New rows are otherwise drawn from the old ones' distribution, and there are no numbers here.
     model.resize_token_embeddings = functools.partial(model.resize_token_embeddings, mean_resizing=False)
     return model
+
+
+def resize_embeddings(model: Any, size: int, multiple: int = 1, shrink: bool = False) -> None:
+    """Give an empty model the embeddings that the framework would give the real one for tokens that were added.
+
+    Args:
+        model (`nn.Module`): of [`empty_model`].
+        size (`int`): how many ids the tokenizer has.
+        multiple (`int`): of what the number of rows is made a multiple.
+        shrink (`bool`): whether it becomes smaller, too.
+    """
+    wanted, rows = -(-size // multiple) * multiple, model.get_input_embeddings().num_embeddings
+    if rows < wanted or (shrink and rows > wanted):
+        model.resize_token_embeddings(wanted)

@@ -41,6 +41,7 @@ _KEYS = (*_WHERE, "weight", "role", "name", "delimiters", "others", "decay")
 _END_OF_MESSAGE = (
     r"(?=<\|im_end\|>|<\|eot_id\|>|<\|eom_id\|>|<\|end\|>|<\|end_of_text\|>|</s>|\[TOOL_RESULTS\]|\[INST\])"
 )
+_END_OF_LINE = rf"(?=\n|<\|endoftext\|>|<｜end▁of▁sentence｜>|{_END_OF_MESSAGE[3:]}"
 _FORMATS: dict[str, tuple[tuple[str, str], ...]] = {
     "reasoning": (
         (r"<think>", r"</think>"),
@@ -62,6 +63,8 @@ _FORMATS: dict[str, tuple[tuple[str, str], ...]] = {
         (r"\[TOOL_CALLS\]", _END_OF_MESSAGE),
         (r"<\|python_tag\|>", _END_OF_MESSAGE),
         (r"<\|channel\|>(?:analysis|commentary) to=", r"<\|call\|>"),
+        # LLaMA-Factory's default. The description of the format in its system prompt has more than a name there.
+        (r"(?<!\w)Action:\s*[\w.-]+\s*Action Input:", _END_OF_LINE),
     ),
     # The language and the line break after it are part of the fence.
     "code_blocks": ((r"`{3,}(?:[^\s`]*\n)?", r"`{{count},}"),),

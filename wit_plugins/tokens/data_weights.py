@@ -17,11 +17,13 @@ import numpy as np
 from wit_plugins.active import ActiveStrategies
 from wit_plugins.config import WITConfig, checked_weight
 from wit_plugins.errors import BadExampleError
+from wit_plugins.tokens.columns import evenly, keys_by_features, messages_of
 from wit_plugins.tokens.messages import Render, WeightedMessage, token_offsets, weigh_tokens
 from wit_plugins.tokens.prepared import FINGERPRINT_BITS, prepare
 from wit_plugins.tokens.roles import example_roles
 from wit_plugins.tokens.text import TokenText
 
+_VERSION = 2  # of what a value in the data means: what was prepared with another meaning is prepared again
 _LOOKS_LIKE_A_WEIGHT = re.compile(r"w(ei|ie)gh?t|loss|scale|train", re.IGNORECASE)
 
 
@@ -76,12 +78,16 @@ class DataWeights:
         value = example.get(self.sample_key) if self.sample_key else None
         return 1.0 if value is None else _weight(value, str(self.sample_key))
 
-    def message_weight(self, message: Mapping[str, Any], where: str) -> float:
+    def message_weight(self, message: Mapping[str, Any], where: str, is_answer: bool = True) -> float:
         """What a message or a part of one is multiplied by; 1 if it says nothing.
+
+        Data for other trainers marks its prompts with `false`, which there repeats the mask. So `true` and `false`
+        count in answers alone, and leave a prompt the weight of prompts. A number counts everywhere.
 
         Args:
             message (`Mapping`): with any of the keys that are read; `None` stands for a key that is not there.
             where (`str`): what to call it in an error, such as `messages[3]`.
+            is_answer (`bool`): whether it is the assistant's, or the framework trains on it as response anyway.
 
         Raises:
             BadExampleError: if what it says is no weight, or if two keys say something.
@@ -91,7 +97,10 @@ class DataWeights:
             both = " and ".join(f"{key} = {value!r}" for key, value in said.items())
             raise BadExampleError(f"{where} has two weights, {both}; keep one of them")
         self._look_at(message, where)
-        return next((_weight(value, f"{where}.{key}") for key, value in said.items()), 1.0)
+        for key, value in said.items():
+            if is_answer or not isinstance(value, (bool, np.bool_)):
+                return _weight(value, f"{where}.{key}")
+        return 1.0
 
     def group(self, example: Mapping[str, Any]) -> int:
         """The number of an example's group, from 1; 0 if there are none.
@@ -114,8 +123,55 @@ class DataWeights:
                     found |= any(each.get(key) is not None for key in self.message_keys)
         return found
 
+    def weighted_columns(self, features: Mapping[str, Any], names: Collection[str]) -> tuple[list[str], list[str]]:
+        """Where weights stand in some columns of messages, in words, and which of the columns do not say so.
+
+        Args:
+            features (`Mapping`): of a dataset, by the names of its columns.
+            names (`Collection[str]`): the columns to look at.
+        """
+        found, unclear = [], []
+        for name in names:
+            keys = keys_by_features(features.get(name))
+            unclear += [name] if keys.unclear else []
+            places = [(f"{name}[]", keys.of_messages)]
+            places += [(f"{name}[].{content}[]", of_parts) for content, of_parts in keys.of_parts.items()]
+            found += [f"{where}.{key}" for where, own in places for key in self.message_keys if key in own]
+        return found, unclear
+
+    def warn_of_unread_keys(self, dataset: Any, names: Collection[str], contents: Sequence[str] = ("content",)) -> None:
+        """Warn of keys of messages and their parts that look like weights and are not read, each with its first row.
+
+        Rows are read where the features name such a key, or do not name the keys: at most 10,000, at even distances.
+        A stream is not read.
+
+        Args:
+            dataset: with features, of which only those of a type that `datasets` gave them say something.
+            names (`Collection[str]`): its columns of messages.
+            contents (`Sequence[str]`): the keys under which a message may have parts.
+        """
+        features = getattr(dataset, "features", None) or {}
+        wanted, columns, unclear = set[str](), [], False
+        for name in names:
+            keys = keys_by_features(features.get(name))
+            unread = {key for own in (keys.of_messages, *keys.of_parts.values()) for key in own if self._is_unread(key)}
+            columns += [name] if unread or keys.unclear else []
+            wanted, unclear = wanted | unread, unclear or keys.unclear
+        if not columns or not hasattr(dataset, "__len__"):
+            return
+        rows = dataset.select_columns(columns)
+        for index in evenly(len(rows)):
+            for where, said in messages_of(rows[index], contents):
+                self._look_at(said, f"row {index} (from 0): {where}")
+            if not unclear and wanted <= self._warned:
+                return
+
     def messages(
-        self, messages: Sequence[Mapping[str, Any]], where: str = "messages", content: str = "content"
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        where: str = "messages",
+        content: str = "content",
+        are_answers: Sequence[bool] | None = None,
     ) -> list[WeightedMessage]:
         """Messages with their weights, for [`weigh_tokens`]; their parts of text become one text.
 
@@ -123,23 +179,25 @@ class DataWeights:
             messages: mappings with a role and a content: a text, or a list of parts `{type: text, text, weight}`.
             where (`str`): what to call them in errors.
             content (`str`): under which key the content stands.
+            are_answers (`Sequence[bool]`, *optional*): of each, see [`DataWeights.message_weight`]; by default all are.
 
         Raises:
             BadExampleError: naming the message, the key and the value.
         """
         made = []
         for index, message in enumerate(messages):
-            at = f"{where}[{index}]"
-            weight, said = self.message_weight(message, at), message.get(content)
+            at, is_answer = f"{where}[{index}]", are_answers is None or are_answers[index]
+            weight, said = self.message_weight(message, at, is_answer), message.get(content)
             pieces: list[tuple[int, int, float]] = []
             if isinstance(said, (list, tuple)):
                 text = ""
                 for number, part in enumerate(said):
-                    own = self.message_weight(part, f"{at}.{content}[{number}]") if isinstance(part, Mapping) else 1.0
+                    place = f"{at}.{content}[{number}]"
+                    own = self.message_weight(part, place, is_answer) if isinstance(part, Mapping) else 1.0
                     words = part.get("text") if isinstance(part, Mapping) else part
                     if not isinstance(words, str):
                         raise BadExampleError(
-                            f"{at}.{content}[{number}] = {part!r}: only parts of text can be weighted; "
+                            f"{place} = {part!r}: only parts of text can be weighted; "
                             "write {type: text, text: …, weight: …}"
                         )
                     if own != 1:
@@ -221,16 +279,19 @@ class DataWeights:
             return own.tolist()
         return prepare(own, np.asarray(weights, dtype=np.float32), self.fingerprint, group).tolist()
 
+    def _is_unread(self, key: Any) -> bool:
+        """Whether a key looks like a weight and is none that is read."""
+        looks = bool(_LOOKS_LIKE_A_WEIGHT.search(str(key))) and not str(key).endswith("_detail")
+        return looks and key not in self.message_keys
+
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_warned": set()}
 
     def _look_at(self, message: Mapping[str, Any], where: str) -> None:
         """Warn of keys that look like weights and are not read, of each once."""
-        for key in message.keys() - self._warned - set(self.message_keys):
-            if message[key] is None:
-                continue
-            self._warned.add(key)
-            if _LOOKS_LIKE_A_WEIGHT.search(str(key)) and not str(key).endswith("_detail"):
+        for key in message.keys() - self._warned:
+            if message[key] is not None and self._is_unread(key):
+                self._warned.add(key)
                 warnings.warn(
                     f"{where} has a key {key!r} that looks like a weight and is not read; read are "
                     f"{', '.join(self.message_keys) or 'none'} (message_weight_keys)",
@@ -241,7 +302,7 @@ class DataWeights:
 
 def fingerprint(message_keys: Sequence[str], sample_key: str | None, strategies: ActiveStrategies) -> int:
     """See [`DataWeights.fingerprint`]."""
-    said: list[Any] = [1, list(message_keys), sample_key, strategies.reading_raw]
+    said: list[Any] = [_VERSION, list(message_keys), sample_key, strategies.reading_raw, strategies.code_reading_raw]
     if strategies.groups is not None:  # which they are; what they weigh is in no label
         said += [strategies.groups.key, strategies.groups.names]
     digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).digest()

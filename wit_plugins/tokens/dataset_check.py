@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,15 +12,15 @@ import torch
 from tqdm.auto import tqdm
 
 from wit_plugins.errors import BadExampleError, WITConfigError
-from wit_plugins.tokens.reader import ExampleReader
+from wit_plugins.tokens.columns import evenly
+from wit_plugins.tokens.reader import ExampleReader, ReadExample
 from wit_plugins.tokens.roles import PROMPT, RESPONSE
 from wit_plugins.tokens.transport import decode
 
 if TYPE_CHECKING:
     from wit_plugins.tokens.collator import WeightedCollator
 
-_FIRST = 100
-_READ = 10_000  # examples, where all would take too long
+_LOOKED_AT = 100
 
 
 class UnmatchedSpanWarning(UserWarning):
@@ -31,46 +32,97 @@ def can_be_read_again(dataset: Any) -> bool:
     return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
 
 
-def check_dataset(dataset: Any, masking_hint: str, reader: ExampleReader) -> tuple[int, int]:
+class LeftOutWarning(UserWarning):
+    """The data takes all prompts out of the training, or all answers."""
+
+
+@dataclass
+class DatasetLook:
+    """What was seen of a dataset before training.
+
+    Attributes:
+        size (`int`): its rows.
+        rows (`int`): those that were looked at.
+        documents, weighted (`int`): the documents in them, and those of them in whose data weights stand.
+        prompt, response (`int`): their tokens by role.
+        left_out_prompt, left_out_response (`int`): of these, the ones to which the data gives the weight 0.
+    """
+
+    size: int
+    rows: int = 0
+    documents: int = 0
+    weighted: int = 0
+    prompt: int = 0
+    response: int = 0
+    left_out_prompt: int = 0
+    left_out_response: int = 0
+
+    def add(self, read: ReadExample) -> None:
+        """Count a row in."""
+        prompt, response = read.roles == PROMPT, read.roles == RESPONSE
+        self.rows += 1
+        self.prompt += int(np.count_nonzero(prompt))
+        self.response += int(np.count_nonzero(response))
+        weights = read.data_weights
+        for start, end in zip(read.starts, [*read.starts[1:], len(read.roles)], strict=True):
+            if read.roles[start:end].any():  # padding is no document
+                self.documents += 1
+                self.weighted += weights is not None and bool((weights[start:end] != 1).any())
+        if weights is not None:
+            self.left_out_prompt += int(np.count_nonzero(prompt & (weights == 0)))
+            self.left_out_response += int(np.count_nonzero(response & (weights == 0)))
+
+    def lines(self) -> list[str]:
+        """What is said of it when training starts."""
+        where = f" (in {self.rows:,} of {self.size:,} rows, at even distances)" if self.rows < self.size else ""
+        made = [f"{self.prompt / (self.prompt + self.response):.0%} of the tokens are prompt{where}"]
+        if self.weighted:
+            made.append(f"weights stand in the data of {self.weighted:,} of {self.documents:,} examples{where}")
+        return made
+
+    def left_out(self, prompt_weight: float, response_weight: float) -> list[str]:
+        """Roles of which the data takes everything out that the roles' weights would train, in words."""
+        where = f"the {self.rows:,} rows that were looked at" if self.rows < self.size else "the training dataset"
+        roles = (
+            ("prompts", "prompt_weight", prompt_weight, self.prompt, self.left_out_prompt),
+            ("answers", "response_weight", response_weight, self.response, self.left_out_response),
+        )
+        return [
+            f"the weights that stand in the data are 0 on all {name} of {where}, so {key} = {weight:g} trains nothing; "
+            "if that is not meant, take these weights out of the data, or leave them unread (message_weight_keys, "
+            "sample_weight_key)"
+            for name, key, weight, count, left_out in roles
+            if weight and count and count == left_out
+        ]
+
+
+def check_dataset(dataset: Any, masking_hint: str, reader: ExampleReader) -> DatasetLook:
     """Make sure that a dataset has prompt tokens and response tokens.
 
-    The first 100 examples are read; if they lack a role, the rest is read too, until the role is found.
+    100 examples are read, at even distances, since packing sorts by length. If they lack a role, the rest is read too,
+    until the role is found.
 
     Args:
         dataset: examples with `input_ids` and `labels`, see [`can_be_read_again`].
         masking_hint (`str`): how a user masks the prompt, for the message.
         reader ([`ExampleReader`]): how the trainer reads its examples.
 
-    Returns:
-        The numbers of prompt and response tokens in the first 100 examples.
-
     Raises:
         WITConfigError: if a role is missing, the examples carry no labels, or one of them cannot be trained on.
     """
-    prompt = response = 0
-    # Silent for the usual dataset, whose first examples settle it; a bar for one that has to be read through.
-    for index in tqdm(range(len(dataset)), desc="Looking for prompt and response tokens", delay=5):
-        if index >= _FIRST and prompt and response:
+    look = DatasetLook(len(dataset))
+    first = evenly(look.size, _LOOKED_AT)
+    rest = np.setdiff1d(np.arange(look.size), first)
+    # Silent for the usual dataset, which these settle; a bar for one that has to be read through.
+    for index in tqdm([*first, *rest.tolist()], desc="Looking for prompt and response tokens", delay=5):
+        if look.rows >= len(first) and look.prompt and look.response:
             break
         try:
-            more = _count(dataset[index], masking_hint, reader)
+            look.add(_read(dataset[index], masking_hint, reader))
         except BadExampleError as error:
             raise BadExampleError(f"example {index} of the training dataset: {error}") from None
-        prompt, response = prompt + more[0], response + more[1]
-    _require_both(prompt, response, f"any of its {len(dataset)} examples", masking_hint)
-    return prompt, response
-
-
-def weighted_examples(dataset: Any, reader: ExampleReader) -> tuple[int, int]:
-    """In how many of the first 100 examples (rows, where they are packed) weights stand in the data, and of how many.
-
-    Args:
-        dataset: that has been through [`check_dataset`].
-        reader ([`ExampleReader`]): how the trainer reads its examples.
-    """
-    count = min(_FIRST, len(dataset))
-    weights = (reader(dataset[index]).data_weights for index in range(count))
-    return sum(own is not None and bool((own != 1).any()) for own in weights), count
+    _require_both(look.prompt, look.response, f"any of its {look.size} examples", masking_hint)
+    return look
 
 
 class StreamCheck:
@@ -98,7 +150,7 @@ class StreamCheck:
         roles = decode(codes)[1]
         rows = [int((roles == PROMPT).sum()), int((roles == RESPONSE).sum()), len(roles)]
         self.counts = [a + b for a, b in zip(self.counts, rows, strict=True)]
-        if self.counts[2] >= _FIRST:
+        if self.counts[2] >= _LOOKED_AT:
             self.finish([self.counts])
 
     def finish(self, counts: list[list[int]]) -> None:
@@ -158,7 +210,7 @@ def warn_of_unmatched_spans(dataset: Any, collator: WeightedCollator) -> None:
     if not (collator.strategies.looks_for_spans and can_be_read_again(dataset)):
         return
     size, seen, matched = len(dataset), set[str](), set[str]()
-    read = _evenly(size)
+    read = evenly(size)
     for index in tqdm(read, desc="Looking for what is weighted", delay=5):
         try:
             found = collator.find_spans(dataset[index])
@@ -201,7 +253,7 @@ def check_scores(datasets: Mapping[str, Any], collator: WeightedCollator) -> Non
     for name, dataset in datasets.items():
         if not can_be_read_again(dataset):
             continue
-        for index in tqdm(_evenly(len(dataset)), desc=f"Looking for the scores of the {name} dataset", delay=5):
+        for index in tqdm(evenly(len(dataset)), desc=f"Looking for the scores of the {name} dataset", delay=5):
             example = dataset[index]
             if "input_ids" not in example or example.get("labels") is None:
                 break  # for generation
@@ -211,17 +263,11 @@ def check_scores(datasets: Mapping[str, Any], collator: WeightedCollator) -> Non
                 raise BadExampleError(f"example {index} of the {name} dataset: {error}") from None
 
 
-def _evenly(size: int) -> list[int]:
-    """Numbers of examples, from the first to the last."""
-    return np.unique(np.linspace(0, size - 1, min(size, _READ)).astype(np.int64)).tolist() if size else []
-
-
-def _count(example: Mapping[str, Any], masking_hint: str, reader: ExampleReader) -> tuple[int, int]:
+def _read(example: Mapping[str, Any], masking_hint: str, reader: ExampleReader) -> ReadExample:
     if "input_ids" not in example:
         raise WITConfigError(
             f"the training examples have no input_ids (columns: {sorted(example)}); weights need tokenised examples"
         )
     if example.get("labels") is None:
         raise WITConfigError(f"the training examples have no labels, so nothing is masked; {masking_hint}")
-    roles = reader(example).roles
-    return int(np.count_nonzero(roles == PROMPT)), int(np.count_nonzero(roles == RESPONSE))
+    return reader(example)

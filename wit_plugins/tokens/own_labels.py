@@ -1,4 +1,7 @@
-"""The framework's own labels back, for a trainer without weights that gets data with prepared labels."""
+"""The framework's own labels back, for a trainer without weights that gets data with prepared labels.
+
+What weighs 0 in the data is masked, as it is left out where there are weights.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from wit_plugins.tokens.prepared import read_prepared
+from wit_plugins.tokens.roles import IGNORE_INDEX
 
 
 class OwnLabelsCollator:
-    """Wraps a collator; what it is given are the labels that the framework made, without weights.
+    """Wraps a collator; what it is given are the labels that the framework made, without weights, -100
+    where the data says 0.
 
     Codes of [`WeightedCollator`] pass as they are, so that a trainer may get weights later.
 
@@ -37,4 +42,6 @@ def _own(item: Any) -> Any:
     if not isinstance(item, Mapping):
         return [_own(example) for example in item]
     prepared = read_prepared(np.asarray(item["labels"], dtype=np.int64)) if "labels" in item else None
-    return item if prepared is None else {**item, "labels": prepared.labels.tolist()}
+    if prepared is None:
+        return item
+    return {**item, "labels": np.where(prepared.weights == 0, IGNORE_INDEX, prepared.labels).tolist()}

@@ -96,8 +96,9 @@ class ExampleReader:
         if any(fingerprint != self.fingerprint for fingerprint in found):
             raise WITConfigError(
                 "the tokenised data carries weights that were read from it with other settings than this run's "
-                "(message_weight_keys, sample_weight_key, groups, or strategies that read raw examples); tokenise it "
-                "again: delete the cache or the prepared dataset, or name another folder for it"
+                "(message_weight_keys, sample_weight_key, groups, strategies that read raw examples, or their code) or "
+                "by another version of this package; tokenise it again: delete the cache or the prepared dataset, or "
+                "name another folder for it"
             )
         if self.needs_prepared and not found and not self.cuts_documents:
             raise WITConfigError(

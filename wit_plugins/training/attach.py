@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,12 @@ from wit_plugins.plugins import plugin_manager
 from wit_plugins.tokens.collator import WeightedCollator
 from wit_plugins.tokens.data_weights import fingerprint
 from wit_plugins.tokens.dataset_check import (
+    LeftOutWarning,
     StreamCheck,
     can_be_read_again,
     check_dataset,
     check_scores,
     warn_of_unmatched_spans,
-    weighted_examples,
 )
 from wit_plugins.tokens.reader import ExampleReader
 from wit_plugins.tokens.transport import MAX_VOCAB_SIZE
@@ -91,8 +92,9 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
         attachment = Attachment(config, adapter, head, make_head, reader, changes, aux_loss_sums, *metrics)
         dataset = getattr(trainer, "train_dataset", None)
         if dataset is not None and can_be_read_again(dataset):
-            attachment.first_tokens = check_dataset(dataset, adapter.masking_hint, reader)
-            attachment.weighted_examples = weighted_examples(dataset, reader)
+            attachment.look = check_dataset(dataset, adapter.masking_hint, reader)
+            for text in attachment.look.left_out(config.prompt_weight, config.response_weight):
+                warnings.warn(text, LeftOutWarning, stacklevel=2)
             if trainer.is_world_process_zero():
                 collator = WeightedCollator(trainer.data_collator, strategies, reader, tokenizer)
                 warn_of_unmatched_spans(dataset, collator)
@@ -145,7 +147,8 @@ def _datasets(trainer: Trainer) -> dict[str, Any]:
     evaluation = getattr(trainer, "eval_dataset", None)
     if not getattr(trainer.args, "predict_with_generate", False):
         by_name = evaluation if isinstance(evaluation, dict) else {"evaluation": evaluation}
-        found |= {str(name): dataset for name, dataset in by_name.items()}
+        for name, dataset in by_name.items():
+            found[f"evaluation {name}" if name in found else str(name)] = dataset
     return {name: dataset for name, dataset in found.items() if dataset is not None}
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from wit_plugins.config import WITConfig
 from wit_plugins.loss.head import WeightedHead
-from wit_plugins.tokens.dataset_check import StreamCheck
+from wit_plugins.tokens.dataset_check import DatasetLook, StreamCheck
 from wit_plugins.tokens.reader import ExampleReader
 from wit_plugins.training.adapter import AuxLossSums, TrainerAdapter
 from wit_plugins.training.changes import Changes
@@ -37,8 +37,7 @@ class Attachment:
     training: RoleMetrics
     evaluation: RoleMetrics
     stream_check: StreamCheck | None = None  # while a stream's first examples come by
-    first_tokens: tuple[int, int] | None = None  # prompt and response tokens in the first examples
-    weighted_examples: tuple[int, int] = (0, 0)  # in how many of the first ones weights stand in the data; of how many
+    look: DatasetLook | None = None  # at the training examples, before training
     group_weights: torch.Tensor | None = None  # [G], what each group's mean weighs until the next evaluation
     group_factors: torch.Tensor | None = None  # [G], what the tokens of each group are multiplied by in this step
     verified: bool = False

@@ -323,12 +323,9 @@ class WeightedTrainerMixin(_Base):
         if checkpoint and os.path.isdir(checkpoint):
             records.warn_if_changed(self._wit.config, checkpoint)
         lines = [f"WIT on: {self._wit.config.summary()} ({self._wit.adapter.framework})"]
-        if self._wit.first_tokens is not None:
-            prompt, response = self._wit.first_tokens
-            lines.append(f"{prompt / (prompt + response):.0%} of the tokens in the first examples are prompt")
-        weighted, looked_at = self._wit.weighted_examples
-        if weighted:
-            lines.append(f"weights stand in the data of {weighted} of the first {looked_at} examples")
+        if self._wit.look is not None:
+            config = self._wit.config
+            lines += self._wit.look.lines() + self._wit.look.left_out(config.prompt_weight, config.response_weight)
         self._print_ruled(lines)
         self._verify_same_settings()
         self._wit.group_weights = None

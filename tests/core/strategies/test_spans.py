@@ -152,6 +152,13 @@ def marked(text_of_spans, options, tokenizer=None):
         ("reasoning", ["q", "hm</think>four"]),
         ("tool_calls", ["q", '⟦<tool_call>\n{"name": "f"}\n</tool_call>⟧\n⟦<tool_call>x</tool_call>⟧ four']),
         ("tool_calls", ["q", "four⟦[TOOL_CALLS] [{}]⟧</s>", "[INST]x[/INST]", "five"]),
+        (
+            "tool_calls",
+            [
+                "Action: tool name (one of [look])\nAction Input: the input",
+                'four ⟦Action: look\nAction Input: {"at": "moon"}⟧\n⟦Action: go\nAction Input: {}⟧</s>',
+            ],
+        ),
         ("tool_calls", ["q", "⟦<function_calls>x</function_calls>⟧⟦<function_call>x</function_call>⟧"]),
         ("tool_calls", ["q", "⟦<|python_tag|>f(x)⟧<|eom_id|>", "r"]),
         ("tool_calls", ["q", "⟦<｜tool▁calls▁begin｜>f<｜tool▁calls▁end｜>⟧four"]),
@@ -442,7 +449,7 @@ def test_reading_stops_when_everything_was_found_and_streams_are_not_read():
 
 
 def test_how_many_were_read_is_said(monkeypatch):
-    monkeypatch.setattr("wit_plugins.tokens.dataset_check._READ", 3)
+    monkeypatch.setattr("wit_plugins.tokens.columns.READ_AT_MOST", 3)
     row = packed([from_offsets(byte_level(), [("q", False), ("four", True)])])
     with pytest.warns(UserWarning, match="spans: x: matches nothing in 3 of the 7 training examples, read at even"):
         warn_of_unmatched_spans([row] * 7, collator([{"match": "x", "weight": 1}], byte_level()))

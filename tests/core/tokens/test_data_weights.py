@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -122,6 +125,17 @@ def test_what_a_message_says(message: dict[str, Any], weight: float) -> None:
     assert _data_weights().message_weight(message, "messages[0]") == weight
 
 
+@pytest.mark.parametrize(("value", "weight"), [(False, 1.0), (True, 1.0), (np.bool_(False), 1.0), (0, 0.0), (0.5, 0.5)])
+def test_a_flag_on_a_prompt_repeats_the_mask_and_a_number_counts(value: Any, weight: float) -> None:
+    parts = {"role": "user", "content": [{"type": "text", "text": "two", "train": value}]}
+    data = _data_weights()
+    assert data.message_weight({"train": value}, "m", is_answer=False) == weight
+    (message,) = data.messages([parts], are_answers=[False])
+    assert message.pieces == (() if weight == 1 else ((0, 3, weight),))
+    (message,) = data.messages([parts], are_answers=[True])
+    assert message.pieces == (() if value == 1 else ((0, 3, float(value)),))
+
+
 @pytest.mark.parametrize(
     ("message", "said"),
     [
@@ -188,6 +202,43 @@ def test_a_strategy_reads_the_example_as_it_was() -> None:
             collator.codes({"input_ids": [two, two], "labels": [-100, two]})
         # With other options it is another preparation.
         assert data.fingerprint != _data_weights(strategies={"by_source": {"web": 0.5}}).fingerprint
+
+
+def test_an_edited_strategy_is_another_preparation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code counts: of the strategy's file, and in a package of the files beside it, which it may use."""
+    source = """
+import numpy as np
+from wit_plugins import hookimpl
+
+@hookimpl
+def static_weights(roles, raw_example):
+    return np.full(len(roles), 0.5, dtype=np.float32)
+"""
+    package = tmp_path / "edited_package"
+    package.mkdir()
+    alone, inside, helper = tmp_path / "edited_alone.py", package / "strategy.py", package / "helper.py"
+    (package / "__init__.py").touch()
+    helper.touch()
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def fingerprint(name: str) -> int:
+        for each in [each for each in sys.modules if each.startswith("edited_")]:
+            del sys.modules[each]
+        importlib.invalidate_caches()
+        with registered(importlib.import_module(name), "edited"):
+            data = _data_weights(strategies={"edited": {}})
+            assert pickle.loads(pickle.dumps(data)).fingerprint == data.fingerprint
+            return data.fingerprint
+
+    for name, file in (("edited_alone", alone), ("edited_package.strategy", inside)):
+        file.write_text(source)
+        before = fingerprint(name)
+        assert fingerprint(name) == before
+        file.write_text(source.replace("0.5", "0.25"))
+        after = fingerprint(name)
+        assert after != before
+        helper.write_text(f"# {name}")
+        assert (fingerprint(name) == after) == (file is alone)
 
 
 def test_what_is_pickled_tells_caches_apart() -> None:

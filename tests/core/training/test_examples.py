@@ -38,7 +38,7 @@ class TestStreams:
         trainer.train()
         assert trainer.state.global_step == 1
         assert first_log(trainer)["loss"] == pytest.approx(expected, rel=1e-5)
-        assert "in the first examples" not in capsys.readouterr().out
+        assert "of the tokens are prompt" not in capsys.readouterr().out
 
     @pytest.mark.parametrize(
         ("label", "message"), [(5, "nothing masked in its first 1.. rows.*labels column"), (-100, "no response in its")]
@@ -94,7 +94,7 @@ class TestBadRows:
 
     def test_in_a_worker_and_in_evaluation(self, tmp_path):
         row, message = BAD_ROWS[1]
-        examples = [GOOD] * 150 + [row]
+        examples = [GOOD] * 150 + [row] + [GOOD] * 850  # 100 are looked at before training, and not this one
         trainer = make_trainer(tmp_path, examples=examples, dataloader_num_workers=1)
         attach(trainer, CONFIG)
         with pytest.raises(WITConfigError, match=f"example 150 of the training dataset: {message}"):

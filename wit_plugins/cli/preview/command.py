@@ -24,10 +24,10 @@ from wit_plugins.cli.quiet import quiet
 from wit_plugins.cli.text import visible
 from wit_plugins.errors import WITConfigError, WITError
 from wit_plugins.tokens.data_weights import UnreadWeightWarning
-from wit_plugins.tokens.dataset_check import UnmatchedSpanWarning
+from wit_plugins.tokens.dataset_check import LeftOutWarning, UnmatchedSpanWarning
 from wit_plugins.tokens.text import TokenText
 
-_ABOUT_THE_DATA = (UnmatchedSpanWarning, UnreadWeightWarning)
+_ABOUT_THE_DATA = (LeftOutWarning, UnmatchedSpanWarning, UnreadWeightWarning)
 _LONGEST = 1500  # characters of a framework's own message; some list all that they know
 FIRST_ROWS = [0, 1, 2]  # which rows are shown, unless --rows says otherwise
 _STREAM_ROWS = 10_000  # of a stream, whose end nobody knows, unless --limit says otherwise
