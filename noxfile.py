@@ -7,6 +7,7 @@ checkout is installed anew for every run, into `.nox/`, so that two checkouts ca
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -15,6 +16,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import nox
 
@@ -47,8 +49,8 @@ PINS = {
         *[*TORCH, *CORE, *CLI, *TEST, *LIGER],
         *["trl==1.9.0", "transformers==5.16.1", "datasets==5.2.0", "peft==0.20.0"],
     ],
+    "axolotl-0.21": [*TEST, "axolotl==0.21.0", "torch==2.14.1", "numpy==2.3.5", "pluggy==1.7.0", *SETUPTOOLS, *CLI],
     "axolotl-0.19": [*TEST, "axolotl==0.19.0", "torch==2.13.0", "numpy==2.3.5", "pluggy==1.7.0", *SETUPTOOLS, *CLI],
-    "axolotl-0.18": [*TEST, "axolotl==0.18.0", "torch==2.12.1", "numpy==2.3.5", "pluggy==1.7.0", *SETUPTOOLS, *CLI],
     "llamafactory-0.9.5": [
         *[*TORCH_LLAMAFACTORY, *TEST, *GENERATION_METRICS, "liger-kernel==0.8.5", "pluggy==1.7.0"],
         *["llamafactory==0.9.5", "transformers==5.6.0", "datasets==4.0.0", "trl==0.24.0", "peft==0.18.1"],
@@ -61,6 +63,9 @@ PINS = {
         *["accelerate==1.11.0", "pydantic==2.12.3", "setuptools==81.0.0", "wheel==0.48.0", *CLI],
     ],
 }
+
+# The Pythons that an environment can be built with, in the order in which they are looked for; any, if it is not here.
+PYTHONS = {"axolotl-0.21": ["3.12", "3.13"]}
 
 # On top, for the GPU suite: what pip finds a wheel of. What it does not (FlashAttention's are its makers' own) is left
 # out, and what needs it says so. Put the wheels of those into the folder of WIT_WHEELS.
@@ -87,10 +92,39 @@ nox.options.sessions = ["lint", "core", "trl", "axolotl", "llamafactory"]
 nox.options.default_venv_backend = "none"
 
 
+class Interpreter(NamedTuple):
+    """A Python: its path, and what `sys.version` is in it."""
+
+    path: str
+    version: str
+
+
+@functools.cache
+def interpreter(name: str) -> Interpreter | None:
+    """The Python that an environment is built with: the one that runs nox, if the pins allow that; `None` if none is.
+
+    Looked for are pythonX.Y on the path and pyenv's.
+    """
+    versions = PYTHONS.get(name)
+    if versions is None or f"{sys.version_info.major}.{sys.version_info.minor}" in versions:
+        return Interpreter(sys.executable, sys.version)
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    for wanted in versions:
+        on_path = shutil.which(f"python{wanted}")
+        for path in [*([on_path] if on_path else []), *map(str, sorted(pyenv.glob(f"{wanted}.*/bin/python")))]:
+            # Run, since pyenv puts commands on the path that only say that no such Python is chosen.
+            command = [path, "-c", "import sys, venv, ensurepip; print(sys.version)"]
+            asked = subprocess.run(command, capture_output=True, text=True)
+            if asked.returncode == 0 and asked.stdout.startswith(wanted):
+                return Interpreter(path, asked.stdout.removesuffix("\n"))
+    return None
+
+
 def environment_folder(name: str) -> Path:
     """Where the environment with these pins is, or will be."""
-    pins = sorted(PINS[name])
-    return CACHE / f"{name}-{hashlib.sha256(chr(10).join([sys.version, *pins]).encode()).hexdigest()[:12]}"
+    pins, python = sorted(PINS[name]), interpreter(name)
+    version = python.version if python else "none"
+    return CACHE / f"{name}-{hashlib.sha256(chr(10).join([version, *pins]).encode()).hexdigest()[:12]}"
 
 
 def environment(session: nox.Session, name: str) -> Path:
@@ -99,7 +133,10 @@ def environment(session: nox.Session, name: str) -> Path:
     if not (folder / "complete").is_file():
         session.log(f"building {folder}")
         shutil.rmtree(folder, ignore_errors=True)
-        session.run(sys.executable, "-m", "venv", str(folder), external=True)
+        python = interpreter(name)
+        if python is None:
+            session.error(f"{name} needs Python {' or '.join(PYTHONS[name])}, which is not found")
+        session.run(python.path, "-m", "venv", str(folder), external=True)
         pip = [str(folder / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
         session.run(*pip, *sorted(PINS[name]), external=True)
         (folder / "complete").touch()

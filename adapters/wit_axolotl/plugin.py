@@ -13,10 +13,23 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin
 
 from wit_axolotl.config import PLUGIN, is_listed, read_config, require_where_unpickled
-from wit_axolotl.versions import check_version
+from wit_axolotl.versions import FRAMEWORK, check_version
 from wit_plugins import WITConfig, WITConfigError, attach, front_door
 from wit_plugins.tokens.own_labels import OwnLabelsCollator
 from wit_plugins.training.records import save_config
+
+
+def require_parts() -> None:
+    """Look at the code of Axolotl that is relied on, and patch it in this process, once.
+
+    Raises:
+        WITConfigError: naming the part that is not as it was.
+    """
+    try:
+        from wit_axolotl import patch
+    except (ImportError, AttributeError) as error:
+        raise FRAMEWORK.has_changed(check_version(), str(error), "the weights could not be attached") from error
+    patch.install()
 
 
 class WITPlugin(BasePlugin):
@@ -35,15 +48,14 @@ class WITPlugin(BasePlugin):
         """
         self._config = None
         front_door.install("wit_axolotl")
-        check_version()
+        version = check_version()
         # Axolotl's plugin manager outlives a run: it also calls plugins that the present configuration does not name.
         if is_listed(cfg):
             self._config = read_config(cfg)
             if cfg.get("use_ray"):
                 require_where_unpickled(cfg)
-            from wit_axolotl import patch  # with Axolotl's data pipeline, which need not be loaded to say what is wrong
-
-            patch.install()
+            require_parts()  # with Axolotl's data pipeline, which need not be loaded to say what is wrong
+            FRAMEWORK.warn_if_newer(version)
         elif cfg.get("wit"):
             raise WITConfigError(f"wit: there is a wit: block, but plugins does not name {PLUGIN}; add it")
 

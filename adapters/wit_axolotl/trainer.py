@@ -9,7 +9,7 @@ from wit_plugins.training.adapter import AuxLossSums, TrainerAdapter
 
 
 class AxolotlAdapter(TrainerAdapter):
-    """`AxolotlTrainer` and its subclasses, from Axolotl 0.18 to 0.19.
+    """`AxolotlTrainer` and its subclasses.
 
     It takes the loss from the model's output, so that the defaults do.
     """
