@@ -189,7 +189,9 @@ def install(session: nox.Session, name: str) -> tuple[Path, dict[str, str]]:
 
 
 def pytest(session: nox.Session, name: str, *paths: str) -> None:
+    """Run tests in an environment. With `WIT_RECORD=1` what ran is written down for docs/compatibility.md."""
     binaries, env = install(session, name)
+    report = ROOT / ".nox" / f"report-{name}.xml"
     # Started as a script, pytest does not put the checkout itself on the path: what is installed is what is tested.
     command = [
         str(binaries / "pytest"),
@@ -199,9 +201,13 @@ def pytest(session: nox.Session, name: str, *paths: str) -> None:
         "loadgroup",
         "--durations",
         "15",
+        f"--junitxml={report}",
         *(session.posargs or paths),
     ]
     session.run(*command, env=env, external=True)
+    if os.environ.get("WIT_RECORD") == "1":
+        python = str(binaries / "python")
+        session.run(python, "docs/compatibility.py", name, python, str(report), external=True)
 
 
 @nox.session

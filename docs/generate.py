@@ -1,4 +1,4 @@
-"""Writes the pages that are made from the code: settings, the reference, and the token in architecture.md.
+"""Writes the pages that are made from the code and from records: settings, the reference, what ran where, a token.
 
 `python docs/generate.py` writes them, `--check` only says whether they are up to date (exit code 1 if not), and whether
 the files that architecture.md names exist.
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
+import compatibility
 from one_token import table
 from pydantic_core import PydanticUndefined
 
@@ -147,6 +148,11 @@ def architecture() -> str:
     )
 
 
+def readme() -> str:
+    """The README as it stands, with the versions that the records of test runs have."""
+    return compatibility.readme((DOCS.parent / "README.md").read_text(encoding="utf-8"))
+
+
 def missing_files() -> list[str]:
     """Files that architecture.md, or a page as the test of its code, names and that do not exist."""
     text = (DOCS / "architecture.md").read_text(encoding="utf-8")
@@ -157,6 +163,7 @@ def missing_files() -> list[str]:
 
 
 PAGES = {"configuration.md": page, "reference.md": reference, "architecture.md": architecture}
+PAGES |= {"compatibility.md": compatibility.page, "../README.md": readme}
 
 if __name__ == "__main__":
     wrong = [f"the documentation names {name}, which does not exist" for name in missing_files()]

@@ -32,6 +32,11 @@ def require_parts() -> None:
     patch.install()
 
 
+def _refuse_the_block_alone(cfg: Any) -> None:
+    if cfg.get("wit"):
+        raise WITConfigError(f"wit: there is a wit: block, but plugins does not name {PLUGIN}; add it")
+
+
 class WITPlugin(BasePlugin):
     """Weights on prompt and response tokens, from the `wit:` block of the configuration."""
 
@@ -56,8 +61,8 @@ class WITPlugin(BasePlugin):
                 require_where_unpickled(cfg)
             require_parts()  # with Axolotl's data pipeline, which need not be loaded to say what is wrong
             FRAMEWORK.warn_if_newer(version)
-        elif cfg.get("wit"):
-            raise WITConfigError(f"wit: there is a wit: block, but plugins does not name {PLUGIN}; add it")
+        else:
+            _refuse_the_block_alone(cfg)
 
     def get_input_args(self) -> str:
         """The schema of the `wit` key, by name, as Axolotl wants it."""
@@ -82,6 +87,7 @@ class WITPlugin(BasePlugin):
             WITConfigError: if the weights could not be exact with this trainer, model or dataset.
         """
         if not is_listed(cfg):
+            _refuse_the_block_alone(cfg)  # since 0.20 `register` is called for those that the configuration names alone
             return
         if self._config is None:
             raise WITConfigError("wit: Axolotl did not register the plugin before it built the trainer")

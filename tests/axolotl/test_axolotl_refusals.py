@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import yaml
-from axokit import CHAT, assert_step_is_exact, axolotl, train
+from axokit import AXOLOTL, CHAT, assert_step_is_exact, axolotl, train
+from packaging.version import Version
 
 from wit_plugins import WITConfigError, foreign
 
@@ -101,10 +102,14 @@ def test_the_block_without_the_plugin_line_in_a_process_that_had_it(place):
 
     PluginManager.get_instance().plugins.clear()
     load_cfg(str(place.config()))
-    with pytest.raises(WITConfigError, match="plugins does not name wit_axolotl.WITPlugin; add it"):
-        load_cfg(str(place.config(plugins=["axokit.Recorder"])))
-    cfg = load_cfg(str(place.config(plugins=["axokit.Recorder"], wit=None)))
     plugin = PluginManager.get_instance().plugins["wit_axolotl.WITPlugin"]
+
+    def to_the_trainer():
+        plugin.post_trainer_create(load_cfg(str(place.config(plugins=["axokit.Recorder"]))), trainer=None)
+
+    with pytest.raises(WITConfigError, match="plugins does not name wit_axolotl.WITPlugin; add it"):
+        to_the_trainer()  # up to 0.19 in `load_cfg`
+    cfg = load_cfg(str(place.config(plugins=["axokit.Recorder"], wit=None)))
     assert plugin.get_training_args(cfg) is None
     plugin.post_trainer_create(cfg, trainer=None)  # nothing to do
 
@@ -184,3 +189,9 @@ def test_options_of_strategies_survive_axolotl(place):
     config["wit"]["strategies"] = {"dft": None}
     path.write_text(yaml.safe_dump(config))
     assert train(path).trainer._wit.config.strategies == {"dft": {}}
+
+
+@pytest.mark.skipif(Version("0.20") > AXOLOTL, reason="there is no such form before Axolotl 0.20")
+def test_the_plugin_named_as_an_entry_point(place):
+    """`module:Class`, which Axolotl takes for `module.Class`."""
+    assert_step_is_exact(train(place.config(plugins=["axokit.Recorder", "wit_axolotl:WITPlugin"])))

@@ -281,10 +281,10 @@ def test_code_of_llamafactory_that_changed_is_noticed(monkeypatch, workplace, ca
     with monkeypatch.context() as changed:
         changed.setattr(launcher, "launch", launch)
         assert run_command(changed, "train", str(config)) == 1
-        assert "does not work as wit_llamafactory expects" in capsys.readouterr().err
+        assert "does not work as this project expects" in capsys.readouterr().err
     monkeypatch.setattr(tuner, "run_sft", run_sft)
     monkeypatch.setattr(workflow, "run_sft", run_sft)
-    with pytest.raises(WITConfigError, match="does not work as wit_llamafactory expects"):
+    with pytest.raises(WITConfigError, match="does not work as this project expects"):
         patch.install()
 
 
