@@ -71,8 +71,8 @@ PYTHONS = {
     "demo": ["3.11", "3.12", "3.13", "3.10"],
     "trl-1.16": ["3.11", "3.12", "3.13"],
     "trl-1.9": ["3.11", "3.12", "3.13", "3.10"],
-    "axolotl-0.21": ["3.12", "3.13"],
-    "axolotl-0.19": ["3.11", "3.12", "3.13", "3.10"],
+    "axolotl-0.21": ["3.12"],  # its zstandard 0.22 has no wheel for 3.13, and does not build there
+    "axolotl-0.19": ["3.11", "3.12", "3.10"],  # likewise
     "llamafactory-0.9.5": ["3.11", "3.12", "3.13"],
     "llamafactory-0.9.4": ["3.11", "3.12", "3.13"],
 }
@@ -102,8 +102,14 @@ PINS["deepspeed"] += ["msgpack==1.2.4", "py-cpuinfo==9.0.0"]
 # The same, for Axolotl: what `ray[train]` adds to it. LLaMA-Factory's environment has Ray.
 PINS["ray"] = ["ray==2.60.0", "tensorboardX==2.6.5", "msgpack==1.2.4"]
 
-# What TRL does not bring: this project's own requirements, and what its tests need.
-NEWEST = ["pluggy", "pydantic", "regex", "rich", "matplotlib", "pytest", "pytest-xdist", "hypothesis"]
+# What a framework does not bring: this project's own requirements, and what its tests need.
+NEWEST = ["pluggy", "pydantic", "regex", "rich", "matplotlib", "optuna", "pytest", "pytest-xdist", "hypothesis"]
+NEWEST += ["setuptools", "wheel"]
+NEWEST_WITH = {
+    "trl": ["peft", "liger-kernel"],
+    "axolotl": [],
+    "llamafactory": [*TORCH_LLAMAFACTORY[:3], *GENERATION_METRICS, "liger-kernel"],  # torchaudio ends there
+}
 # Nothing may reach a model hub, and a test that uses a GPU by accident would not be the same test elsewhere.
 ENV = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -154,9 +160,9 @@ def pins(name: str, python: str) -> list[str]:
     return sorted(PYTHON_3_10.get(pin, pin) if python == "3.10" else pin for pin in PINS[name])
 
 
-def environment_folder(name: str) -> Path:
-    """Where the environment with these pins is, or will be."""
-    python = interpreter(name) or Interpreter("", "no Python")
+def environment_folder(name: str, python: Interpreter | None = None) -> Path:
+    """Where the environment with these pins is, or will be; for another Python than its own, if one is given."""
+    python = python or interpreter(name) or Interpreter("", "no Python")
     lines = [python.version, *pins(name, python.short)]
     return CACHE / f"{name}-{hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:12]}"
 
@@ -308,7 +314,7 @@ def axolotl(session: nox.Session) -> None:
     on Axolotl's own code is: the exact step in each shape, the pipeline of its data, and what is refused.
     """
     if interpreter("axolotl-0.21") is None:
-        session.warn("Axolotl 0.21 is NOT tested: it needs Python 3.12 or 3.13, and none is found; 0.19 alone is")
+        session.warn("Axolotl 0.21 is NOT tested: it needs Python 3.12, and none is found; 0.19 alone is")
         pytest(session, "axolotl-0.19", "tests/axolotl")
         return
     pytest(session, "axolotl-0.21", "tests/axolotl")
@@ -341,7 +347,7 @@ def beside(session: nox.Session, name: str, extra: str, env: dict[str, str], **b
 
     `built` are variables for a package that is built from source.
     """
-    folder = environment_folder(extra)
+    folder = environment_folder(extra, interpreter(name))
     if not (folder / "complete").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         pip = [str(environment(session, name) / "pip"), "install", "--quiet", "--disable-pip-version-check"]
@@ -366,7 +372,7 @@ RANKS = {
         "tests/ranks/test_ranks_context.py",
         "tests/ranks/test_ranks_tensor.py",
     ],
-    "axolotl-0.19": ["tests/ranks/test_ranks_axolotl.py"],
+    "axolotl-0.21" if interpreter("axolotl-0.21") else "axolotl-0.19": ["tests/ranks/test_ranks_axolotl.py"],
     "llamafactory-0.9.5": ["tests/ranks/test_ranks_llamafactory.py"],
 }
 
@@ -465,20 +471,30 @@ def wheels_beside_torch(session: nox.Session) -> None:
 
 
 @nox.session
-def newest(session: nox.Session) -> None:
-    """TRL's tests with the newest TRL, transformers and torch that the index has. Not a default session.
+@nox.parametrize("framework", ["trl", "axolotl", "llamafactory"])
+def newest(session: nox.Session, framework: str) -> None:
+    """A framework's tests with the newest of everything that the index has and that fits. Not a default session.
 
-    What `pip install trl` gets somebody today, which may be newer than what this release says it works with.
+    What `pip install` of the framework gets somebody today, which may be newer than what this release was tested with.
     """
-    folder = ROOT / ".nox" / "newest"
-    session.run(sys.executable, "-m", "venv", "--clear", str(folder), external=True)
+    name = f"newest-{framework}"
+    like = {"trl": "trl-1.16", "axolotl": "axolotl-0.21", "llamafactory": "llamafactory-0.9.5"}[framework]
+    python = interpreter(like)
+    if python is None:
+        session.error(f"{framework} needs Python {' or '.join(sorted(PYTHONS[like]))}, and none is found")
+    folder = ROOT / ".nox" / name
+    session.run(python.path, "-m", "venv", "--clear", str(folder), external=True)
     pip = [str(folder / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
-    session.run(*pip, "trl", "peft", "liger-kernel", "setuptools", "wheel", *NEWEST, external=True)
+    session.run(*pip, framework, *NEWEST_WITH[framework], *NEWEST, external=True)
     session.run(*pip, "--no-deps", "--no-build-isolation", str(ROOT), external=True)
     shutil.rmtree(ROOT / "build", ignore_errors=True)
     session.run(str(folder / "bin" / "pip"), "freeze", external=True)
-    command = [str(folder / "bin" / "pytest"), "-n", "2", "--dist", "loadgroup", *(session.posargs or ["tests/trl"])]
-    session.run(*command, env=ENV, external=True)
+    report = ROOT / ".nox" / f"report-{name}.xml"
+    command = [str(folder / "bin" / "pytest"), "-n", "2", "--dist", "loadgroup", f"--junitxml={report}"]
+    session.run(*command, *(session.posargs or [f"tests/{framework}"]), env=ENV, external=True)
+    if os.environ.get("WIT_RECORD") == "1":
+        python_path = str(folder / "bin" / "python")
+        session.run(python_path, "docs/compatibility.py", name, python_path, str(report), external=True)
 
 
 @nox.session

@@ -98,8 +98,8 @@ def page() -> str:
         "# What ran where",
         "",
         "Written by `docs/generate.py` from the records in [compatibility](compatibility), which sessions of nox leave",
-        "with `WIT_RECORD=1`. A framework that is newer than these runs with a line that says so, as long as the code of",
-        "it that is relied on is as it was ([adapters.md](adapters.md)).",
+        "with `WIT_RECORD=1`. A newer framework than these runs, and a line says so, as long as the code of it that is",
+        "relied on is as it was ([adapters.md](adapters.md)).",
         "",
         "| framework | Python | torch | transformers | tests | passed | skipped | when |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -137,7 +137,7 @@ def readme(text: str) -> str:
 def _framework(each: dict[str, Any]) -> tuple[str, str]:
     """Whose environment it is: title and version. Axolotl's and LLaMA-Factory's have TRL, too."""
     for name in ("axolotl", "llamafactory", "trl"):
-        if each["environment"].startswith(name) and name in each["versions"]:
+        if name in each["environment"] and name in each["versions"]:
             return FRAMEWORKS[name], each["versions"][name]
     return "no framework", ""
 

@@ -256,13 +256,11 @@ def test_a_newer_version_that_works_in_another_way_is_refused(monkeypatch, piece
 
 
 def test_no_llamafactory_at_all(monkeypatch):
-    from wit_llamafactory import checks
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
 
-    def installed(name):
-        raise checks.PackageNotFoundError(name)
-
-    monkeypatch.setattr(checks, "installed", installed)
-    with pytest.raises(WITConfigError, match="LLaMA-Factory is not installed; pip install"):
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(WITConfigError, match="LLaMA-Factory is not installed in this environment; pip install"):
         WITCallback(0.2)
 
 
