@@ -184,9 +184,7 @@ def _check_script() -> None:
     import trl
 
     version = FRAMEWORK.check(Version(trl.__version__))
-    FRAMEWORK.require(
-        version, SCRIPT, "`trl sft` would train without the weights; use WITCallback in a script of your own"
-    )
+    FRAMEWORK.require(version, SCRIPT, "`trl sft` would train without weights (a script with WITCallback would not)")
 
 
 @contextmanager
