@@ -7,6 +7,7 @@ checkout is installed anew for every run, into `.nox/`, so that two checkouts ca
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -15,6 +16,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import nox
 
@@ -39,6 +41,7 @@ GENERATION_METRICS = ["jieba==0.42.1", "nltk==3.10.4", "rouge-chinese==1.0.3"]  
 
 PINS = {
     "core": [*TORCH, *CORE, *CLI, *TEST, "transformers==5.23.0", TRITON],
+    "demo": [*TORCH, *CORE, "trl==1.16.0", "transformers==5.23.0", "datasets==5.2.0", "matplotlib==3.11.2"],
     "trl-1.16": [
         *[*TORCH, *CORE, *CLI, *TEST, *LINT, *LIGER],
         *["trl==1.16.0", "transformers==5.23.0", "datasets==5.2.0", "peft==0.21.0"],
@@ -47,8 +50,8 @@ PINS = {
         *[*TORCH, *CORE, *CLI, *TEST, *LIGER],
         *["trl==1.9.0", "transformers==5.16.1", "datasets==5.2.0", "peft==0.20.0"],
     ],
+    "axolotl-0.21": [*TEST, "axolotl==0.21.0", "torch==2.14.1", "numpy==2.3.5", "pluggy==1.7.0", *SETUPTOOLS, *CLI],
     "axolotl-0.19": [*TEST, "axolotl==0.19.0", "torch==2.13.0", "numpy==2.3.5", "pluggy==1.7.0", *SETUPTOOLS, *CLI],
-    "axolotl-0.18": [*TEST, "axolotl==0.18.0", "torch==2.12.1", "numpy==2.3.5", "pluggy==1.7.0", *SETUPTOOLS, *CLI],
     "llamafactory-0.9.5": [
         *[*TORCH_LLAMAFACTORY, *TEST, *GENERATION_METRICS, "liger-kernel==0.8.5", "pluggy==1.7.0"],
         *["llamafactory==0.9.5", "transformers==5.6.0", "datasets==4.0.0", "trl==0.24.0", "peft==0.18.1"],
@@ -60,6 +63,27 @@ PINS = {
         *["llamafactory==0.9.4", "transformers==4.57.1", "datasets==4.0.0", "trl==0.24.0", "peft==0.17.1"],
         *["accelerate==1.11.0", "pydantic==2.12.3", "setuptools==81.0.0", "wheel==0.48.0", *CLI],
     ],
+}
+
+# The Pythons that an environment can be built with, in the order in which they are looked for if nox runs in another.
+PYTHONS = {
+    "core": ["3.11", "3.12", "3.13", "3.10"],
+    "demo": ["3.11", "3.12", "3.13", "3.10"],
+    "trl-1.16": ["3.11", "3.12", "3.13"],
+    "trl-1.9": ["3.11", "3.12", "3.13", "3.10"],
+    "axolotl-0.21": ["3.12"],  # its zstandard 0.22 has no wheel for 3.13, and does not build there
+    "axolotl-0.19": ["3.11", "3.12", "3.10"],  # likewise
+    "llamafactory-0.9.5": ["3.11", "3.12", "3.13"],
+    "llamafactory-0.9.4": ["3.11", "3.12", "3.13"],
+}
+# What has no release for Python 3.10 any more, and the last one that had.
+PYTHON_3_10 = {
+    "numpy==2.4.6": "numpy==2.2.6",
+    "numpy==2.3.5": "numpy==2.2.6",
+    "matplotlib==3.11.2": "matplotlib==3.10.9",
+    "hypothesis==6.170.15": "hypothesis==6.168.5",
+    "transformers==5.23.0": "transformers==5.20.2",
+    "trl==1.16.0": "trl==1.14.2",
 }
 
 # On top, for the GPU suite: what pip finds a wheel of. What it does not (FlashAttention's are its makers' own) is left
@@ -80,8 +104,14 @@ PINS["deepspeed"] += ["msgpack==1.2.4", "py-cpuinfo==9.0.0"]
 # The same, for Axolotl: what `ray[train]` adds to it. LLaMA-Factory's environment has Ray.
 PINS["ray"] = ["ray==2.60.0", "tensorboardX==2.6.5", "msgpack==1.2.4"]
 
-# What TRL does not bring: this project's own requirements, and what its tests need.
-NEWEST = ["pluggy", "pydantic", "regex", "rich", "matplotlib", "pytest", "pytest-xdist", "hypothesis"]
+# What a framework does not bring: this project's own requirements, and what its tests need.
+NEWEST = ["pluggy", "pydantic", "regex", "rich", "matplotlib", "optuna", "pytest", "pytest-xdist", "hypothesis"]
+NEWEST += ["setuptools", "wheel"]
+NEWEST_WITH = {
+    "trl": ["peft", "liger-kernel"],
+    "axolotl": [],
+    "llamafactory": [*TORCH_LLAMAFACTORY[:3], *GENERATION_METRICS, "liger-kernel"],  # torchaudio ends there
+}
 # Nothing may reach a model hub, and a test that uses a GPU by accident would not be the same test elsewhere.
 ENV = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -89,21 +119,68 @@ nox.options.sessions = ["lint", "core", "trl", "axolotl", "llamafactory"]
 nox.options.default_venv_backend = "none"
 
 
-def environment_folder(name: str) -> Path:
-    """Where the environment with these pins is, or will be."""
-    pins = sorted(PINS[name])
-    return CACHE / f"{name}-{hashlib.sha256(chr(10).join([sys.version, *pins]).encode()).hexdigest()[:12]}"
+class Interpreter(NamedTuple):
+    """A Python: its path, and what `sys.version` is in it."""
+
+    path: str
+    version: str
+
+    @property
+    def short(self) -> str:
+        """As in `3.12`."""
+        return ".".join(self.version.split(".")[:2])
+
+
+@functools.cache
+def find_python(wanted: str) -> Interpreter | None:
+    """This Python if it is 3.X as wanted, one on the path, or pyenv's; `None` if there is none."""
+    here = Interpreter(sys.executable, sys.version)
+    if here.short == wanted:
+        return here
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    on_path = shutil.which(f"python{wanted}")
+    for path in [*([on_path] if on_path else []), *map(str, sorted(pyenv.glob(f"{wanted}.*/bin/python")))]:
+        # Run, since pyenv puts commands on the path that only say that no such Python is chosen.
+        command = [path, "-c", "import sys, venv, ensurepip; print(sys.version)"]
+        asked = subprocess.run(command, capture_output=True, text=True)
+        if asked.returncode == 0 and asked.stdout.startswith(wanted):
+            return Interpreter(path, asked.stdout.removesuffix("\n"))
+    return None
+
+
+def interpreter(name: str) -> Interpreter | None:
+    """The Python that an environment is built with: the one that runs nox, if the pins allow it; `None` if none is."""
+    here = Interpreter(sys.executable, sys.version)
+    versions = PYTHONS.get(name, [here.short])
+    if here.short in versions:
+        return here
+    return next((python for version in versions if (python := find_python(version)) is not None), None)
+
+
+def pins(name: str, python: str) -> list[str]:
+    """What is installed for a Python such as `3.12`."""
+    return sorted(PYTHON_3_10.get(pin, pin) if python == "3.10" else pin for pin in PINS[name])
+
+
+def environment_folder(name: str, python: Interpreter | None = None) -> Path:
+    """Where the environment with these pins is, or will be; for another Python than its own, if one is given."""
+    python = python or interpreter(name) or Interpreter("", "no Python")
+    lines = [python.version, *pins(name, python.short)]
+    return CACHE / f"{name}-{hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:12]}"
 
 
 def environment(session: nox.Session, name: str) -> Path:
     """The `bin` folder of the environment with these pins, built if it is not there."""
     folder = environment_folder(name)
     if not (folder / "complete").is_file():
-        session.log(f"building {folder}")
+        python = interpreter(name)
+        if python is None:
+            session.error(f"{name} needs Python {' or '.join(sorted(PYTHONS[name]))}, and none is found")
+        session.log(f"building {folder} with Python {python.short}")
         shutil.rmtree(folder, ignore_errors=True)
-        session.run(sys.executable, "-m", "venv", str(folder), external=True)
+        session.run(python.path, "-m", "venv", str(folder), external=True)
         pip = [str(folder / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
-        session.run(*pip, *sorted(PINS[name]), external=True)
+        session.run(*pip, *pins(name, python.short), external=True)
         (folder / "complete").touch()
     return folder / "bin"
 
@@ -120,7 +197,9 @@ def install(session: nox.Session, name: str) -> tuple[Path, dict[str, str]]:
 
 
 def pytest(session: nox.Session, name: str, *paths: str) -> None:
+    """Run tests in an environment. With `WIT_RECORD=1` what ran is written down for docs/compatibility.md."""
     binaries, env = install(session, name)
+    report = ROOT / ".nox" / f"report-{name}.xml"
     # Started as a script, pytest does not put the checkout itself on the path: what is installed is what is tested.
     command = [
         str(binaries / "pytest"),
@@ -130,9 +209,13 @@ def pytest(session: nox.Session, name: str, *paths: str) -> None:
         "loadgroup",
         "--durations",
         "15",
+        f"--junitxml={report}",
         *(session.posargs or paths),
     ]
     session.run(*command, env=env, external=True)
+    if os.environ.get("WIT_RECORD") == "1":
+        python = str(binaries / "python")
+        session.run(python, "docs/compatibility.py", name, python, str(report), external=True)
 
 
 @nox.session
@@ -149,6 +232,32 @@ def _lint(session: nox.Session, binaries: Path, env: dict[str, str]) -> None:
     session.run(str(binaries / "lint-imports"), "--no-cache", env=env, external=True)
     session.run(str(binaries / "python"), "docs/generate.py", "--check", env=env, external=True)
     session.run(str(binaries / "python"), "docs/check.py", external=True)
+
+
+@nox.session
+def resolve(session: nox.Session) -> None:
+    """Whether every set of pins can be installed from the index alone, for each Python that it is for and that is here.
+
+    Nothing is installed, and of packages only the metadata is read; it takes some minutes all the same. Arguments: some
+    of the environments' names. Not a default session.
+    """
+    env = {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_NO_INDEX": "", "PIP_CONSTRAINT": ""}
+    failed, missing = [], set()
+    for name in session.posargs or PYTHONS:
+        for wanted in sorted(PYTHONS[name]):
+            python = find_python(wanted)
+            if python is None:
+                missing.add(wanted)
+                continue
+            command = [python.path, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
+            command += ["--disable-pip-version-check", *pins(name, wanted)]
+            session.log(f"{name} under Python {wanted}")
+            if subprocess.run(command, env={**os.environ, **env}, stdout=subprocess.DEVNULL).returncode:
+                failed.append(f"{name} under Python {wanted}")
+    if missing:
+        session.warn(f"not tried, since there is no such Python here: {', '.join(sorted(missing))}")
+    if failed:
+        session.error(f"cannot be installed from the index: {'; '.join(failed)}")
 
 
 @nox.session
@@ -189,7 +298,7 @@ def quick(session: nox.Session) -> None:
 @nox.session
 def clean(session: nox.Session) -> None:
     """Remove what the sessions leave behind, and environments in the cache whose pins are not used any more."""
-    kept = {environment_folder(name) for name in PINS}
+    kept = {environment_folder(name) for name in PINS}  # those of the Pythons that nox would take now
     ours = re.compile(r".+-[0-9a-f]{12}|nox-[\d.]+")  # an environment's name ends in the hash of its pins
     for folder in sorted(CACHE.iterdir()) if CACHE.is_dir() else []:
         running = sys.prefix.startswith(str(folder))  # nox itself
@@ -202,14 +311,26 @@ def clean(session: nox.Session) -> None:
 
 @nox.session
 def axolotl(session: nox.Session) -> None:
-    """The Axolotl adapter."""
-    pytest(session, "axolotl-0.19", "tests/axolotl")
+    """The Axolotl adapter at both ends of the supported range.
+
+    The newer end needs Python 3.12; where none is found, all of it is tested at the older end. Else only what depends
+    on Axolotl's own code is: the exact step in each shape, the pipeline of its data, and what is refused.
+    """
+    if interpreter("axolotl-0.21") is None:
+        session.warn("Axolotl 0.21 is NOT tested: it needs Python 3.12, and none is found; 0.19 alone is")
+        pytest(session, "axolotl-0.19", "tests/axolotl")
+        return
+    pytest(session, "axolotl-0.21", "tests/axolotl")
+    pytest(session, "axolotl-0.19", *(f"tests/axolotl/test_axolotl_{name}.py" for name in OLDER_AXOLOTL))
+
+
+OLDER_AXOLOTL = ["exactness", "pipeline", "refusals"]
 
 
 @nox.session
 def axolotl_oldest(session: nox.Session) -> None:
-    """The Axolotl adapter with the oldest release that works. Not a default session."""
-    pytest(session, "axolotl-0.18", "tests/axolotl")
+    """All of the Axolotl adapter's tests with the oldest release that works. Not a default session."""
+    pytest(session, "axolotl-0.19", "tests/axolotl")
 
 
 @nox.session
@@ -229,7 +350,7 @@ def beside(session: nox.Session, name: str, extra: str, env: dict[str, str], **b
 
     `built` are variables for a package that is built from source.
     """
-    folder = environment_folder(extra)
+    folder = environment_folder(extra, interpreter(name))
     if not (folder / "complete").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         pip = [str(environment(session, name) / "pip"), "install", "--quiet", "--disable-pip-version-check"]
@@ -254,7 +375,7 @@ RANKS = {
         "tests/ranks/test_ranks_context.py",
         "tests/ranks/test_ranks_tensor.py",
     ],
-    "axolotl-0.19": ["tests/ranks/test_ranks_axolotl.py"],
+    "axolotl-0.21" if interpreter("axolotl-0.21") else "axolotl-0.19": ["tests/ranks/test_ranks_axolotl.py"],
     "llamafactory-0.9.5": ["tests/ranks/test_ranks_llamafactory.py"],
 }
 
@@ -353,26 +474,36 @@ def wheels_beside_torch(session: nox.Session) -> None:
 
 
 @nox.session
-def newest(session: nox.Session) -> None:
-    """TRL's tests with the newest TRL, transformers and torch that the index has. Not a default session.
+@nox.parametrize("framework", ["trl", "axolotl", "llamafactory"])
+def newest(session: nox.Session, framework: str) -> None:
+    """A framework's tests with the newest of everything that the index has and that fits. Not a default session.
 
-    What `pip install trl` gets somebody today, which may be newer than what this release says it works with.
+    What `pip install` of the framework gets somebody today, which may be newer than what this release was tested with.
     """
-    folder = ROOT / ".nox" / "newest"
-    session.run(sys.executable, "-m", "venv", "--clear", str(folder), external=True)
+    name = f"newest-{framework}"
+    like = {"trl": "trl-1.16", "axolotl": "axolotl-0.21", "llamafactory": "llamafactory-0.9.5"}[framework]
+    python = interpreter(like)
+    if python is None:
+        session.error(f"{framework} needs Python {' or '.join(sorted(PYTHONS[like]))}, and none is found")
+    folder = ROOT / ".nox" / name
+    session.run(python.path, "-m", "venv", "--clear", str(folder), external=True)
     pip = [str(folder / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
-    session.run(*pip, "trl", "peft", "liger-kernel", "setuptools", "wheel", *NEWEST, external=True)
+    session.run(*pip, framework, *NEWEST_WITH[framework], *NEWEST, external=True)
     session.run(*pip, "--no-deps", "--no-build-isolation", str(ROOT), external=True)
     shutil.rmtree(ROOT / "build", ignore_errors=True)
     session.run(str(folder / "bin" / "pip"), "freeze", external=True)
-    command = [str(folder / "bin" / "pytest"), "-n", "2", "--dist", "loadgroup", *(session.posargs or ["tests/trl"])]
-    session.run(*command, env=ENV, external=True)
+    report = ROOT / ".nox" / f"report-{name}.xml"
+    command = [str(folder / "bin" / "pytest"), "-n", "2", "--dist", "loadgroup", f"--junitxml={report}"]
+    session.run(*command, *(session.posargs or [f"tests/{framework}"]), env=ENV, external=True)
+    if os.environ.get("WIT_RECORD") == "1":
+        python_path = str(folder / "bin" / "python")
+        session.run(python_path, "docs/compatibility.py", name, python_path, str(report), external=True)
 
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Train a small model at three weightings and draw what came out."""
-    binaries, env = install(session, "trl-1.16")
+    """Train a small model at three weightings and draw what came out, with the fewest packages that do."""
+    binaries, env = install(session, "demo")
     env["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     command = [str(binaries / "python"), "configs/trl/demo.py", *session.posargs]
     if subprocess.run(command, env={**os.environ, **env}, cwd=ROOT).returncode:

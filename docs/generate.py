@@ -1,4 +1,4 @@
-"""Writes the pages that are made from the code: settings, the reference, and the token in dev/architecture.md.
+"""Writes the pages that are made from the code and from records: settings, the reference, what ran where, a token.
 
 `python docs/generate.py` writes them, `--check` only says whether they are up to date (exit code 1 if not).
 `docs/check.py` looks whether what pages mention exists.
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
+import compatibility
 from one_token import table
 from pydantic_core import PydanticUndefined
 
@@ -193,10 +194,17 @@ def architecture() -> str:
     )
 
 
+def readme() -> str:
+    """The README as it stands, with the versions that the records of test runs have."""
+    return compatibility.readme((DOCS.parent / "README.md").read_text(encoding="utf-8"))
+
+
 PAGES = {
     "configuration.md": page,
     "authors/reference.md": reference,
     "dev/architecture.md": architecture,
+    "compatibility.md": compatibility.page,
+    "../README.md": readme,
 }
 
 if __name__ == "__main__":

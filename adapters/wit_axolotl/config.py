@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,7 +32,7 @@ def is_listed(cfg: Mapping[str, Any]) -> bool:
     plugins = cfg.get("plugins") or []
     if isinstance(plugins, str):
         raise WITConfigError(f"plugins = {plugins!r}: Axolotl takes a list; write plugins: [{plugins}]")
-    return any(str(name).split(".")[0] == "wit_axolotl" for name in plugins)
+    return any(re.split("[.:]", str(name))[0] == "wit_axolotl" for name in plugins)  # module.Class or module:Class
 
 
 def read_config(cfg: Mapping[str, Any]) -> WITConfig:
@@ -88,10 +89,14 @@ def _above_one(value: Any) -> bool:
     return value is not None and int(value) > 1
 
 
+def _cuts_rows(value: Any) -> bool:
+    return isinstance(value, Mapping) and _above_one(value.get("size"))
+
+
 _NO_LOSS = "it would replace the weighted loss"
-_RING = (
-    "Axolotl's ring of attention cuts the labels before they are shifted, which loses the target at each border, and "
-    "puts an average in the place of the step's denominator, so the loss would not be exact; set it to 1"
+_CUTS_ROWS = (
+    "Axolotl's context parallelism cuts the labels of a row and not their weights, and puts a count of its own in the "
+    "place of the step's denominator, so the loss would not be exact; set it to 1"
 )
 _REFUSALS: list[tuple[str, Callable[[Any], bool], str]] = [
     (
@@ -106,6 +111,12 @@ _REFUSALS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("pretraining_dataset", _true, "pretraining has no prompt to weight; use datasets, or take wit out"),
     ("orpo_alpha", _true, f"{_NO_LOSS}; take it out"),
     (
+        "use_dft",
+        _true,
+        f"{_NO_LOSS}; take it out, and set wit: strategies: [dft], which does the same",
+    ),
+    ("diffusion_lm", _true, f"{_NO_LOSS} (diffusion); take it or wit out"),
+    (
         "use_eaft",
         _true,
         f"{_NO_LOSS}; take it out, and set wit: strategies: {{eaft: {{divisor: 1}}}}, which does the same (alpha and "
@@ -119,8 +130,9 @@ _REFUSALS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("liger_use_token_scaling", _true, f"{_NO_LOSS}; take it out, and set wit: strategies: [dft], which does the same"),
     ("kd_trainer", _true, "knowledge distillation replaces the loss; take it or wit out"),
     ("processor_type", _true, "vision and audio language models are not supported yet; train the text model alone"),
-    ("context_parallel_size", _above_one, _RING),
-    ("sequence_parallel_degree", _above_one, _RING),
+    ("context_parallel_size", _above_one, _CUTS_ROWS),
+    ("sequence_parallel_degree", _above_one, _CUTS_ROWS),
+    ("context_parallel", _cuts_rows, _CUTS_ROWS),
     ("tensor_parallel_size", _above_one, "a tensor-parallel head is not supported; set it to 1 and use FSDP"),
 ]
 _REFUSED_PLUGINS = {

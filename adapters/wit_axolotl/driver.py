@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from wit_axolotl.config import PLUGIN, is_listed, read_config
-from wit_axolotl.versions import OLDEST, TOO_NEW
+from wit_axolotl.versions import FRAMEWORK
 from wit_plugins import WITConfigError, attached
 from wit_plugins.active import ActiveStrategies
-from wit_plugins.cli.borrow import exchanged, unattached_collator
+from wit_plugins.cli.borrow import unattached_collator
 from wit_plugins.cli.configuration import dump, is_boolean
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split, run_file
 from wit_plugins.cli.empty import empty_model, resize_embeddings
+from wit_plugins.foreign import exchanged
 
 # What decides where and how a model is trained, and nothing about the data.
 _NOT_HERE: dict[str, Any] = {"bf16": False, "fp16": False, "tf32": False}
@@ -39,11 +40,15 @@ class AxolotlDriver(FrameworkDriver):
     """`axolotl train`, from a YAML file."""
 
     name = "axolotl"
-    title = "Axolotl"
-    distribution = "axolotl"
-    oldest, below = str(OLDEST), str(TOO_NEW)
+    framework = FRAMEWORK
     train = "axolotl train"
     model_keys = ("base_model", "revision_of_model")
+
+    def require_parts(self) -> None:
+        """How plugins are called, the trainer, and how data is tokenised."""
+        from wit_axolotl.plugin import require_parts
+
+        require_parts()
 
     def recognises(self, values: Mapping[str, Any]) -> bool:
         """Only Axolotl calls the model `base_model`."""

@@ -16,17 +16,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import axolotl.utils.data  # noqa: F401 (first: since 0.20 `axolotl.datasets` imports it, and is imported by it)
 import numpy as np
-from axolotl import datasets
+from axolotl import datasets, train
+from axolotl.core.builders.causal import HFCausalTrainerBuilder
+from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.prompt_strategies.chat_template import ChatTemplatePrompter, ChatTemplateStrategy
 from axolotl.utils import trainer
 from axolotl.utils.data import sft, shared, wrappers
 
 from wit_axolotl.config import is_listed, plain
 from wit_axolotl.tokenising import WeighingStrategy, refuse_unread
-from wit_plugins import WITConfig, WITConfigError
+from wit_axolotl.versions import FRAMEWORK, check_version
+from wit_plugins import WITConfig
 from wit_plugins.active import ActiveStrategies
 from wit_plugins.errors import BadExampleError
+from wit_plugins.foreign import missing_in
 from wit_plugins.tokens.data_weights import DataWeights, fingerprint
 from wit_plugins.tokens.freshness import newer_file
 from wit_plugins.tokens.prepared import is_prepared, read_prepared
@@ -61,6 +66,10 @@ _RELIED_ON: tuple[tuple[Any, tuple[str, ...]], ...] = (
         ("= self.get_conversation_thread(prompt)", "= self._get_tools(prompt)", "self.prompter.build_prompt(turns"),
     ),
     (ChatTemplateStrategy.get_conversation_thread, ("= self._get_messages(prompt)",)),
+    # Where plugins are asked, and where the trainer takes the loss from.
+    (train.setup_model_and_trainer, (".post_trainer_create(cfg, trainer)",)),
+    (HFCausalTrainerBuilder.build, ("plugin_manager.get_training_args(self.cfg)",)),
+    (AxolotlTrainer.compute_loss, ("super().compute_loss( model, inputs,",)),
     (ChatTemplatePrompter.build_prompt, ("self.tokenizer.apply_chat_template( conversation, tokenize=True,",)),
 )
 
@@ -72,9 +81,7 @@ def install() -> None:
         WITConfigError: if this version of Axolotl no longer does what is relied on.
     """
     for function, pieces in _RELIED_ON:
-        source = " ".join(inspect.getsource(function).split())
-        for piece in pieces:
-            _require(piece in source, f"{function.__module__}.{function.__qualname__} has no {piece!r}")
+        _refuse(missing_in(function, *pieces))
     for own, theirs in (
         (get_dataset_wrapper, wrappers.get_dataset_wrapper),
         (generate_dataset_hash_from_config, shared.generate_dataset_hash_from_config),
@@ -82,16 +89,14 @@ def install() -> None:
         (process_datasets_for_packing, trainer.process_datasets_for_packing),
     ):
         there = getattr(sft, own.__name__)
-        _require(there in (own, theirs), f"something else has replaced {sft.__name__}.{own.__name__}")
+        replaced = there not in (own, theirs)
+        _refuse(f"something else has replaced {sft.__name__}.{own.__name__}" if replaced else None)
         setattr(sft, own.__name__, own)
 
 
-def _require(fulfilled: bool, otherwise: str) -> None:
-    if not fulfilled:
-        raise WITConfigError(
-            f"Axolotl does not work as wit_axolotl expects ({otherwise}), so weights in the data could not be read; "
-            "install a supported version (docs/axolotl.md), or report it"
-        )
+def _refuse(what: str | None) -> None:
+    if what is not None:
+        raise FRAMEWORK.has_changed(check_version(), what, "weights in the data could not be read")
 
 
 def get_dataset_wrapper(

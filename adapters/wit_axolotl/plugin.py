@@ -13,10 +13,28 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin
 
 from wit_axolotl.config import PLUGIN, is_listed, read_config, require_where_unpickled
-from wit_axolotl.versions import check_version
+from wit_axolotl.versions import FRAMEWORK, check_version
 from wit_plugins import WITConfig, WITConfigError, attach, front_door
 from wit_plugins.tokens.own_labels import OwnLabelsCollator
 from wit_plugins.training.records import save_config
+
+
+def require_parts() -> None:
+    """Look at the code of Axolotl that is relied on, and patch it in this process, once.
+
+    Raises:
+        WITConfigError: naming the part that is not as it was.
+    """
+    try:
+        from wit_axolotl import patch
+    except (ImportError, AttributeError) as error:
+        raise FRAMEWORK.has_changed(check_version(), str(error), "the weights could not be attached") from error
+    patch.install()
+
+
+def _refuse_the_block_alone(cfg: Any) -> None:
+    if cfg.get("wit"):
+        raise WITConfigError(f"wit: there is a wit: block, but plugins does not name {PLUGIN}; add it")
 
 
 class WITPlugin(BasePlugin):
@@ -35,17 +53,16 @@ class WITPlugin(BasePlugin):
         """
         self._config = None
         front_door.install("wit_axolotl")
-        check_version()
+        version = check_version()
         # Axolotl's plugin manager outlives a run: it also calls plugins that the present configuration does not name.
         if is_listed(cfg):
             self._config = read_config(cfg)
             if cfg.get("use_ray"):
                 require_where_unpickled(cfg)
-            from wit_axolotl import patch  # with Axolotl's data pipeline, which need not be loaded to say what is wrong
-
-            patch.install()
-        elif cfg.get("wit"):
-            raise WITConfigError(f"wit: there is a wit: block, but plugins does not name {PLUGIN}; add it")
+            require_parts()  # with Axolotl's data pipeline, which need not be loaded to say what is wrong
+            FRAMEWORK.warn_if_newer(version)
+        else:
+            _refuse_the_block_alone(cfg)
 
     def get_input_args(self) -> str:
         """The schema of the `wit` key, by name, as Axolotl wants it."""
@@ -70,6 +87,7 @@ class WITPlugin(BasePlugin):
             WITConfigError: if the weights could not be exact with this trainer, model or dataset.
         """
         if not is_listed(cfg):
+            _refuse_the_block_alone(cfg)  # since 0.20 `register` is called for those that the configuration names alone
             return
         if self._config is None:
             raise WITConfigError("wit: Axolotl did not register the plugin before it built the trainer")

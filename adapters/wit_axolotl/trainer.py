@@ -9,12 +9,12 @@ from wit_plugins.training.adapter import AuxLossSums, TrainerAdapter
 
 
 class AxolotlAdapter(TrainerAdapter):
-    """`AxolotlTrainer` and its subclasses, from Axolotl 0.18 to 0.19.
+    """`AxolotlTrainer` and its subclasses.
 
     It takes the loss from the model's output, so that the defaults do.
     """
 
-    context_parallel = False  # it has a ring of its own
+    context_parallel = False  # it has ways of its own
     masking_hint = "leave train_on_inputs at false, and use a dataset type that has a prompt (chat_template, alpaca, …)"
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class AxolotlAdapter(TrainerAdapter):
     def aux_loss_sums(self, trainer: Any) -> AuxLossSums:
         """Averaged over the ranks: `average_tokens_across_devices` is on for the weights, Axolotl switches it off.
 
-        Over micro-batches too, where `AxolotlTrainer` says that the model takes no loss arguments: that is any model
-        whose decoder has no `num_items_in_batch` among its arguments by name.
+        Over micro-batches too, where `AxolotlTrainer` says that the model takes no loss arguments: up to 0.19 any model
+        whose decoder has no `num_items_in_batch` among its arguments by name, since then one whose loss has none.
         """
         return super().aux_loss_sums(trainer)._replace(ranks=False)

@@ -1,23 +1,18 @@
-"""The versions of Axolotl that are supported: OLDEST ≤ version < TOO_NEW."""
+"""The versions of Axolotl that were tested."""
 
 from __future__ import annotations
 
-import importlib.metadata
-
 from packaging.version import Version
 
-from wit_plugins import WITConfigError
+from wit_plugins.foreign import Framework
 
-OLDEST, TOO_NEW = Version("0.18.0"), Version("0.20")
+FRAMEWORK = Framework("Axolotl", "axolotl", oldest=Version("0.19.0"), newest=Version("0.21.0"))
 
 
 def check_version() -> Version:
     """Axolotl's version.
 
     Raises:
-        WITConfigError: if it is out of range.
+        WITConfigError: if it is too old. A newer one than was tested is looked at where it is patched.
     """
-    version = Version(importlib.metadata.version("axolotl"))
-    if not OLDEST <= version < TOO_NEW:
-        raise WITConfigError(f"Axolotl {version} is not supported; pip install 'axolotl>={OLDEST},<{TOO_NEW}'")
-    return version
+    return FRAMEWORK.check(FRAMEWORK.installed())

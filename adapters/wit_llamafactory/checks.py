@@ -7,15 +7,10 @@ arguments in every process, before a tokenizer, a dataset or a model is loaded.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed
 from typing import Any
 
-from packaging.version import Version
-
+from wit_llamafactory.sources import FRAMEWORK
 from wit_plugins import WITConfigError
-
-OLDEST, TOO_NEW = Version("0.9.4"), Version("0.10")
 
 # Options that are refused when they are on: what they do to the weights, and the way out.
 _REFUSED = {
@@ -40,17 +35,10 @@ def check_version() -> str:
     """The version of LLaMA-Factory that is installed.
 
     Raises:
-        WITConfigError: if none is installed, or it is not supported.
+        WITConfigError: if none is installed, or it is too old. A newer one than was tested is looked at where it is
+            patched.
     """
-    try:
-        found = installed("llamafactory")
-    except PackageNotFoundError:
-        raise WITConfigError(
-            f"LLaMA-Factory is not installed; pip install 'llamafactory>={OLDEST},<{TOO_NEW}'"
-        ) from None
-    if not OLDEST <= Version(found) < TOO_NEW:
-        raise WITConfigError(f"LLaMA-Factory {found} is not supported; pip install 'llamafactory>={OLDEST},<{TOO_NEW}'")
-    return found
+    return str(FRAMEWORK.check(FRAMEWORK.installed()))
 
 
 def check_arguments(values: Mapping[str, Any]) -> None:

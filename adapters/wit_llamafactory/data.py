@@ -25,8 +25,8 @@ from wit_llamafactory.examples import BETWEEN_TOOL_RESPONSES, WeightedConverter
 from wit_llamafactory.sources import require
 from wit_llamafactory.tokenising import weighted_processor
 from wit_plugins import WITConfig, WITConfigError
-from wit_plugins.cli.borrow import exchanged
 from wit_plugins.errors import BadExampleError
+from wit_plugins.foreign import exchanged
 from wit_plugins.tokens.data_weights import DataWeights
 from wit_plugins.tokens.freshness import newer_file
 
@@ -46,7 +46,7 @@ def reading_weights(config: WITConfig) -> Iterator[None]:
     if not DataWeights(config, None).active:
         yield
         return
-    _require_what_it_relies_on()
+    require_what_it_relies_on()
     with (
         exchanged(loader, "align_dataset", _align_dataset(loader.align_dataset, config)),
         exchanged(loader, "_get_dataset_processor", _get_dataset_processor(loader._get_dataset_processor, config)),
@@ -60,7 +60,12 @@ def was_read(dataset: Any) -> bool:
     return dataset in _read
 
 
-def _require_what_it_relies_on() -> None:
+def require_what_it_relies_on() -> None:
+    """Make sure that LLaMA-Factory still tokenises as this module relies on.
+
+    Raises:
+        WITConfigError: if it does not.
+    """
     require(converter.align_dataset, "get_dataset_converter(dataset_attr.formatting", "dataset_converter,\n")
     require(converter.OpenAIDatasetConverter.__call__, repr(BETWEEN_TOOL_RESPONSES)[1:-1], "tool_responses.append(")
     require(loader._load_single_dataset, "return align_dataset(dataset, dataset_attr, data_args, training_args)")

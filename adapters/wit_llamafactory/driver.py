@@ -17,12 +17,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wit_llamafactory.checks import OLDEST, TOO_NEW, check_arguments
+from wit_llamafactory.checks import check_arguments
+from wit_llamafactory.sources import FRAMEWORK
 from wit_plugins import WITConfig, WITConfigError
 from wit_plugins.active import ActiveStrategies
 from wit_plugins.cli.borrow import (
     Built,
-    exchanged,
     for_looking,
     parser_errors,
     stopping,
@@ -31,6 +31,7 @@ from wit_plugins.cli.borrow import (
 from wit_plugins.cli.configuration import boolean_fields, read_text, unreadable
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split, evaluation_split, run_file
 from wit_plugins.cli.empty import empty_model, resize_embeddings
+from wit_plugins.foreign import exchanged
 
 _OWN = {"stage", "finetuning_type", "template", "dataset_dir", "cutoff_len"}
 _NOT_HERE = {"do_train": True, "overwrite_output_dir": True}
@@ -43,11 +44,15 @@ class LlamaFactoryDriver(FrameworkDriver):
     """`llamafactory-wit train`, from a YAML or JSON file."""
 
     name = "llamafactory"
-    title = "LLaMA-Factory"
-    distribution = "llamafactory"
-    oldest, below = str(OLDEST), str(TOO_NEW)
+    framework = FRAMEWORK
     train = "llamafactory-wit train"
     reads_words = False
+
+    def require_parts(self) -> None:
+        """What training patches, and how data is tokenised."""
+        from wit_llamafactory import patch
+
+        patch.install()
 
     def recognises(self, values: Mapping[str, Any]) -> bool:
         """Its files name a model as TRL's do, and a dataset by a key of their own."""

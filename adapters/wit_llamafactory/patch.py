@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from packaging.version import Version
+
 from wit_llamafactory.checks import check_arguments, check_model, check_version
-from wit_llamafactory.sources import require
+from wit_llamafactory.sources import FRAMEWORK, require
 from wit_plugins import WeightsNotAppliedError, WITConfig, WITConfigError
 from wit_plugins.training.records import add_to_model_card
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 # Code that the patches rely on, by the function it must be in.
 _CALL_OF_RUN_SFT = "run_sft(model_args, data_args, training_args, finetuning_args, generating_args, callbacks)"
 _CALL_OF_TRAINER = "trainer = CustomSeq2SeqTrainer("
+_LOSS = "return super().compute_loss(model, inputs, *args, **kwargs)"
 
 
 class CarriesWeights:
@@ -51,17 +54,23 @@ def install() -> None:
     Raises:
         WITConfigError: if this version of LLaMA-Factory is not supported, or no longer does what the patch relies on.
     """
-    check_version()
-    from llamafactory.model.loader import load_config
-    from llamafactory.train import tuner
-    from llamafactory.train.sft import workflow
+    version = Version(check_version())
+    try:
+        from llamafactory.model.loader import load_config
+        from llamafactory.train import tuner
+        from llamafactory.train.sft import workflow
 
-    from wit_llamafactory.data import reading_weights
-
+        from wit_llamafactory import data
+    except ImportError as error:
+        raise FRAMEWORK.has_changed(version, str(error), "the weights could not be switched on") from error
     if hasattr(tuner.run_sft, "takes_weights"):
         return
     require(tuner._training_function, _CALL_OF_RUN_SFT)
     require(workflow.run_sft, _CALL_OF_TRAINER, "callbacks=callbacks", "trainer.train(")
+    require(workflow.CustomSeq2SeqTrainer.compute_loss, _LOSS)
+    if FRAMEWORK.is_newer(version):
+        data.require_what_it_relies_on()
+        FRAMEWORK.warn_if_newer(version)
     original = tuner.run_sft
 
     @functools.wraps(original)
@@ -75,7 +84,7 @@ def install() -> None:
             return
         check_arguments({key: value for part in arguments for key, value in vars(part).items()})
         check_model(model_args.model_name_or_path, load_config(model_args))
-        with reading_weights(weights.config), _weighted_trainer(workflow, weights):
+        with data.reading_weights(weights.config), _weighted_trainer(workflow, weights):
             original(*arguments, callbacks)
         if weights.trainer is None:
             raise WeightsNotAppliedError("LLaMA-Factory trained without building the trainer that the weights are for")

@@ -1,11 +1,15 @@
-"""Patches rely on foreign code: it is looked at before it is changed."""
+"""The versions of LLaMA-Factory that were tested; and its code, which is looked at before it is changed."""
 
 from __future__ import annotations
 
-import inspect
+import importlib.metadata
 from typing import Any
 
-from wit_plugins import WITConfigError
+from packaging.version import Version
+
+from wit_plugins.foreign import Framework, missing_in
+
+FRAMEWORK = Framework("LLaMA-Factory", "llamafactory", oldest=Version("0.9.4"), newest=Version("0.9.5"))
 
 
 def require(function: Any, *pieces: str) -> None:
@@ -14,11 +18,6 @@ def require(function: Any, *pieces: str) -> None:
     Raises:
         WITConfigError: if it does not.
     """
-    source = inspect.getsource(function)
-    for piece in pieces:
-        if piece not in source:
-            raise WITConfigError(
-                f"this version of LLaMA-Factory does not work as wit_llamafactory expects ({function.__module__}."
-                f"{function.__name__} has no {piece!r}), so the weights could not be switched on; install a supported "
-                "version (docs/llamafactory.md), or report it"
-            )
+    if (what := missing_in(function, *pieces)) is not None:
+        version = Version(importlib.metadata.version(FRAMEWORK.distribution))
+        raise FRAMEWORK.has_changed(version, what, "the weights could not be switched on")

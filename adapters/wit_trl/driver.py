@@ -18,7 +18,6 @@ from wit_plugins import WITConfig, WITConfigError
 from wit_plugins.active import ActiveStrategies
 from wit_plugins.cli.borrow import (
     Built,
-    exchanged,
     for_looking,
     parser_errors,
     stopping,
@@ -27,7 +26,8 @@ from wit_plugins.cli.borrow import (
 from wit_plugins.cli.configuration import boolean_fields, closest, dump
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split, evaluation_split, run_file
 from wit_plugins.cli.empty import empty_model
-from wit_trl.versions import OLDEST, TOO_NEW
+from wit_plugins.foreign import exchanged
+from wit_trl.versions import FRAMEWORK, FUSED_HEAD, FUSED_HEAD_SINCE, SCRIPT
 
 _PORT = "main_process_port"
 _NAMED = 3  # unknown keys; a file with more of them is not what it is taken for
@@ -40,11 +40,19 @@ class TRLDriver(FrameworkDriver):
     """`trl sft`, from a YAML file or from a dataset and a tokenizer."""
 
     name = "trl"
-    title = "TRL"
-    distribution = "trl"
-    oldest, below = str(OLDEST), str(TOO_NEW)
+    framework = FRAMEWORK
     block = ""
     train = "python -m wit_trl sft --config"
+
+    def require_parts(self) -> None:
+        """How the loss is computed, `trl sft`, and how data is tokenised."""
+        from wit_trl.prepare import check_trl
+
+        version = FRAMEWORK.check(self.version())
+        if version >= FUSED_HEAD_SINCE:
+            FRAMEWORK.require(version, FUSED_HEAD, "the weights could not reach its loss")
+        FRAMEWORK.require(version, SCRIPT, "`trl sft` would train without the weights")
+        check_trl()
 
     def recognises(self, values: Mapping[str, Any]) -> bool:
         """`trl sft` needs a model by this name and a dataset by one of these."""

@@ -26,7 +26,7 @@ from wit_plugins import WITConfig, WITConfigError, attached
 from wit_plugins.tokens.data_weights import DataWeights
 from wit_trl.rows import MARK, RAW, KeepsResponse, Template, Weigh, found_weights
 from wit_trl.unread import note
-from wit_trl.versions import OLDEST, TOO_NEW
+from wit_trl.versions import FRAMEWORK
 
 CONFIG = "_wit_config"  # on a trainer class: the settings with which its datasets are prepared
 _ARGUMENTS = ["self", "dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"]
@@ -208,16 +208,25 @@ def check_trl() -> None:
     Raises:
         WITConfigError: if it does not.
     """
-    source = inspect.getsource(_original)
-    known = list(inspect.signature(_original).parameters) == _ARGUMENTS
-    known &= set(re.findall(r"\bself\.(\w+)", source)) <= _READ_OFF_TRAINER
-    if not (known and all(line in source for line in _RELIED_ON)):
-        raise WITConfigError(
-            "this version of TRL prepares datasets in a way that wit_trl does not know, so weights that stand in the "
-            "data would be lost; use a supported version of TRL"
-        )
+    version = FRAMEWORK.check(Version(trl.__version__))
+    if (what := _changed()) is not None:
+        raise FRAMEWORK.has_changed(version, what, "weights that stand in the data would be lost")
+    FRAMEWORK.warn_if_newer(version)
 
 
-if OLDEST <= Version(trl.__version__) < TOO_NEW and not hasattr(_original, "__wrapped__"):
-    check_trl()
+def _changed() -> str | None:
+    """What of TRL's method is not as this module relies on."""
+    source, where = inspect.getsource(_original), f"{_original.__module__}.{_original.__qualname__}"
+    arguments = list(inspect.signature(_original).parameters)
+    if arguments != _ARGUMENTS:
+        return f"{where} takes {', '.join(arguments)}"
+    read = set(re.findall(r"\bself\.(\w+)", source)) - _READ_OFF_TRAINER
+    if read:
+        return f"{where} reads self.{min(read)}"
+    missing = [line for line in _RELIED_ON if line not in source]
+    return f"{where} has no {missing[0]!r}" if missing else None
+
+
+# Where TRL works in another way, nothing is exchanged, and `check_trl` says so as soon as anybody asks for weights.
+if Version(trl.__version__) >= FRAMEWORK.oldest and not hasattr(_original, "__wrapped__") and _changed() is None:
     trl.SFTTrainer._prepare_dataset = _prepare_dataset

@@ -6,7 +6,6 @@ which runs this module in every process.
 
 from __future__ import annotations
 
-import inspect
 import json
 import subprocess
 import sys
@@ -15,10 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from packaging.version import Version
+
 from wit_plugins import WITConfig, WITConfigError
 from wit_plugins.config import did_you_mean
 from wit_plugins.errors import WITError
 from wit_plugins.front_door import report, reported_by_worker
+from wit_trl.versions import FRAMEWORK, SCRIPT
 
 PROG = "python -m wit_trl sft"
 BLOCK_IN_FILE = (
@@ -185,14 +187,10 @@ def _check_script() -> None:
     Raises:
         WITConfigError: if it does not.
     """
-    from trl.scripts import sft
+    import trl
 
-    source = inspect.getsource(sft.main)
-    if not ("from trl import SFTTrainer" in source and "SFTTrainer(" in source):
-        raise WITConfigError(
-            "this version of TRL builds the trainer of `trl sft` in a way that wit_trl does not know; use WITCallback "
-            "in a script of your own, or a supported version of TRL"
-        )
+    version = FRAMEWORK.check(Version(trl.__version__))
+    FRAMEWORK.require(version, SCRIPT, "`trl sft` would train without weights (a script with WITCallback would not)")
 
 
 @contextmanager

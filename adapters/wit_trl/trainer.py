@@ -23,9 +23,7 @@ from wit_plugins.tokens.roles import token_array
 from wit_plugins.training.adapter import AuxLossSums, TrainerAdapter
 from wit_plugins.training.attach import causal_lm
 from wit_trl.rows import is_sealed, opened
-from wit_trl.versions import OLDEST, TOO_NEW
-
-_FUSED_HEAD_SINCE = Version("1.15.0")
+from wit_trl.versions import FRAMEWORK, FUSED_HEAD, FUSED_HEAD_SINCE
 
 
 @dataclass
@@ -41,7 +39,7 @@ class _HeadOutput(CausalLMOutputWithPast):
 
 
 class TRLAdapter(TrainerAdapter):
-    """`trl.SFTTrainer`, from 1.9 to 1.16.
+    """`trl.SFTTrainer`.
 
     Args:
         trainer (`trl.SFTTrainer`): the trainer, for its options.
@@ -59,7 +57,7 @@ class TRLAdapter(TrainerAdapter):
     def __init__(self, trainer: Any, version: Version) -> None:
         self.version = version
         self.framework = f"TRL {version}"
-        self.fused_head = version >= _FUSED_HEAD_SINCE
+        self.fused_head = version >= FUSED_HEAD_SINCE
         self.loss_type = trainer.args.loss_type
         self.use_liger_kernel = trainer.args.use_liger_kernel
         self.max_length, self.truncation_mode = trainer.args.max_length, trainer.args.truncation_mode
@@ -70,9 +68,15 @@ class TRLAdapter(TrainerAdapter):
         self.drops_mask = type(trainer.data_collator).__module__.startswith("trl.")
 
     def check(self, trainer: Any) -> None:
-        """Refuse versions out of range and options that replace the loss."""
-        if not OLDEST <= self.version < TOO_NEW:
-            raise WITConfigError(f"TRL {self.version} is not supported; pip install 'trl>={OLDEST},<{TOO_NEW}'")
+        """Refuse versions that are too old or work in another way, and options that replace the loss."""
+        FRAMEWORK.check(self.version)
+        if self.fused_head:
+            FRAMEWORK.require(self.version, FUSED_HEAD, "the weights could not reach its loss")
+        if FRAMEWORK.is_newer(self.version):
+            from wit_trl.prepare import check_trl
+
+            check_trl()
+            FRAMEWORK.warn_if_newer(self.version)
         if self.loss_type == "dft":
             raise WITConfigError(
                 "loss_type = 'dft': it would replace the weighted loss; leave loss_type out and give the weights the "

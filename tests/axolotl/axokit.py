@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import json
 import os
@@ -15,13 +16,15 @@ import torch
 import yaml
 from apart import apart, on_ranks
 from axolotl.integrations.base import BasePlugin, PluginManager
+from packaging.version import Version
 from support import Document, all_relative_error, documents, llama, reference_step
 from words import text, tokenizer
 
 LEARNING_RATE = 0.05
+AXOLOTL = Version(importlib.metadata.version("axolotl"))
 
 if not torch.cuda.is_available():
-    # Axolotl 0.18 expects of these what a CUDA build says of the one and a CPU build of the other, without a GPU.
+    # Axolotl expects of these what a CUDA build says of the one and a CPU build of the other, without a GPU.
     def _no_gpu(*args: Any) -> Any:
         raise RuntimeError("no GPU")
 
@@ -222,7 +225,7 @@ def configuration(workplace: Path, dataset: dict[str, Any], **settings: Any) -> 
         "bf16": False,
         "tf32": False,
         "attn_implementation": "sdpa",
-        "sdpa_varlen": False,  # a kernel that Axolotl 0.18 takes on a CPU too, where it does not run
+        "sdpa_varlen": False,  # a kernel that some releases of Axolotl take on a CPU too, where it does not run
         "special_tokens": {"pad_token": "<pad>"},
         "dataset_num_proc": 1,
         "dataloader_num_workers": 0,

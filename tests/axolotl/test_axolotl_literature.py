@@ -4,8 +4,9 @@ import json
 
 import literature
 import pytest
-from axokit import CHAT, Workplace
+from axokit import AXOLOTL, CHAT, Workplace
 from literature import marked
+from packaging.version import Version
 from span_reference import from_ids, weighted_loss
 from support import all_relative_error, document_logits, llama, plain_copy
 from words import tokenizer
@@ -39,6 +40,17 @@ def test_eaft_within_wit_equals_use_eaft(workplace):
     plain = workplace.train(plugins=["axokit.Recorder"], wit=None, **args)
     assert weighted.losses == pytest.approx(own.losses, rel=1e-5)
     assert weighted.losses != pytest.approx(plain.losses, rel=1e-3)
+    assert all_relative_error(weighted.taken, own.taken) < 1e-4
+
+
+@pytest.mark.skipif(Version("0.20") > AXOLOTL, reason="there is no use_dft before Axolotl 0.20")
+def test_dft_within_wit_equals_use_dft(workplace):
+    """The way out that the refusal of `use_dft` names, step for step."""
+    args = {"micro_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
+    own = workplace.train(plugins=["axokit.Recorder"], wit=None, use_dft=True, **args)
+    wit = {"prompt_weight": 0.0, "response_weight": 1.0, "strategies": ["dft"]}
+    weighted = workplace.train(wit=wit, **args)
+    assert weighted.losses == pytest.approx(own.losses, rel=1e-5)
     assert all_relative_error(weighted.taken, own.taken) < 1e-4
 
 

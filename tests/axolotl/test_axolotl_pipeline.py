@@ -262,7 +262,7 @@ def test_code_that_changed_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with monkeypatch.context() as patched:
         patched.setattr(patch, "_RELIED_ON", ((changed, patch._RELIED_ON[3][1]),))
-        with pytest.raises(WITConfigError, match="does not work as wit_axolotl expects"):
+        with pytest.raises(WITConfigError, match="does not work as this project expects"):
             patch.install()
     with monkeypatch.context() as patched:
         patched.setattr(sft, "get_dataset_wrapper", changed)

@@ -1,13 +1,16 @@
 """What cannot be exact stops `axolotl` before anything is loaded, with the way out."""
 
+import importlib.metadata
+import inspect
 import pickle
 import sys
 
 import pytest
 import yaml
-from axokit import CHAT, axolotl, train
+from axokit import AXOLOTL, CHAT, assert_step_is_exact, axolotl, train
+from packaging.version import Version
 
-from wit_plugins import WITConfigError
+from wit_plugins import WITConfigError, foreign
 
 PLUGINS = ["axokit.Recorder", "wit_axolotl.WITPlugin"]
 
@@ -29,6 +32,9 @@ PLUGINS = ["axokit.Recorder", "wit_axolotl.WITPlugin"]
         ({"kd_trainer": True}, "kd_trainer = True"),
         ({"processor_type": "AutoProcessor"}, "processor_type = 'AutoProcessor': vision"),
         ({"context_parallel_size": 2}, "context_parallel_size = 2.*set it to 1"),
+        ({"context_parallel": {"size": 2}}, r"context_parallel = \{'size': 2\}.*cuts the labels of a row.*set it to 1"),
+        ({"use_dft": True}, r"use_dft = True: it would replace the weighted loss.*strategies: \[dft\]"),
+        ({"diffusion_lm": {"a": 1}}, "diffusion_lm = .*take it or wit out"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size = 2.*set it to 1"),
         ({"plugins": [*PLUGINS, "axolotl.integrations.diffusion.DiffusionPlugin"]}, r"plugins: .*DiffusionPlugin"),
         ({"plugins": [*PLUGINS, "axolotl.integrations.kd.KDPlugin"]}, r"plugins: .*KDPlugin replaces the loss"),
@@ -96,10 +102,14 @@ def test_the_block_without_the_plugin_line_in_a_process_that_had_it(place):
 
     PluginManager.get_instance().plugins.clear()
     load_cfg(str(place.config()))
-    with pytest.raises(WITConfigError, match="plugins does not name wit_axolotl.WITPlugin; add it"):
-        load_cfg(str(place.config(plugins=["axokit.Recorder"])))
-    cfg = load_cfg(str(place.config(plugins=["axokit.Recorder"], wit=None)))
     plugin = PluginManager.get_instance().plugins["wit_axolotl.WITPlugin"]
+
+    def to_the_trainer():
+        plugin.post_trainer_create(load_cfg(str(place.config(plugins=["axokit.Recorder"]))), trainer=None)
+
+    with pytest.raises(WITConfigError, match="plugins does not name wit_axolotl.WITPlugin; add it"):
+        to_the_trainer()  # up to 0.19 in `load_cfg`
+    cfg = load_cfg(str(place.config(plugins=["axokit.Recorder"], wit=None)))
     assert plugin.get_training_args(cfg) is None
     plugin.post_trainer_create(cfg, trainer=None)  # nothing to do
 
@@ -136,13 +146,39 @@ def test_a_mistyped_plugin(place):
         train(place.config(plugins=["wit_axolotl.WitPlugin"]))
 
 
-@pytest.mark.parametrize("version", ["0.17.0", "0.20.0"])
-def test_versions_out_of_range(place, monkeypatch, version):
-    import wit_axolotl.versions as module
+def numbered(monkeypatch, version):
+    """The Axolotl under test, with another number."""
+    own = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "axolotl" else own(name))
+    monkeypatch.setattr(foreign, "_said", set())
 
-    own = module.importlib.metadata.version
-    monkeypatch.setattr(module.importlib.metadata, "version", lambda name: version if name == "axolotl" else own(name))
-    with pytest.raises(WITConfigError, match=rf"Axolotl {version} is not supported.*pip install"):
+
+def test_a_version_that_is_too_old(place, monkeypatch):
+    numbered(monkeypatch, "0.18.0")
+    with pytest.raises(WITConfigError, match=r"Axolotl 0.18.0 is not supported.*pip install"):
+        train(place.config())
+
+
+def test_a_newer_version_that_works_alike_trains_and_says_so(place, monkeypatch):
+    numbered(monkeypatch, "0.99.0")
+    with pytest.warns(foreign.NewerThanTestedWarning, match=r"Axolotl 0.99.0 .*its parts that matter here are unchan"):
+        run = train(place.config())
+    assert_step_is_exact(run)
+
+
+@pytest.mark.parametrize(
+    ("piece", "message"),
+    [
+        (".post_trainer_create(", r"axolotl.train.setup_model_and_trainer has no '.post_trainer_create\("),
+        ("get_dataset_wrapper", "axolotl.utils.data.sft._load_and_process_single_dataset has no"),
+        ("plugin_manager.get_training_args", "HFCausalTrainerBuilder.build has no"),
+    ],
+)
+def test_a_newer_version_that_works_in_another_way_is_refused(place, monkeypatch, piece, message):
+    numbered(monkeypatch, "0.99.0")
+    own = inspect.getsource
+    monkeypatch.setattr(foreign.inspect, "getsource", lambda function: own(function).replace(piece, "other("))
+    with pytest.raises(WITConfigError, match=rf"Axolotl 0.99.0 .*{message}.*the newest version that works is 0.21.0"):
         train(place.config())
 
 
@@ -153,3 +189,9 @@ def test_options_of_strategies_survive_axolotl(place):
     config["wit"]["strategies"] = {"dft": None}
     path.write_text(yaml.safe_dump(config))
     assert train(path).trainer._wit.config.strategies == {"dft": {}}
+
+
+@pytest.mark.skipif(Version("0.20") > AXOLOTL, reason="there is no such form before Axolotl 0.20")
+def test_the_plugin_named_as_an_entry_point(place):
+    """`module:Class`, which Axolotl takes for `module.Class`."""
+    assert_step_is_exact(train(place.config(plugins=["axokit.Recorder", "wit_axolotl:WITPlugin"])))

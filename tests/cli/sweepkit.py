@@ -8,11 +8,14 @@ import sys
 import textwrap
 import time
 
+from packaging.version import Version
+
 from wit_plugins.cli.driver import FrameworkDriver, Job
 from wit_plugins.cli.sweep.arguments import SweepOptions
 from wit_plugins.cli.sweep.command import sweep
 from wit_plugins.cli.sweep.grid import Grid, cells, parse_weights
 from wit_plugins.cli.sweep.results import read_outcomes
+from wit_plugins.foreign import Framework
 
 
 def short(value):
@@ -45,8 +48,8 @@ log(step=4, eval_response_loss=(prompt - 0.4) ** 2 + 1 + 0.1 * response, eval_pr
 class MadeUp(FrameworkDriver):
     """A framework whose runs are a few lines of Python."""
 
-    name = title = "madeup"
-    distribution, oldest, below = "pluggy", "0", "99"
+    name = "madeup"
+    framework = Framework("madeup", "pluggy", Version("0"), Version("99"))
 
     def __init__(self, body=""):
         self.script = RUN.replace("{body}", textwrap.dedent(body))

@@ -28,10 +28,19 @@ def test_what_is_installed(capsys):
     assert "wit" in out
 
 
-def test_a_version_out_of_range_stands_out(capsys, monkeypatch):
+def test_a_version_that_was_not_tested_stands_out(capsys, monkeypatch):
+    import trl
+
     found = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.99.0" if name == "trl" else found(name))
-    assert "TRL 1.99.0: NOT supported: 1.9.0 and above, below 1.17" in wit("env", capsys=capsys)[1]
+    out = wit("env", capsys=capsys)[1]
+    assert "TRL 1.99.0: not tested (tested: 1.9.0 to 1.16.0); its parts that matter here are unchanged" in out
+    monkeypatch.setattr(trl.SFTTrainer, "compute_loss", lambda *args: None)
+    assert "TRL 1.99.0: NOT supported: " in (out := wit("env", capsys=capsys)[1])
+    assert "SFTTrainer.compute_loss" in out
+    assert "the newest version that works is 1.16.0" in out
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.8.0" if name == "trl" else found(name))
+    assert "TRL 1.8.0: NOT supported: too old (tested: 1.9.0 to 1.16.0)" in wit("env", capsys=capsys)[1]
 
 
 def test_loss_backends_say_why_not(capsys, monkeypatch):

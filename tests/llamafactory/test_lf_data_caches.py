@@ -268,7 +268,7 @@ def test_code_that_changed_is_noticed_and_code_is_given_back(monkeypatch, owner,
         assert loader.align_dataset is not before[0]
     assert (loader.align_dataset, loader._get_dataset_processor, workflow.get_dataset) == before
     monkeypatch.setattr(owner, name, without_weights)
-    expected = pytest.raises(WITConfigError, match="does not work as wit_llamafactory expects")
+    expected = pytest.raises(WITConfigError, match="does not work as this project expects")
     with expected, reading_weights(WITConfig(prompt_weight=0.2)):
         pass
 

@@ -29,8 +29,9 @@ from llamafactory.data.parser import get_dataset_list
 from llamafactory.data.template import TEMPLATES
 from llamafactory.hparams import parser
 from wit_llamafactory import WITCallback
-from wit_llamafactory.checks import _REFUSED, OLDEST
+from wit_llamafactory.checks import _REFUSED
 from wit_llamafactory.driver import LlamaFactoryDriver
+from wit_llamafactory.sources import FRAMEWORK
 from wit_llamafactory.train import weighted_arguments
 
 from wit_plugins import WITConfig
@@ -152,7 +153,7 @@ def test_the_module_for_other_launchers(tmp_path):
 def test_the_guide_names_everything_that_is_refused():
     for key in [*_REFUSED, "ignore_pad_token_for_loss", "USE_V1", "vision_config"]:
         assert key in GUIDE
-    assert str(OLDEST) in GUIDE
+    assert str(FRAMEWORK.oldest) in GUIDE
 
 
 def test_the_message_that_troubleshooting_starts_with(tmp_path):

@@ -1,5 +1,7 @@
 """What is refused: before anything is loaded, naming key, value and way out."""
 
+import importlib.metadata
+import inspect
 import json
 import re
 
@@ -10,7 +12,7 @@ from transformers import Qwen2VLConfig, Trainer, TrainingArguments
 from wit_llamafactory import patch
 from wit_llamafactory.checks import check_arguments
 
-from wit_plugins import WeightsNotAppliedError, WITConfigError, attached, detach
+from wit_plugins import WeightsNotAppliedError, WITConfigError, attached, detach, foreign
 
 WIT = {"prompt_weight": 0.4, "response_weight": 0.6}
 
@@ -209,25 +211,56 @@ def test_a_cache_without_masking(workplace, tmp_path):
         run(workplace.config(output_dir=str(tmp_path / "out"), **cached), weights)
 
 
-def test_another_version(monkeypatch):
-    from wit_llamafactory import checks
+def numbered(monkeypatch, version):
+    """The LLaMA-Factory under test, with another number, and not patched yet."""
+    from llamafactory.train import tuner
 
-    for version in ("0.9.3", "0.10.0"):
-        monkeypatch.setattr(checks, "installed", lambda name, version=version: version)
-        with pytest.raises(
-            WITConfigError, match=rf"LLaMA-Factory {version} is not supported; pip install 'llamafactory>="
-        ):
-            WITCallback(0.2)
+    own = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "llamafactory" else own(name))
+    monkeypatch.setattr(foreign, "_said", set())
+    monkeypatch.setattr(tuner, "run_sft", inspect.unwrap(tuner.run_sft))
+
+
+def test_a_version_that_is_too_old(monkeypatch):
+    numbered(monkeypatch, "0.9.3")
+    with pytest.raises(WITConfigError, match=r"LLaMA-Factory 0.9.3 is not supported; pip install 'llamafactory>="):
+        WITCallback(0.2)
+
+
+def test_a_newer_version_that_works_alike_is_patched_and_says_so(monkeypatch):
+    from llamafactory.train import tuner
+
+    numbered(monkeypatch, "0.99.0")
+    with pytest.warns(foreign.NewerThanTestedWarning, match=r"LLaMA-Factory 0.99.0 .*its parts that matter .* unchang"):
+        WITCallback(0.2)
+    assert tuner.run_sft.takes_weights
+
+
+@pytest.mark.parametrize(
+    ("piece", "message"),
+    [
+        ("trainer = CustomSeq2SeqTrainer(", "llamafactory.train.sft.workflow.run_sft has no"),
+        ("super().compute_loss(", "CustomSeq2SeqTrainer.compute_loss has no"),
+        ("encode_multiturn", "SupervisedDatasetProcessor._encode_data_example has no"),
+    ],
+)
+def test_a_newer_version_that_works_in_another_way_is_refused(monkeypatch, piece, message):
+    from llamafactory.train import tuner
+
+    numbered(monkeypatch, "0.99.0")
+    own = inspect.getsource
+    monkeypatch.setattr(foreign.inspect, "getsource", lambda function: own(function).replace(piece, "other("))
+    with pytest.raises(WITConfigError, match=rf"LLaMA-Factory 0.99.0 .*{message}.*newest version that works is 0.9.5"):
+        WITCallback(0.2)
+    assert not hasattr(tuner.run_sft, "takes_weights")
 
 
 def test_no_llamafactory_at_all(monkeypatch):
-    from wit_llamafactory import checks
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
 
-    def installed(name):
-        raise checks.PackageNotFoundError(name)
-
-    monkeypatch.setattr(checks, "installed", installed)
-    with pytest.raises(WITConfigError, match="LLaMA-Factory is not installed; pip install"):
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(WITConfigError, match="LLaMA-Factory is not installed in this environment; pip install"):
         WITCallback(0.2)
 
 
@@ -246,10 +279,10 @@ def test_code_of_llamafactory_that_changed_is_noticed(monkeypatch, workplace, ca
     with monkeypatch.context() as changed:
         changed.setattr(launcher, "launch", launch)
         assert run_command(changed, "train", str(config)) == 1
-        assert "does not work as wit_llamafactory expects" in capsys.readouterr().err
+        assert "does not work as this project expects" in capsys.readouterr().err
     monkeypatch.setattr(tuner, "run_sft", run_sft)
     monkeypatch.setattr(workflow, "run_sft", run_sft)
-    with pytest.raises(WITConfigError, match="does not work as wit_llamafactory expects"):
+    with pytest.raises(WITConfigError, match="does not work as this project expects"):
         patch.install()
 
 

@@ -137,5 +137,5 @@ def test_a_script_of_trl_that_changed_is_noticed(monkeypatch):
         pass
 
     monkeypatch.setattr(trl.scripts.sft, "main", main)
-    with pytest.raises(WITConfigError, match="does not know"):
+    with pytest.raises(WITConfigError, match="does not work as this project expects"):
         _check_script()

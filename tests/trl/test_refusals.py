@@ -1,14 +1,17 @@
 """What cannot be exact is refused when the callback is made, with the way out."""
 
+import warnings
+
 import pytest
 import trl
+import wit_trl.prepare
 import wit_trl.versions
 from packaging.version import Version
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 from trlkit import dataset, logs, sft_trainer
 from wit_trl import WITCallback
 
-from wit_plugins import WITConfigError, attached, detach
+from wit_plugins import WITConfigError, attached, detach, foreign
 
 
 @pytest.mark.parametrize(
@@ -105,16 +108,66 @@ def test_another_trainer_of_trl(tmp_path):
         WITCallback(trainer, prompt_weight=0.2)
 
 
-@pytest.mark.parametrize("version", ["1.8.0", "1.17.0"])
-def test_versions_out_of_range(tmp_path, monkeypatch, version):
+def test_a_version_that_is_too_old(tmp_path, monkeypatch):
     trainer = sft_trainer(tmp_path)
-    monkeypatch.setattr(trl, "__version__", version)
-    with pytest.raises(WITConfigError, match=rf"TRL {version} is not supported.*pip install"):
+    monkeypatch.setattr(trl, "__version__", "1.8.0")
+    with pytest.raises(WITConfigError, match=r"TRL 1.8.0 is not supported.*pip install"):
         WITCallback(trainer, prompt_weight=0.2)
 
 
-def test_the_range_holds_the_version_under_test():
-    assert Version(trl.__version__) >= wit_trl.versions.OLDEST
+@pytest.fixture
+def a_newer_trl(monkeypatch):
+    """The TRL under test, with the number of one that is still to come."""
+    if Version(trl.__version__) < wit_trl.versions.FUSED_HEAD_SINCE:
+        pytest.skip("its loss is another one")
+    monkeypatch.setattr(foreign, "_said", set())
+    monkeypatch.setattr(trl, "__version__", "1.99.0")
+
+
+def test_a_newer_version_that_works_alike_trains_and_says_so_once(tmp_path, a_newer_trl):
+    trainers = sft_trainer(tmp_path), sft_trainer(tmp_path)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for trainer in trainers:
+            WITCallback(trainer, prompt_weight=0.2)
+            assert attached(trainer) is not None
+    (line,) = [str(warning.message) for warning in said if warning.category is foreign.NewerThanTestedWarning]
+    assert "TRL 1.99.0" in line
+    assert "its parts that matter here are unchanged" in line
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "piece"),
+    [
+        (trl.SFTTrainer, "compute_loss", "outputs = model"),
+        (wit_trl.prepare, "_original", "takes self, args"),
+        (trl.trainer.utils, "FusedCausalLMOutput", "log_probs"),
+    ],
+    ids=["loss", "data", "output"],
+)
+def test_a_newer_version_that_works_in_another_way_is_refused(tmp_path, monkeypatch, a_newer_trl, owner, name, piece):
+    def other(self, args):
+        return None
+
+    trainer = sft_trainer(tmp_path)
+    monkeypatch.setattr(owner, name, other)
+    with pytest.raises(WITConfigError, match=rf"TRL 1.99.0 .*{piece}.*the newest version that works is 1.16.0"):
+        WITCallback(trainer, prompt_weight=0.2)
+
+
+def test_a_script_that_works_in_another_way_is_refused(monkeypatch, a_newer_trl):
+    from trl.scripts import sft as script
+    from wit_trl import sft
+
+    sft._check_script()
+    monkeypatch.setattr(script, "main", lambda *args: None)
+    with pytest.raises(WITConfigError, match=r"trl sft.*the newest version that works is 1.16.0"):
+        sft._check_script()
+
+
+def test_the_tested_versions_hold_the_one_under_test():
+    framework = wit_trl.versions.FRAMEWORK
+    assert framework.oldest <= Version(trl.__version__)
 
 
 @pytest.mark.parametrize(

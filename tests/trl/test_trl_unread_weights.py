@@ -247,5 +247,5 @@ def test_trl_that_prepares_otherwise_is_noticed(monkeypatch):
         return self._other_tokenizer
 
     monkeypatch.setattr(wit_trl.prepare, "_original", changed)
-    with pytest.raises(WITConfigError, match="prepares datasets in a way that wit_trl does not know"):
+    with pytest.raises(WITConfigError, match="reads self._other_tokenizer"):
         prepared(dataset(one("message")))

@@ -78,17 +78,6 @@ def unattached_collator(trainer: Any, collator: Any, strategies: ActiveStrategie
 
 
 @contextlib.contextmanager
-def exchanged(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """For its length, the attribute `name` of a module or class is `value`."""
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
-
-
-@contextlib.contextmanager
 def parser_errors(source: str, otherwise: str) -> Iterator[None]:
     """Argument parsers print a mistake and leave the process; here it is an error like any other.
 

@@ -7,7 +7,6 @@ roles and weights included, is the same for every framework, and comes from the 
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from wit_plugins.cli.configuration import boolean
 from wit_plugins.cli.text import visible
 from wit_plugins.config import WITConfig, did_you_mean
 from wit_plugins.errors import WITConfigError
+from wit_plugins.foreign import Framework
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -117,9 +117,7 @@ class FrameworkDriver:
 
     Attributes:
         name (`str`): what `--framework` takes.
-        title (`str`): the framework's name, for messages.
-        distribution (`str`): what pip installs.
-        oldest, below (`str`): the supported versions: `oldest` ≤ version < `below`.
+        framework ([`Framework`]): its name for messages, what pip installs, and the versions that were tested.
         block (`str`): the block of its files in which the settings of the weights stand; empty for none.
         train (`str`): what a user types in front of a file to train it.
         model_keys (`tuple[str, str]`): the keys of the model's name and of its revision.
@@ -128,10 +126,7 @@ class FrameworkDriver:
     """
 
     name = ""
-    title = ""
-    distribution = ""
-    oldest = "0"
-    below = "0"
+    framework = Framework("", "", Version("0"), Version("0"))
     block = "wit"
     train = ""
     model_keys = ("model_name_or_path", "model_revision")
@@ -218,25 +213,27 @@ class FrameworkDriver:
         """
         raise NotImplementedError
 
+    @property
+    def title(self) -> str:
+        """The framework's name, for messages."""
+        return self.framework.title
+
     def version(self) -> Version | None:
         """The installed version, or `None`."""
-        try:
-            return Version(importlib.metadata.version(self.distribution))
-        except importlib.metadata.PackageNotFoundError:
-            return None
+        return self.framework.installed()
 
-    def supports(self, version: Version) -> bool:
-        """Whether this version is in the supported range."""
-        return Version(self.oldest) <= version < Version(self.below)
+    def require_parts(self) -> None:
+        """Make sure that the framework's code is what the adapter relies on; imports the framework.
+
+        Raises:
+            WITConfigError: naming the part that is not.
+        """
 
     def check_installed(self) -> None:
-        """Raise [`WITConfigError`] unless a supported version is installed."""
-        version = self.version()
-        wanted = f"pip install '{self.distribution}>={self.oldest},<{self.below}'"
-        if version is None:
-            raise WITConfigError(f"{self.title} is not installed in this environment; {wanted}")
-        if not self.supports(version):
-            raise WITConfigError(f"{self.title} {version} is not supported; {wanted}")
+        """Raise [`WITConfigError`] unless a version is installed that is not too old, and works as a tested one."""
+        version = self.framework.check(self.version())
+        if self.framework.is_newer(version):
+            self.require_parts()
 
 
 def run_file(output: Path) -> Path:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import sys
+import warnings
 
 import torch
 
 import wit_plugins
-from wit_plugins.cli.driver import drivers
+from wit_plugins.cli.driver import FrameworkDriver, drivers
+from wit_plugins.errors import WITConfigError
 from wit_plugins.linear_cross_entropy import usable_implementations
 from wit_plugins.plugins import strategy_names
 
@@ -26,14 +28,7 @@ def report() -> str:
         "- frameworks:",
     ]
     for driver in drivers():
-        version = driver.version()
-        wanted = f"supported: {driver.oldest} and above, below {driver.below}"
-        if version is None:
-            lines.append(f"  - {driver.title}: not installed ({wanted})")
-        else:
-            lines.append(
-                f"  - {driver.title} {version}: {'supported' if driver.supports(version) else f'NOT {wanted}'}"
-            )
+        lines.append(f"  - {_framework(driver)}")
     lines.append("- loss backends:")
     for name, obstacle in usable_implementations().items():
         lines.append(f"  - {name}: {'usable' if obstacle is None else f'not usable: {obstacle}'}")
@@ -41,6 +36,24 @@ def report() -> str:
     lines.append(f"- libraries: {', '.join(_version(name) for name in _LIBRARIES)}")
     lines.append(f"- optional: {', '.join(_version(name) for name in _OPTIONAL)}")
     return "\n".join(lines) + "\n"
+
+
+def _framework(driver: FrameworkDriver) -> str:
+    framework, version = driver.framework, driver.version()
+    tested = f"tested: {framework.oldest} to {framework.newest}"
+    if version is None:
+        return f"{driver.title}: not installed ({tested})"
+    if version < framework.oldest:
+        return f"{driver.title} {version}: NOT supported: too old ({tested})"
+    if not framework.is_newer(version):
+        return f"{driver.title} {version}: supported"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            driver.require_parts()
+    except WITConfigError as error:
+        return f"{driver.title} {version}: NOT supported: {error}"
+    return f"{driver.title} {version}: not tested ({tested}); its parts that matter here are unchanged"
 
 
 def _version(name: str) -> str:
