@@ -163,6 +163,43 @@ class SquashedLlama(transformers.LlamaForCausalLM):
         return output
 
 
+class CappedLlama(transformers.LlamaForCausalLM):
+    """Caps its logits under a name that is nobody else's, as RecurrentGemma does."""
+
+    cap = 2.0
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = self.cap * torch.tanh(output.logits / self.cap)
+        return output
+
+
+@pytest.mark.parametrize(
+    ("cap", "dtype"), [(2.0, torch.float32), (30.0, torch.float32), (30.0, torch.bfloat16), (300.0, torch.bfloat16)]
+)
+def test_an_unknown_cap_is_found_while_logits_are_small(cap, dtype):
+    """At the start of training a cap hardly changes anything: (z / cap)^2 / 3 of these logits is far below 1e-4."""
+    torch.manual_seed(1)
+    model = CappedLlama(transformers.LlamaConfig(**SIZES)).to(dtype)
+    model.cap = cap
+    model.lm_head.weight.data.mul_(0.002)
+    expected, *_, expected_grads = run(copy.deepcopy(model), "logits")
+    output, _, head, grads = run(model, "auto")
+    assert head.chosen == "logits"
+    assert output.loss.item() == expected.loss.item()
+    assert all_relative_error(grads, expected_grads) == 0
+
+
+def test_recurrent_gemma_is_trained_from_its_logits():
+    torch.manual_seed(1)
+    sizes = {**SIZES, "block_types": ("recurrent", "attention"), "lru_width": 16, "attention_window_size": 64}
+    model = transformers.RecurrentGemmaForCausalLM(transformers.RecurrentGemmaConfig(**sizes, logits_soft_cap=2.0))
+    model.get_output_embeddings().weight.data.mul_(0.002)
+    output, _, head, _ = run(model.train(), "auto", use_cache=False)
+    assert head.chosen == "logits"
+    assert output.logits is not None
+
+
 class TwoHeads(transformers.LlamaForCausalLM):
     """Calls its head twice."""
 
