@@ -154,24 +154,34 @@ def test_a_device_map_keeps_its_hooks():
             assert head.weight.device.type == "meta"
 
 
-class SquashedLlama(transformers.LlamaForCausalLM):
-    """Post-processes its logits in a way that no configuration names."""
+class ProcessingLlama(transformers.LlamaForCausalLM):
+    """Post-processes its logits, and computes its own loss from what comes out."""
 
-    def forward(self, *args, **kwargs):
+    def process(self, logits):
+        raise NotImplementedError
+
+    def forward(self, *args, labels=None, **kwargs):
         output = super().forward(*args, **kwargs)
-        output.logits = output.logits - 0.1 * output.logits**2
+        output.logits = self.process(output.logits)
+        if labels is not None:
+            output.loss = self.loss_function(logits=output.logits, labels=labels, vocab_size=VOCAB_SIZE)
         return output
 
 
-class CappedLlama(transformers.LlamaForCausalLM):
+class SquashedLlama(ProcessingLlama):
+    """Post-processes its logits in a way that no configuration names."""
+
+    def process(self, logits):
+        return logits - 0.1 * logits**2
+
+
+class CappedLlama(ProcessingLlama):
     """Caps its logits under a name that is nobody else's, as RecurrentGemma does."""
 
     cap = 2.0
 
-    def forward(self, *args, **kwargs):
-        output = super().forward(*args, **kwargs)
-        output.logits = self.cap * torch.tanh(output.logits / self.cap)
-        return output
+    def process(self, logits):
+        return self.cap * torch.tanh(logits / self.cap)
 
 
 @pytest.mark.parametrize(
@@ -200,14 +210,16 @@ def test_recurrent_gemma_is_trained_from_its_logits():
     assert output.logits is not None
 
 
-class TwoHeads(transformers.LlamaForCausalLM):
+class TwoHeads(ProcessingLlama):
     """Calls its head twice."""
 
-    def forward(self, *args, **kwargs):
-        first = super().forward(*args, **kwargs)
-        second = super().forward(*args, **kwargs)
-        first.logits = first.logits + second.logits
-        return first
+    def forward(self, *args, labels=None, **kwargs):
+        self.first = None
+        self.first = super().forward(*args, **kwargs).logits
+        return super().forward(*args, labels=labels, **kwargs)
+
+    def process(self, logits):
+        return logits if self.first is None else logits + self.first
 
 
 @pytest.mark.parametrize(
