@@ -21,6 +21,7 @@ from wit_plugins.tokens.dataset_check import (
     can_be_read_again,
     check_dataset,
     check_scores,
+    check_weighs,
     warn_of_unmatched_spans,
     weighted_examples,
 )
@@ -93,11 +94,12 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
         if dataset is not None and can_be_read_again(dataset):
             attachment.first_tokens = check_dataset(dataset, adapter.masking_hint, reader)
             attachment.weighted_examples = weighted_examples(dataset, reader)
+            collator = WeightedCollator(trainer.data_collator, strategies, reader, tokenizer)
+            check_weighs(dataset, collator)
             if trainer.is_world_process_zero():
-                collator = WeightedCollator(trainer.data_collator, strategies, reader, tokenizer)
                 warn_of_unmatched_spans(dataset, collator)
         elif dataset is not None:
-            attachment.stream_check = StreamCheck(adapter.masking_hint)
+            attachment.stream_check = StreamCheck(adapter.masking_hint, config.active_strategies())
         for name in _COLLATORS:
             if getattr(trainer, name, None) is not None:
                 own = WeightedCollator(getattr(trainer, name), strategies, reader, tokenizer)

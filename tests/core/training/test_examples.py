@@ -1,5 +1,6 @@
 """Examples as a trainer gets them: padded, streamed, broken."""
 
+import numpy as np
 import pytest
 import torch
 from support import (
@@ -7,7 +8,12 @@ from support import (
 )
 from trainkit import CONFIG, DOCS, EXAMPLES, GOOD, first_log, make_trainer, padded
 
-from wit_plugins import WITConfigError, attach
+from wit_plugins import WITConfig, WITConfigError, attach, hookimpl
+from wit_plugins.active import ActiveStrategies
+from wit_plugins.testing import registered
+from wit_plugins.tokens.data_weights import fingerprint
+from wit_plugins.tokens.prepared import prepare
+from wit_plugins.tokens.roles import RESPONSE
 
 
 @pytest.mark.parametrize("left", [False, True])
@@ -108,3 +114,69 @@ class TestBadRows:
         attach(trainer, CONFIG)
         with pytest.raises(WITConfigError, match=f"example 2 of a batch of 4: {message}"):
             trainer.train()
+
+
+class Nothing:
+    """A strategy of which no token weighs anything, or the responses do not."""
+
+    @hookimpl
+    def static_weights(self, roles, options):
+        return np.where((roles == RESPONSE) | options.get("prompts", False), 0, 1).astype(np.float32)
+
+
+def left_out(example, responses_alone=True):
+    """The example with weights of 0 in its labels, as a framework writes them there while it tokenises."""
+    config = WITConfig(prompt_weight=0.2, response_weight=0.8)
+    mine = fingerprint(
+        config.message_weight_keys, config.sample_weight_key, ActiveStrategies(config.active_strategies())
+    )
+    labels = np.array(example["labels"])
+    weights = np.where((labels != -100) | (not responses_alone), 0, 1).astype(np.float32)
+    return {**example, "labels": prepare(labels, weights, mine).tolist()}
+
+
+WEIGHTLESS = [
+    (EXAMPLES, {"prompt_weight": 0.2, "strategies": {"nothing": {"prompts": True}}}, "strategies: nothing"),
+    (EXAMPLES, {"prompt_weight": 0.0, "strategies": ["nothing"]}, "prompt_weight = 0.*strategies: nothing"),
+    ([left_out(e) for e in EXAMPLES], {"prompt_weight": 0.0}, "prompt_weight = 0.*weights that stand in the data"),
+    ([left_out(e, False) for e in EXAMPLES], {"prompt_weight": 0.2}, "weights that stand in the data"),
+]
+
+
+class TestNothingWeighsAnything:
+    """A run that would train nothing is refused, and what makes it so is named."""
+
+    @pytest.mark.parametrize(("examples", "settings", "named"), WEIGHTLESS)
+    def test_a_dataset(self, tmp_path, examples, settings, named):
+        with (
+            registered(Nothing(), "nothing"),
+            pytest.raises(WITConfigError, match=f"nothing would be trained.*{named}"),
+        ):
+            attach(make_trainer(tmp_path, examples=examples), WITConfig(**settings))
+
+    @pytest.mark.parametrize("count", [16, 150])
+    @pytest.mark.parametrize(("examples", "settings", "named"), WEIGHTLESS)
+    def test_a_stream(self, tmp_path, examples, settings, named, count):
+        """After 100 rows, or when there are no more."""
+        stream = Once((examples * 20)[:count])
+        with registered(Nothing(), "nothing"):
+            trainer = make_trainer(tmp_path, examples=stream, max_steps=count // 4)
+            attach(trainer, WITConfig(**settings))
+            with pytest.raises(WITConfigError, match=f"nothing would be trained.*{named}"):
+                trainer.train()
+        assert trainer.state.global_step == min(count // 4, 24)
+
+    def test_one_token_among_others_is_enough(self, tmp_path):
+        """A batch without a trained token is none of ours, as long as there are others."""
+        trainer = make_trainer(tmp_path, examples=[left_out(e, False) for e in EXAMPLES[:8]] + EXAMPLES[8:])
+        attach(trainer, CONFIG)
+        trainer.train()
+        assert trainer.state.global_step == 3
+        stream = Once([left_out(e, False) for e in EXAMPLES[:8]] + EXAMPLES[8:])
+        trainer = make_trainer(tmp_path, examples=stream, max_steps=3)
+        attach(trainer, CONFIG)
+        trainer.train()
+
+    def test_an_empty_dataset(self, tmp_path):
+        with pytest.raises(WITConfigError, match="the training dataset is empty.*left all of them out"):
+            attach(make_trainer(tmp_path, examples=[]), CONFIG)
