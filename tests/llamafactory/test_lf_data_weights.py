@@ -110,7 +110,7 @@ def test_samples_of_alpaca(workplace, tmp_path):
 def test_a_run_in_which_nothing_weighs_anything_is_refused(workplace, tmp_path, stream):
     rows = [{"instruction": q, "input": "", "output": a, "weight": 0.0} for q, a in pairs(6, seed=9)]
     workplace.dataset("nothing", rows)
-    streamed = {"streaming": True, "max_steps": 1, "buffer_size": 8} if stream else {}
+    streamed = {"streaming": True, "max_steps": 1, "buffer_size": 8, "dataloader_num_workers": 1} if stream else {}
     with pytest.raises(WITConfigError, match="nothing would be trained.*weights that stand in the data"):
         run(workplace.config(dataset="nothing", output_dir=str(tmp_path), **streamed), LAMBDA)
 

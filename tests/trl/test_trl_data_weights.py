@@ -291,6 +291,10 @@ def test_a_run_in_which_nothing_weighs_anything_is_refused(tmp_path, at, stream)
     made = prepare_dataset(made.to_iterable_dataset() if stream else made, tokenizer(), config(**asked))
     named = {"span": "strategies: spans"}.get(at, "weights that stand in the data")
     made = trainer(tmp_path, made, **asked)
-    with pytest.raises(WITConfigError, match=f"nothing would be trained.*{named}"):
+
+    def train():  # a dataset is refused when the weights are attached, a stream when its rows have come by
         made.add_callback(WITCallback(made, **settings))
         made.train()
+
+    with pytest.raises(WITConfigError, match=f"nothing would be trained.*{named}"):
+        train()

@@ -328,13 +328,13 @@ class WeightedHead:
             expected, seen = framework_labels(codes), labels.clone()
             seen[codes == IGNORE_INDEX] = IGNORE_INDEX
             same = bool(torch.equal(expected, seen))
+            self._aligned = bool((codes != IGNORE_INDEX).any())  # a batch without a token says nothing
         if not same:
             raise WeightsNotAppliedError(
                 f"weights of shape {tuple(codes.shape)} cannot be aligned with labels of shape {tuple(labels.shape)} "
                 f"and logits of length {num_logits}: something between the collator and the model (a PEFT method that "
                 "inserts tokens, sequence or context parallelism) changes the labels; train without it"
             )
-        self._aligned = True
         return codes
 
 

@@ -17,7 +17,6 @@ from wit_plugins.plugins import plugin_manager
 from wit_plugins.tokens.collator import WeightedCollator
 from wit_plugins.tokens.data_weights import fingerprint
 from wit_plugins.tokens.dataset_check import (
-    StreamCheck,
     can_be_read_again,
     check_dataset,
     check_scores,
@@ -28,10 +27,9 @@ from wit_plugins.tokens.dataset_check import (
 from wit_plugins.tokens.reader import ExampleReader
 from wit_plugins.tokens.transport import MAX_VOCAB_SIZE
 from wit_plugins.training.adapter import TrainerAdapter
-from wit_plugins.training.attachment import ATTRIBUTE, Attachment, unwrapped
+from wit_plugins.training.attachment import ATTRIBUTE, Attachment, new_run, unwrapped
 from wit_plugins.training.changes import Changes
 from wit_plugins.training.group_losses import check_evaluates
-from wit_plugins.training.metrics import RoleMetrics
 from wit_plugins.training.parallelism import check_parallelism
 from wit_plugins.training.trainer import WeightedTrainerMixin
 
@@ -87,19 +85,17 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
         reader, tokenizer = example_reader(trainer, adapter), getattr(trainer, "processing_class", None)
         reader = with_data_weights(reader, config, strategies)
         reader = replace(reader, needs_prepared=reader.needs_prepared and not adapter.cuts_beginnings)
-        logged = list(strategies.logged_spans.values())
-        metrics = RoleMetrics(logged), RoleMetrics(logged)
-        attachment = Attachment(config, adapter, head, make_head, reader, changes, aux_loss_sums, *metrics)
         dataset = getattr(trainer, "train_dataset", None)
-        if dataset is not None and can_be_read_again(dataset):
+        streams = dataset is not None and not can_be_read_again(dataset)
+        run = new_run(config, strategies, adapter, streams)
+        attachment = Attachment(config, adapter, head, make_head, reader, changes, aux_loss_sums, run, streams)
+        if dataset is not None and not streams:
             attachment.first_tokens = check_dataset(dataset, adapter.masking_hint, reader)
             attachment.weighted_examples = weighted_examples(dataset, reader)
             collator = WeightedCollator(trainer.data_collator, strategies, reader, tokenizer)
             check_weighs(dataset, collator)
             if trainer.is_world_process_zero():
                 warn_of_unmatched_spans(dataset, collator)
-        elif dataset is not None:
-            attachment.stream_check = StreamCheck(adapter.masking_hint, config.active_strategies())
         for name in _COLLATORS:
             if getattr(trainer, name, None) is not None:
                 own = WeightedCollator(getattr(trainer, name), strategies, reader, tokenizer)

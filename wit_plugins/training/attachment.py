@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from wit_plugins.active import ActiveStrategies
 from wit_plugins.config import WITConfig
 from wit_plugins.loss.head import WeightedHead
 from wit_plugins.tokens.dataset_check import StreamCheck
@@ -24,8 +25,37 @@ ATTRIBUTE = "_wit"  # of a trainer that weights are attached to
 
 
 @dataclass
+class RunState:
+    """What belongs to one training loop. Each loop gets a new one, so that nothing of a run is counted in the next.
+
+    Attributes:
+        training ([`RoleMetrics`]): the roles' losses since the last log.
+        evaluation ([`RoleMetrics`]): the roles' losses of the evaluation that is going on.
+        stream_check ([`StreamCheck`] | None): while a stream's first examples come by.
+        group_weights (`torch.Tensor | None`): `[G]`, what each group's mean weighs until the next evaluation.
+        group_factors (`torch.Tensor | None`): `[G]`, what the tokens of each group are multiplied by in this step.
+        begun (`bool`): whether a micro-batch was trained on; the same on all ranks.
+        verified (`bool`): whether a micro-batch that had a loss has shown that the trainer uses the model's loss.
+        cut_to (`int | None`): while rows are cut over ranks, the length of this rank's share, of shifted codes.
+        prediction_loss_only (`bool`): whether nobody asks for the logits of this evaluation.
+        reads_log (`bool`): whether the training loop, on all ranks, is about to log.
+    """
+
+    training: RoleMetrics
+    evaluation: RoleMetrics
+    stream_check: StreamCheck | None = None
+    group_weights: torch.Tensor | None = None
+    group_factors: torch.Tensor | None = None
+    begun: bool = False
+    verified: bool = False
+    cut_to: int | None = None
+    prediction_loss_only: bool = True
+    reads_log: bool = False
+
+
+@dataclass
 class Attachment:
-    """What is attached to one trainer."""
+    """What is attached to one trainer, for as long as it is attached."""
 
     config: WITConfig
     adapter: TrainerAdapter
@@ -34,22 +64,26 @@ class Attachment:
     reader: ExampleReader
     changes: Changes
     aux_loss_sums: AuxLossSums
-    training: RoleMetrics
-    evaluation: RoleMetrics
-    stream_check: StreamCheck | None = None  # while a stream's first examples come by
+    run: RunState
+    streams: bool = False  # whether the training examples can be read once
     first_tokens: tuple[int, int] | None = None  # prompt and response tokens in the first examples
     weighted_examples: tuple[int, int] = (0, 0)  # in how many of the first ones weights stand in the data; of how many
-    group_weights: torch.Tensor | None = None  # [G], what each group's mean weighs until the next evaluation
-    group_factors: torch.Tensor | None = None  # [G], what the tokens of each group are multiplied by in this step
-    verified: bool = False
-    cut_to: int | None = None  # while rows are cut over ranks: the length of this one's share, of shifted codes
-    prediction_loss_only: bool = True
-    reads_log: bool = False  # whether the training loop, on all ranks, is about to log
+
+    def start_run(self) -> None:
+        """Forget what belongs to the last training loop."""
+        self.run = new_run(self.config, self.head.strategies, self.adapter, self.streams)
 
     def remove(self) -> None:
         """Put trainer and model back to what they were."""
         self.changes.undo()
         self.head.remove()
+
+
+def new_run(config: WITConfig, strategies: ActiveStrategies, adapter: TrainerAdapter, streams: bool) -> RunState:
+    """The state of a training loop that has not begun."""
+    spans = list(strategies.logged_spans.values())
+    check = StreamCheck(adapter.masking_hint, config.active_strategies()) if streams else None
+    return RunState(RoleMetrics(spans), RoleMetrics(spans), check)
 
 
 def unwrapped(trainer: Trainer, model: Any) -> nn.Module:
