@@ -27,7 +27,7 @@ from wit_plugins.tokens.dataset_check import (
 from wit_plugins.tokens.reader import ExampleReader
 from wit_plugins.tokens.transport import MAX_VOCAB_SIZE
 from wit_plugins.training.adapter import TrainerAdapter
-from wit_plugins.training.attachment import ATTRIBUTE, Attachment, new_run, unwrapped
+from wit_plugins.training.attachment import ATTRIBUTE, Attachment, claim, new_run, unwrapped
 from wit_plugins.training.changes import Changes
 from wit_plugins.training.group_losses import check_evaluates
 from wit_plugins.training.parallelism import check_parallelism
@@ -68,6 +68,7 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
     check_evaluates(trainer, strategies.groups)
     adapter.check_data(trainer, config)
     model = causal_lm(trainer)
+    claim(model, trainer)
     check_parallelism(trainer, adapter, strategies, model)
     if strategies.referring and strategies.reference is None:
         check_base_model(model, strategies.referring)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ from torch import nn
 
 from wit_plugins.active import ActiveStrategies
 from wit_plugins.config import WITConfig
+from wit_plugins.errors import WITConfigError
 from wit_plugins.loss.head import WeightedHead
 from wit_plugins.tokens.dataset_check import StreamCheck
 from wit_plugins.tokens.reader import ExampleReader
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 ATTRIBUTE = "_wit"  # of a trainer that weights are attached to
+# Whose trainer's weights are on a model. Copies of a model are not in it.
+_TRAINERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -84,6 +89,28 @@ def new_run(config: WITConfig, strategies: ActiveStrategies, adapter: TrainerAda
     spans = list(strategies.logged_spans.values())
     check = StreamCheck(adapter.masking_hint, config.active_strategies()) if streams else None
     return RunState(RoleMetrics(spans), RoleMetrics(spans), check)
+
+
+def claim(model: nn.Module, trainer: Trainer) -> None:
+    """Remember whose weights are on a model.
+
+    Raises:
+        WITConfigError: if those of another trainer are, which would take this one's calls for its own.
+    """
+    if _weighted_by_another(model, trainer):
+        gc.collect()  # a trainer that nobody holds any more, as when a cell of a notebook is run again
+    if _weighted_by_another(model, trainer):
+        raise WITConfigError(
+            f"the weights of another trainer are attached to this {type(model).__name__}, and only one trainer at a "
+            "time can train a model with weights; call wit_plugins.detach(other_trainer) first, or load the model anew"
+        )
+    _TRAINERS[model] = weakref.ref(trainer)
+
+
+def _weighted_by_another(model: nn.Module, trainer: Trainer) -> bool:
+    reference = _TRAINERS.get(model)
+    other = None if reference is None else reference()
+    return other is not None and other is not trainer and ATTRIBUTE in vars(other)
 
 
 def unwrapped(trainer: Trainer, model: Any) -> nn.Module:

@@ -24,7 +24,7 @@ from wit_plugins.loss.step import Step
 from wit_plugins.tokens.collator import CODES_KEY
 from wit_plugins.tokens.dataset_check import locate_bad_example
 from wit_plugins.training import records
-from wit_plugins.training.attachment import Attachment, unwrapped
+from wit_plugins.training.attachment import Attachment, claim, unwrapped
 from wit_plugins.training.context import check_same_batch, cp_size, cut_too, lengthen_and_shift
 from wit_plugins.training.group_losses import group_weights, weighed_groups
 from wit_plugins.training.recorder import RunRecorder, recorder
@@ -53,6 +53,7 @@ class WeightedTrainerMixin(_Base):
         model = super().call_model_init(*args, **kwargs)
         wit = self._wit
         wit.head.remove()
+        claim(unwrapped(self, model), self)
         wit.head = wit.make_head(unwrapped(self, model))
         return model
 
