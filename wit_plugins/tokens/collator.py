@@ -230,8 +230,7 @@ class WeightedCollator:
 
     def _documents(self, read: ReadExample, example: Mapping[str, Any]) -> Iterator[tuple[slice, dict[str, Any]]]:
         """Each document of an example, so that a packed row gives the same weights as its documents on their own."""
-        if self.reader.own_view is not None:
-            example = self.reader.own_view(example)
+        example = self.reader.view(example)
         if read.data_weights is not None:
             example = {**example, "labels": read.labels}
         for start, end in zip(read.starts, [*read.starts[1:], len(read.roles)], strict=True):

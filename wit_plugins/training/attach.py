@@ -167,8 +167,20 @@ def example_reader(trainer: Trainer, adapter: TrainerAdapter) -> ExampleReader:
         vocab_size=min(vocab_size, MAX_VOCAB_SIZE),
         pad_token_id=getattr(getattr(trainer, "processing_class", None), "pad_token_id", None),
         cuts_documents=adapter.cuts_documents,
+        columns=_kept_columns(trainer),
         own_view=adapter.read_example,
     )
+
+
+def _kept_columns(trainer: Any) -> frozenset[str] | None:
+    """The columns of its datasets that a trainer gives to its collator; `None` for all of them."""
+    if not trainer.args.remove_unused_columns:
+        return None
+    before = trainer._signature_columns
+    trainer._set_signature_columns_if_needed()
+    kept, trainer._signature_columns = trainer._signature_columns, before
+    # Adapters keep the mask, which tells padding from prompt, where a trainer would drop it.
+    return frozenset([*kept, "attention_mask"])
 
 
 def with_data_weights(reader: ExampleReader, config: WITConfig, strategies: ActiveStrategies) -> ExampleReader:

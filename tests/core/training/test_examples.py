@@ -6,7 +6,8 @@ import torch
 from support import (
     reference_step,
 )
-from trainkit import CONFIG, DOCS, EXAMPLES, GOOD, first_log, make_trainer, padded
+from trainkit import CONFIG, DOCS, EXAMPLES, GOOD, first_log, make_trainer, padded, tokenizer
+from transformers import DataCollatorForSeq2Seq
 
 from wit_plugins import WITConfig, WITConfigError, attach, hookimpl
 from wit_plugins.active import ActiveStrategies
@@ -14,6 +15,7 @@ from wit_plugins.testing import registered
 from wit_plugins.tokens.data_weights import fingerprint
 from wit_plugins.tokens.prepared import prepare
 from wit_plugins.tokens.roles import RESPONSE
+from wit_plugins.tokens.transport import decode
 
 
 @pytest.mark.parametrize("left", [False, True])
@@ -180,3 +182,42 @@ class TestNothingWeighsAnything:
     def test_an_empty_dataset(self, tmp_path):
         with pytest.raises(WITConfigError, match="the training dataset is empty.*left all of them out"):
             attach(make_trainer(tmp_path, examples=[]), CONFIG)
+
+
+class ByDifficulty:
+    """Reads a column that trainers drop unless they are told not to."""
+
+    @hookimpl
+    def static_weights(self, roles, example):
+        return np.full(len(roles), example.get("difficulty", 1.0), dtype=np.float32)
+
+
+class TestColumnsThatNeverReachTraining:
+    """What is looked at beforehand is what is trained on: the trainer's own filter of columns is in between."""
+
+    @pytest.mark.parametrize("kept", [False, True])
+    def test_codes_are_those_of_training(self, tmp_path, kept):
+        examples = [{**example, "difficulty": 8.0} for example in EXAMPLES]
+        trainer = make_trainer(
+            tmp_path, examples=examples, per_device_train_batch_size=12, remove_unused_columns=not kept,
+            collator=lambda rows: DataCollatorForSeq2Seq(tokenizer())(
+                [{k: v for k, v in row.items() if k != "difficulty"} for row in rows]
+            ),
+        )  # fmt: skip
+        factor = 8 if kept else 1
+        expected, _ = reference_step(trainer.model, DOCS, 0.2 * factor, 0.8 * factor)
+        with registered(ByDifficulty(), "by_difficulty"):
+            attach(trainer, WITConfig(prompt_weight=0.2, response_weight=0.8, strategies=["by_difficulty"]))
+            codes = torch.from_numpy(trainer.data_collator.codes(examples[0]))
+            assert decode(codes)[2].unique().tolist() == pytest.approx([0, 0.2 * factor, 0.8 * factor])
+            trainer.train()
+        assert first_log(trainer)["loss"] == pytest.approx(expected, rel=1e-5)
+
+    def test_the_lengths_of_documents_that_a_trainer_drops(self, tmp_path, capsys):
+        """A plain trainer knows no seq_lengths: two documents in a row are one to it, in the announcement too."""
+        rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8], "seq_lengths": [2, 2]}] * 4
+        trainer = make_trainer(tmp_path, examples=rows)
+        attach(trainer, CONFIG)
+        trainer.train()
+        assert first_log(trainer)["prompt_tokens"] == 4
+        assert "33% of the tokens in the first examples are prompt" in capsys.readouterr().out
