@@ -104,6 +104,8 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
         check_scores(_datasets(trainer), trainer.data_collator)  # type: ignore[arg-type]
         # Otherwise the trainer would not count the step's denominator, but average its micro-batches one by one.
         changes.set(trainer, "model_accepts_loss_kwargs", True)
+        if strategies.groups is not None and strategies.groups.reads_losses:
+            changes.set(trainer.args, "eval_on_start", True)  # there are losses to read from the first step on
         if trainer.args.use_liger_kernel:
             # Liger's layers stay; its head would replace the model's forward when training starts.
             options = {**(trainer.args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}

@@ -60,7 +60,15 @@ class WeightedTrainerMixin(_Base):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own training loop, with a state of its own, as the trainer's sums are its own."""
         self._wit.start_run()
-        return super()._inner_training_loop(*args, **kwargs)
+        groups = self._wit.head.strategies.groups
+        resumed = kwargs.get("resume_from_checkpoint")
+        if groups is None or not groups.reads_losses or not resumed:
+            return super()._inner_training_loop(*args, **kwargs)
+        evaluates_first, self.args.eval_on_start = self.args.eval_on_start, False  # the checkpoint's log has it
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            self.args.eval_on_start = evaluates_first
 
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own; where DeepSpeed is to cut its rows, with codes that are shifted before."""
