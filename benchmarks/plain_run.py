@@ -96,8 +96,9 @@ def train(folder: str) -> None:
 
 def count() -> dict[str, Any]:
     """The numbers of one run: `modules`, `lines` in them, `files` with executed functions, `executed` lines."""
-    import wit_plugins
     import wit_trl
+
+    import wit_plugins
 
     folders = [f"{Path(package.__file__).parent}{os.sep}" for package in (wit_plugins, wit_trl)]
     with tempfile.TemporaryDirectory() as folder, LinesOfFunctions(folders) as executed:

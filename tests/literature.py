@@ -180,13 +180,16 @@ def task_means(batches: MicroBatches, weights: tuple[float, float], weight_sum=F
 
 
 def coba(history: Sequence[Sequence[float]], warmup: int, length: int, tau: float) -> list[float]:
-    """The weights of T tasks after E evaluations, whose losses are `history[e][i]`.
+    """The weights of T tasks after an evaluation before training and E further ones, whose losses are `history[e][i]`.
 
+    All losses of a task are divided by its loss before training (`valid_task_loss_begining` in CoBa's repository).
     α_i(e): the slope of a line through the last `length` losses, at evaluations e = warmup … E; α_max(e): that of the
     largest losses. RCS_i = softmax_i(T α_i / Σ_j |α_j|); ACS_i = softmax_i(-n α_i / Σ_e |α_i(e)|) over the n last e;
     DF = m softmax_e(-m τ α_max / Σ_e |α_max(e)|) at the last of m; weights = softmax_i(T (DF RCS + (1 - DF) ACS)).
     """
-    tasks, evaluations = len(history[0]), len(history)
+    before, *later = history
+    history = [[loss / start for loss, start in zip(losses, before, strict=True)] for losses in later]
+    tasks, evaluations = len(before), len(history)
     if evaluations < warmup:
         return [1 / tasks] * tasks
 

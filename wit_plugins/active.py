@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from wit_plugins.config import did_you_mean
+from wit_plugins.config import did_you_mean, multiplied
 from wit_plugins.errors import WITConfigError
 from wit_plugins.groups import Groups
 from wit_plugins.on_device import HooksOnDevice
@@ -207,14 +207,16 @@ class ActiveStrategies(HooksOnDevice):
             raw_example (`Mapping`, *optional*): the example as it was before tokenisation.
 
         Raises:
-            ValueError: if a strategy returns the wrong shape, or weights that are negative or not finite.
+            ValueError: if a strategy returns the wrong shape, or weights that are negative or not finite, or
+                if the product of the strategies' weights leaves float32.
         """
         import numpy as np
 
         weights = (roles != 0).astype(np.float32)
         document = {"input_ids": input_ids, "example": example, "tokenizer": tokenizer, "text": text}
-        for own in self.static_factors(roles, offsets=offsets, raw_example=raw_example, **document).values():
-            weights *= own
+        factors = self.static_factors(roles, offsets=offsets, raw_example=raw_example, **document)
+        for name, own in factors.items():
+            weights = multiplied(weights, own, f"strategies: {name}")
         return weights
 
     def static_factors(self, roles: np.ndarray, **document: Any) -> dict[str, np.ndarray]:

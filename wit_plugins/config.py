@@ -6,11 +6,14 @@ import difflib
 import math
 import struct
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from wit_plugins.errors import WITConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class WITConfig(BaseModel):
@@ -190,6 +193,31 @@ def survives_float32(value: float) -> bool:
     except OverflowError:
         return False
     return math.isfinite(as_float32) and (as_float32 != 0 or value == 0)
+
+
+def multiplied(weights: np.ndarray, factors: np.ndarray | float, what: str) -> np.ndarray:
+    """The product of weights `[T]` and factors, float32, which is the type in which weights travel.
+
+    Args:
+        weights (`np.ndarray`): float32 `[T]`.
+        factors (`np.ndarray` or `float`): `[T]`, or one for all.
+        what (`str`): whose factors they are, for the message.
+
+    Raises:
+        ValueError: if a product is too large for float32, or so small that it would be 0 and count as left out.
+    """
+    import numpy as np
+
+    exact = weights.astype(np.float64) * np.asarray(factors, dtype=np.float64)
+    with np.errstate(over="ignore", under="ignore"):
+        product = exact.astype(np.float32)
+    lost = ~np.isfinite(product) | ((product == 0) & (exact != 0))
+    if lost.any():
+        raise ValueError(
+            f"the product of the weights is {exact[lost][0]:.3g} with {what}, which is out of the range of float32, "
+            "the type of weights; use weights nearer to 1"
+        )
+    return product
 
 
 def checked_weight(value: Any, key: str) -> float:

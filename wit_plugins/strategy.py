@@ -118,6 +118,8 @@ class Strategy:
             return 1.0
         option, default, _ = mark
         share = self.options.get(option, default) if isinstance(self.options, Mapping) else None
+        if share is None:
+            raise WITConfigError(f"strategies: {self.name}: {option} is required: a share above 0 and at most 1")
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise WITConfigError(f"strategies: {self.name}: {option} = {share!r}: is a share above 0 and at most 1")
         return float(share)

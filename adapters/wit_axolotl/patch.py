@@ -8,7 +8,6 @@ Axolotl's own in a run that does not name the plugin.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping

@@ -120,7 +120,8 @@ class WeighingStrategy:
             raise BadExampleError(f"{type(self.strategy).__name__} makes no labels, so that nothing can be weighted")
         weights: np.ndarray | float = said.sample
         if said.conversation is not None:
-            weights = weights * said.conversation.token_weights(self.strategy, self.weights, ids)
+            of_messages = said.conversation.token_weights(self.strategy, self.weights, ids)
+            weights = self.weights.times(of_messages, said.sample)
         return self.weights.labels(ids, labels, np.asarray(weights, dtype=np.float32), row)
 
     def refused_row(self, dataset: Iterable[Mapping[str, Any]], kind: type[Exception] = BadExampleError) -> int | None:

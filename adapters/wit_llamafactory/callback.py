@@ -54,9 +54,10 @@ class WITCallback(TrainerCallback, patch.CarriesWeights):
                 "llamafactory.train.tuner.run_exp, or use wit_plugins.attach(trainer, WITConfig(…))"
             )
 
-    def on_train_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop if the weights are not attached, or others are, or to another trainer."""
-        current = None if self.trainer is None or self.trainer.model is not model else attached(self.trainer)
+        # Two trainers may share a model, but each keeps a state of its own.
+        current = None if self.trainer is None or self.trainer.state is not state else attached(self.trainer)
         if current is None or current.config != self.config:
             raise WeightsNotAppliedError(
                 f"WITCallback({self.config.summary()}) is on the trainer, but its weights are not attached; pass it to "

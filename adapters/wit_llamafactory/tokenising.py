@@ -109,7 +109,7 @@ class WeightedTemplate:
             if label != IGNORE_INDEX and label is not token:
                 weight = self._of_answer(token.pair - 1)
             made.append(weight * token.factor)
-        return np.array(made, dtype=np.float32) * np.float32(self._said.sample)
+        return DataWeights.times(np.array(made, dtype=np.float32), self._said.sample)
 
     def multiply(self, input_ids: Sequence[int], factors: np.ndarray) -> None:
         """Multiply the weights of tokens by what strategies give them."""

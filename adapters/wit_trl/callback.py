@@ -15,6 +15,8 @@ class WITCallback(TrainerCallback):
 
     The weights are attached when the callback is made, so that whatever stands in their way is said before training.
 
+    It belongs to that trainer: another trainer that it ends up on is stopped, since it would train without weights.
+
     Args:
         trainer (`transformers.Trainer`): the trainer that it will be added to; usually `trl.SFTTrainer`.
         prompt_weight (`float`): λp, see [`wit_plugins.WITConfig`], as are all further settings.
@@ -34,11 +36,29 @@ class WITCallback(TrainerCallback):
         self._trainer = trainer
         attach(trainer, self.config)
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Stop if the weights were detached while the callback stayed."""
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop a trainer that is being made with a callback for another one."""
+        self._check_trainer(state)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop if the callback is on another trainer, or the weights were detached while the callback stayed."""
+        self._check_trainer(state)
         current = attached(self._trainer)
         if current is None or current.config != self.config:
             raise WITConfigError(
                 f"WITCallback({self.config.summary()}) is on the trainer, but its weights are not attached any more; "
                 "remove the callback too, or make a new one"
+            )
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop if the callback is on another trainer, whose losses would be without weights."""
+        self._check_trainer(state)
+
+    def _check_trainer(self, state: Any) -> None:
+        # A callback is told no trainer, but the state that the trainer keeps; models are shared, states are not.
+        if state is not self._trainer.state:
+            raise WITConfigError(
+                f"WITCallback({self.config.summary()}) was made for another trainer, so that this one would train "
+                "without weights; make a new one for each trainer: "
+                "trainer.add_callback(WITCallback(trainer, prompt_weight=…))"
             )

@@ -148,9 +148,10 @@ class Weigh:
                 )
         if weighted:
             messages = self.template.plain([message for name in names for message in row.get(name) or ()])
-            weights = weights * self.data.weigh_messages(
+            of_messages = self.data.weigh_messages(
                 weighted, lambda contents: self.template.render(row, messages, contents), row["input_ids"]
             )
+            weights = self.data.times(of_messages, weights)
         return self.data.labels(row["input_ids"], row["labels"], weights, raw)
 
     def _messages(self, messages: Sequence[Any], column: str) -> list[WeightedMessage]:

@@ -36,7 +36,9 @@ def read_conversations(file: Path, count: int | None = None) -> list[list[dict[s
             answer = {"role": "assistant", "content": row["output"]}
             conversations.append([{"role": "user", "content": question}, answer])
         else:
-            raise ValueError(f"{file}: row {number} has the keys {sorted(row)}, neither messages nor instruction, output")
+            raise ValueError(
+                f"{file}: row {number} has the keys {sorted(row)}, neither messages nor instruction, output"
+            )
     return conversations
 
 

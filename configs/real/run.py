@@ -19,12 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).parent))
 from data import OWN, read_conversations, write
 from formula import weighted_loss
 from model import make_model
 
+HERE = Path(__file__).parent
 MODEL = Path("runs/real/model")
 TOLERANCE = 1e-4  # of the loss: the run computes in float32, and TRL rounds nothing else
 QUESTION = "What is the capital of France?"
@@ -102,7 +102,10 @@ def main() -> None:
     expected = weighted_loss(framework, conversations, str(MODEL), 0.2, 0.8)
     agree = True
     for how in [arguments.only] if arguments.only else ["lora", "full"]:
-        recipe, output_dir = HERE.relative_to(Path.cwd()) / f"{framework}-{how}.yaml", Path(f"runs/real/{framework}-{how}")
+        recipe, output_dir = (
+            HERE.relative_to(Path.cwd()) / f"{framework}-{how}.yaml",
+            Path(f"runs/real/{framework}-{how}"),
+        )
         print(f"{recipe}", flush=True)
         shutil.rmtree(output_dir, ignore_errors=True)
         logs = Path("runs/real/logs") / f"{framework}-{how}"

@@ -146,6 +146,16 @@ def test_streamed(workplace: Workplace) -> None:
     assert_exact(workplace.train(**file(workplace.folder, data), streaming=True, max_steps=1), data)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_run_in_which_nothing_weighs_anything_is_refused(workplace: Workplace, streaming: bool) -> None:
+    data = [{"messages": [{**m, "weight": 0} for m in row["messages"][:2]], "weight": 1.0} for row in rows()]
+    for row in data:
+        row["messages"] = [{key: m[key] for key in ("role", "content", "weight")} for m in row["messages"]]
+    streamed = {"streaming": True, "max_steps": 1} if streaming else {}
+    with pytest.raises(WITError, match="nothing would be trained.*weights that stand in the data"):
+        workplace.train(**file(workplace.folder, data), **streamed)
+
+
 def test_at_0_and_1_it_is_axolotl_s_own_run(workplace: Workplace) -> None:
     """What Axolotl knows by itself, `train` at messages: (0, 1) is its own run, with and without the plugin."""
     data = without_weights(rows())

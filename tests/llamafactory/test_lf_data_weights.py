@@ -24,7 +24,7 @@ from lfkit import (
 from support import all_relative_error
 from weighted_data import LAMBDA, OPENAI, SHAREGPT, Written, assert_step, data, expected, turn
 
-from wit_plugins import hookimpl
+from wit_plugins import WITConfigError, hookimpl
 from wit_plugins.testing import registered
 
 LAYOUTS = ["unpacked", "packing", pytest.param("neat_packing", marks=NEAT)]
@@ -104,6 +104,15 @@ def test_samples_of_alpaca(workplace, tmp_path):
         docs.append(Written.of_segments(*turn("user", row["instruction"], own), *turn("assistant", row["output"], own)))
     recorder = run(workplace.config(dataset="samples", output_dir=str(tmp_path)), LAMBDA)
     assert_step(recorder, docs)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_run_in_which_nothing_weighs_anything_is_refused(workplace, tmp_path, stream):
+    rows = [{"instruction": q, "input": "", "output": a, "weight": 0.0} for q, a in pairs(6, seed=9)]
+    workplace.dataset("nothing", rows)
+    streamed = {"streaming": True, "max_steps": 1, "buffer_size": 8, "dataloader_num_workers": 1} if stream else {}
+    with pytest.raises(WITConfigError, match="nothing would be trained.*weights that stand in the data"):
+        run(workplace.config(dataset="nothing", output_dir=str(tmp_path), **streamed), LAMBDA)
 
 
 @pytest.mark.parametrize("info", [SHAREGPT, OPENAI], ids=["sharegpt", "openai"])

@@ -275,9 +275,11 @@ def test_coba_weighs_by_the_evaluations_so_far(tmp_path):
     """Six steps, an evaluation behind each: the first two weigh alike, the others by slopes, from the formula."""
     trainer, batches = coba_trainer(tmp_path)
     model = plain_copy(trainer.model).train()
-    held_out, history, losses, used = [own(row["input_ids"]) for row in rows(7, seed=3)], [], [], []
+    held_out, losses, used = [own(row["input_ids"]) for row in rows(7, seed=3)], [], []
+    before = group_losses(model, held_out)  # an evaluation before the first step
+    history = [[before[f"response_loss/{name}"] for name in literature.TASKS]]
     for step in range(6):
-        used.append(literature.coba(history, 2, 3, 2) if history else [1 / 3] * 3)
+        used.append(literature.coba(history, 2, 3, 2))
         tasks = dict(zip(literature.TASKS, used[-1], strict=True))
         model.zero_grad()
         scored = list(document_logits(model, batches[step % 2]))
@@ -301,6 +303,7 @@ def test_coba_goes_on_from_a_checkpoint(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
     assert logs(resumed) == pytest.approx(logs(whole), rel=1e-6)
     assert len(logs(resumed)) == 6
+    assert len(logs(resumed, "eval_loss")) == len(logs(whole, "eval_loss")) == 7  # one of them before the first step
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import trl
 import wit_trl.prepare
 import wit_trl.versions
 from packaging.version import Version
+from support import llama
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 from trlkit import dataset, logs, sft_trainer
 from wit_trl import WITCallback
@@ -39,6 +40,53 @@ def test_a_dataset_without_a_response(tmp_path, packing):
     trainer = sft_trainer(tmp_path, data, packing=packing, max_length=64 if packing else None)
     with pytest.raises(WITConfigError, match="no response in any of its"):
         WITCallback(trainer, prompt_weight=0.2)
+
+
+def test_a_dataset_of_which_trl_leaves_no_row(tmp_path):
+    trainer = sft_trainer(tmp_path, dataset("tokenised").map(lambda row: {"labels": [-100] * len(row["input_ids"])}))
+    with pytest.raises(WITConfigError, match="the training dataset is empty.*left all of them out"):
+        WITCallback(trainer, prompt_weight=0.2)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_a_callback_for_another_trainer(tmp_path, shared, evaluates):
+    """Folds in a loop, with a model each or one for all of them: the second would train without weights."""
+    first = sft_trainer(tmp_path)
+    callback = WITCallback(first, prompt_weight=0.2)
+    first.add_callback(callback)
+    first.train()
+    second = sft_trainer(tmp_path, model=first.model if shared else None)
+    second.add_callback(callback)
+    with pytest.raises(WITConfigError, match="made for another trainer.*make a new one for each"):
+        second.evaluate(dataset("tokenised")) if evaluates else second.train()
+    with pytest.raises(WITConfigError, match="made for another trainer"):
+        sft_trainer(tmp_path, trainer_kwargs={"callbacks": [callback]})
+    if not shared:  # the second has patched the model
+        first.train()  # its own trainer is still its own
+        first.evaluate(dataset("tokenised"))
+
+
+def test_two_trainers_on_one_model(tmp_path):
+    first = sft_trainer(tmp_path)
+    WITCallback(first, prompt_weight=0.2)
+    second = sft_trainer(tmp_path, model=first.model)
+    with pytest.raises(WITConfigError, match=r"weights of another trainer.*detach\(other_trainer\)"):
+        WITCallback(second, prompt_weight=0.2)
+    detach(first)
+    second.add_callback(WITCallback(second, prompt_weight=0.2))
+    second.train()
+
+
+def test_a_cell_of_a_notebook_that_is_run_again(tmp_path):
+    """Nobody holds the first trainer any more, so that its weights are nobody's."""
+    model, losses = llama(), []
+    for _ in range(2):
+        trainer = sft_trainer(tmp_path, model=model, learning_rate=0.0)
+        trainer.add_callback(WITCallback(trainer, prompt_weight=0.2))
+        trainer.train()
+        losses += logs(trainer)
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated.*")

@@ -70,7 +70,7 @@ def test_a_model_of_shapes_alone_is_not_asked_for_its_adapter():
     [
         (llama, {"share": 0.5}, "rho1 compares with a reference.*has none; train with LoRA"),
         (adapted, {"share": 0.5}, r"is trained beside it.*bias: none"),
-        (adapted, {}, "rho1: share = None: is a share above 0 and at most 1"),
+        (adapted, {}, "rho1: share is required: a share above 0 and at most 1"),
         (adapted, {"share": 60}, "rho1: share = 60"),
         (adapted, {"shares": 0.5}, "no option 'shares'; did you mean 'share'"),
     ],

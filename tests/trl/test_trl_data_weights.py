@@ -271,3 +271,30 @@ def test_the_settings_on_the_command_line():
     said += " --message_weight_keys loss train --sample_weight_key quality"
     other = make_parser().parse_args_and_config(said.split())[-1].config()
     assert (other.message_weight_keys, other.sample_weight_key) == (["loss", "train"], "quality")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("at", ["samples", "answers", "span"])
+def test_a_run_in_which_nothing_weighs_anything_is_refused(tmp_path, at, stream):
+    """What made it so is named: the data, at samples or at answers, or a strategy."""
+    data, settings = [{"messages": row["messages"][:2]} for row in rows()], {"prompt_weight": 0.2}
+    for row in data:
+        row["messages"] = [{k: v for k, v in message.items() if k not in KEYS} for message in row["messages"]]
+        if at == "samples":
+            row["weight"] = 0.0
+        elif at == "answers":
+            row["messages"][1]["weight"], settings = 0.0, {"prompt_weight": 0.0}
+        else:
+            settings = {"prompt_weight": 0.2, "strategies": {"spans": [{"match": "(?s).+", "weight": 0}]}}
+    asked = {"assistant_only_loss": True, **({"max_steps": 2} if stream else {})}
+    made = Dataset.from_list(data)
+    made = prepare_dataset(made.to_iterable_dataset() if stream else made, tokenizer(), config(**asked))
+    named = {"span": "strategies: spans"}.get(at, "weights that stand in the data")
+    made = trainer(tmp_path, made, **asked)
+
+    def train():  # a dataset is refused when the weights are attached, a stream when its rows have come by
+        made.add_callback(WITCallback(made, **settings))
+        made.train()
+
+    with pytest.raises(WITConfigError, match=f"nothing would be trained.*{named}"):
+        train()

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from wit_plugins.linear_cross_entropy.problem import Head, TokenNLL, Tokens, entropy_of_top, wide
+from wit_plugins.linear_cross_entropy.problem import (
+    Head,
+    TokenNLL,
+    Tokens,
+    entropy_of_top,
+    exact_dtype,
+    weighted_sum,
+    wide,
+)
 
 
 def full_logits(hidden: torch.Tensor, head: Head, tokens: Tokens) -> TokenNLL:
@@ -17,7 +25,9 @@ def full_logits(hidden: torch.Tensor, head: Head, tokens: Tokens) -> TokenNLL:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     log_probs = torch.log_softmax(logits, dim=-1)  # [N, V]
     nll = -log_probs.gather(-1, tokens.targets[:, None]).squeeze(-1)  # [N]
-    weights = tokens.weights.detach().to(nll.dtype)
+    exact = exact_dtype(nll.device)
+    weights, divisor = tokens.weights.detach().to(exact), tokens.divisor(exact)
+    weights = (weights if divisor is None else weights / divisor).to(nll.dtype)
     if tokens.rescale is not None and len(nll):
         z = logits.detach()
         entropies = {k: entropy_of_top(z, k or z.shape[-1], 1.0, None) for k in tokens.entropies}
@@ -29,9 +39,8 @@ def full_logits(hidden: torch.Tensor, head: Head, tokens: Tokens) -> TokenNLL:
     if drawn is not None:
         terms = drawn[1].detach() * -log_probs.gather(-1, drawn[0])  # [N, K]
         losses = torch.where(drawn[1] == 0, 0, terms).sum(dim=-1)
-    loss, divisor = (weights * losses).sum(), tokens.divisor(nll.dtype)
     return TokenNLL(
-        loss=loss if divisor is None else loss / divisor,
+        loss=weighted_sum(weights, losses),
         nll=nll.detach(),
         correct=logits.argmax(dim=-1) == tokens.targets if tokens.with_correct else None,
         entropy=torch.special.entr(log_probs.detach().exp()).sum(dim=-1) if tokens.with_entropy else None,

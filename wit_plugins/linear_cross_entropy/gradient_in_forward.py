@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from wit_plugins.linear_cross_entropy.problem import TokenNLL, Tokens, wide
+from wit_plugins.linear_cross_entropy.problem import TokenNLL, Tokens, exact_dtype, weighted_sum, wide
 from wit_plugins.linear_cross_entropy.softmax import Scores, TorchSoftmax
 from wit_plugins.linear_cross_entropy.sources import GivenLogits, HiddenStates
 
@@ -49,13 +49,19 @@ class Pass:
 
     def __init__(self, source: Source, tokens: Tokens, softmax: Any) -> None:
         self.source, self.tokens, self.softmax = source, tokens, softmax
-        dtype = wide(source.dtype)
-        weights, divisor = tokens.weights.detach().to(dtype, copy=True), tokens.divisor(dtype)
+        dtype, exact = wide(source.dtype), exact_dtype(tokens.targets.device)
+        weights, divisor = tokens.weights.detach().to(exact), tokens.divisor(exact)
         # float16 has no room below 6e-8, where weight / num_items · probability would be: there the division waits
-        # for the backward, where a gradient scaler's factor meets it.
-        self.late = divisor if source.dtype == torch.float16 else None
-        if divisor is not None and self.late is None:
-            weights /= divisor
+        # for the backward, where a gradient scaler's factor meets it. It has none above 65504 either, where a weight
+        # may be: the largest is brought to 1 by a power of two, which rounds nothing.
+        self.late: torch.Tensor | None = None
+        if source.dtype == torch.float16:
+            scale = _to_one(weights)
+            weights = weights * scale
+            self.late = scale if divisor is None else scale * divisor
+        elif divisor is not None:
+            weights = weights / divisor
+        weights = weights.to(dtype, copy=True)
         self.scores = Scores(tokens, weights)
         self.gradients: tuple[torch.Tensor | None, ...] = ()
 
@@ -72,8 +78,8 @@ class Pass:
                 scores.settle()
                 self._walk(needs)
         self.gradients = self.source.gradients()  # by now the buffers are gone
-        loss = (scores.weights * scores.losses).sum()
-        return loss if self.late is None else loss / self.late
+        loss = weighted_sum(scores.weights, scores.losses)
+        return loss if self.late is None else (loss / self.late).to(loss.dtype)
 
     def _walk(self, needs: tuple[bool, ...]) -> None:
         """Fill the scores and the gradients chunk by chunk."""
@@ -85,6 +91,13 @@ class Pass:
                 logits = source.logits(chunk, buffer)
                 softmax(logits, chunk)  # from here on it holds their gradient
                 source.fold(chunk, logits)
+
+
+def _to_one(weights: torch.Tensor) -> torch.Tensor:
+    """A power of two, a scalar, that brings the largest of some weights above 1/2 and to at most 1."""
+    largest = weights.max() if weights.numel() else weights.new_ones(())
+    exponent = torch.ceil(torch.log2(torch.where(largest > 0, largest, 1)))
+    return torch.exp2(-exponent)
 
 
 class _GradientInForward(torch.autograd.Function):

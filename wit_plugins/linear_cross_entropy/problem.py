@@ -106,6 +106,16 @@ class Tokens:
         return torch.where(total > 0, total, torch.ones_like(total))
 
 
+def weighted_sum(weights: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
+    """Σ w·loss, a scalar. What weighs 0 adds nothing, whatever its loss is: that of a probability of 0 is infinite."""
+    return torch.where(weights == 0, 0, weights * losses).sum()
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """In what weights are divided before they are rounded: their sum may be larger than float32 holds."""
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+
+
 @dataclass
 class TokenNLL:
     """What one pass computed for `N` tokens.

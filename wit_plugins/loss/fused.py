@@ -6,10 +6,11 @@ that takes the hidden states, computes the weighted loss, and returns next to no
 model's own: output class, auxiliary loss, hidden states, hooks of FSDP, DeepSpeed and PEFT on the head.
 
 What the model does to the logits afterwards (a scale, a soft cap) is read off its configuration and *checked*: in the
-first call the exchanged head returns the real logits of a few positions, the model's own code post-processes them, and
-they are compared with what the fused head computes for them. What is trained on the way from these logits to the
-model's output is found in the graph that autograd made of it, whatever its value is by now. If anything differs, the
-logits are used from then on.
+first call the exchanged head returns the real logits of a few positions and, below them, rows of logits that are much
+larger. The model's own code post-processes all of them, and each row is compared with what the fused head computes for
+it. The large rows are there because a model's logits are small at first, and a soft cap hardly changes small logits.
+What is trained on the way from these logits to the model's output is found in the graph that autograd made of it,
+whatever its value is by now. If anything differs, the logits are used from then on.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from wit_plugins.loss.tensor_parallel import below_tensor_parallelism
 from wit_plugins.loss.weighted import MicroBatch, WeightedLoss
 
 _CHECKED_POSITIONS = 16
+_LARGE = (100.0, 1000.0)  # logits that a trained model may come to, and more than any comes to
 
 
 class FusedHead:
@@ -100,9 +102,16 @@ class FusedHead:
         expected = raw.float() * self.scale
         if self.softcap is not None:
             expected = self.softcap * torch.tanh(expected / self.softcap)
-        if not _close(call.product, raw):
+        real = call.product.shape[1]
+        if not _close(call.product, raw[:, :real]):
             self.obstacle = "its head computes something else than the product with its weight"
-        elif not (isinstance(processed, torch.Tensor) and _close(processed, expected, raw.dtype)):
+        elif not (
+            isinstance(processed, torch.Tensor)
+            and processed.shape == expected.shape
+            and _close(processed[:, :real], expected[:, :real], raw.dtype)
+            # Each by its own size: beside a large row, nobody would see what becomes of a small one.
+            and all(_close(processed[:, row], expected[:, row], raw.dtype) for row in range(real, expected.shape[1]))
+        ):
             self.obstacle = "it changes its logits in a way that is not known"
         elif any(leaf is not call.sampled for leaf in _trained_leaves(processed)):
             self.obstacle = "something that is trained lies behind its head"
@@ -120,9 +129,9 @@ class LossForLogits:
     Attributes:
         calls (`int`): how often the model called its head.
         result ([`WeightedLoss`] | None): the loss.
-        sampled (`torch.Tensor | None`): `[1, n, V]`: the head's own logits of a few positions, if they are to be
-            checked; a leaf of what autograd makes of them.
-        product (`torch.Tensor | None`): the same by a plain product with the weight.
+        sampled (`torch.Tensor | None`): `[1, n + m, V]`, if the model is to be checked: the head's own logits of n
+            positions, and m rows of large logits; a leaf of what autograd makes of them.
+        product (`torch.Tensor | None`): `[1, n, V]`: those of the n positions by a plain product with the weight.
     """
 
     def __init__(
@@ -151,6 +160,7 @@ class LossForLogits:
             flat = flat[:, :: max(1, flat.shape[1] // _CHECKED_POSITIONS)][:, :_CHECKED_POSITIONS]
             sampled = self.own_forward(flat)
             self.product = whole_logits(flat, self.linear.weight, self.linear.bias)
+            sampled = torch.cat((sampled, _large_logits(sampled, self.head.scale)), dim=1)
         self.sampled = sampled.detach().requires_grad_(torch.is_grad_enabled())
         return self.sampled.clone()  # the model may change it in place
 
@@ -167,6 +177,17 @@ class LossForLogits:
                 own_attributes.pop(name, None)
             else:
                 own_attributes[name] = own
+
+
+def _large_logits(logits: torch.Tensor, scale: float) -> torch.Tensor:
+    """Rows `[1, m, V]` of logits, in the dtype of `logits` `[1, n, V]`, that are large before the scale, or behind it.
+
+    They go up through the vocabulary in one row and down in the next, so that each id has a high one and a low one.
+    """
+    highest = torch.finfo(logits.dtype).max / 16
+    sizes = {min(size / factor, highest) for size in _LARGE for factor in (1.0, abs(scale) or 1.0)}
+    up = torch.linspace(-1, 1, logits.shape[-1], device=logits.device)
+    return torch.stack([size * row for size in sorted(sizes) for row in (up, -up)]).to(logits.dtype)[None]
 
 
 def uncompiled(module: Any) -> Any:

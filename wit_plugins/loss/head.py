@@ -25,6 +25,7 @@ from wit_plugins.errors import WeightsNotAppliedError, WITConfigError
 from wit_plugins.loss.attention import PromptAttention
 from wit_plugins.loss.base_model import without_adapters
 from wit_plugins.loss.fused import FusedHead, LossForLogits, uncompiled
+from wit_plugins.loss.own_loss import aux_loss_coefficient, check_own_loss
 from wit_plugins.loss.step import OutputFormat, Step
 from wit_plugins.loss.tensor_parallel import refuse_adapters
 from wit_plugins.loss.weighted import MicroBatch
@@ -73,6 +74,7 @@ class WeightedHead:
         self._reference_nll: torch.Tensor | None = None
         self.attention = PromptAttention(model, strategies.attending) if strategies.attending else None
         self._aligned = False
+        self._is_own_loss = False  # whether the model was asked for its own loss, and computes this one at (0, 1)
         self.loss_impl = loss_impl
         self.fused = None if loss_impl == "logits" else FusedHead(model)
         if loss_impl == "fused" and self.fused is not None and self.fused.obstacle is not None:
@@ -152,6 +154,9 @@ class WeightedHead:
         kwargs["return_dict"] = True
         if step.training and self.strategies.changes_inputs:
             kwargs["input_ids"] = self._changed_inputs(kwargs.get("input_ids"), codes, step)
+        if step.training and not step.shifted and not self._is_own_loss:
+            check_own_loss(self.model, self._original_of(model), codes, labels.device)
+            self._is_own_loss = True
         self._reference_nll = self._read_by_reference(model, args, kwargs, labels, codes, step)
         output = None
         with nullcontext() if self.attention is None else self.attention.watching(codes):
@@ -165,7 +170,7 @@ class WeightedHead:
         aux_loss = output.get("aux_loss")
         if aux_loss is not None:
             step.aux_loss = aux_loss.detach()
-            step.aux_loss_coefficient = _aux_loss_coefficient(self.model)
+            step.aux_loss_coefficient = aux_loss_coefficient(self.model)
         return self.adapter.output(output, step.result, step)
 
     @staticmethod
@@ -323,13 +328,13 @@ class WeightedHead:
             expected, seen = framework_labels(codes), labels.clone()
             seen[codes == IGNORE_INDEX] = IGNORE_INDEX
             same = bool(torch.equal(expected, seen))
+            self._aligned = bool((codes != IGNORE_INDEX).any())  # a batch without a token says nothing
         if not same:
             raise WeightsNotAppliedError(
                 f"weights of shape {tuple(codes.shape)} cannot be aligned with labels of shape {tuple(labels.shape)} "
                 f"and logits of length {num_logits}: something between the collator and the model (a PEFT method that "
                 "inserts tokens, sequence or context parallelism) changes the labels; train without it"
             )
-        self._aligned = True
         return codes
 
 
@@ -354,18 +359,6 @@ def _forward_like(original: Callable[..., Any], attribute: str) -> Callable[...,
     forward.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore[attr-defined]
     forward.__doc__ = original.__doc__
     return forward
-
-
-def _aux_loss_coefficient(model: nn.Module) -> float:
-    config: Any = model.config
-    for owner in (model, config.get_text_config()):
-        coefficient = getattr(owner, "router_aux_loss_coef", None)
-        if coefficient is not None:
-            return float(coefficient)
-    raise WeightsNotAppliedError(
-        f"{type(model).__name__} returns an aux_loss but names no router_aux_loss_coef to weigh it with; "
-        "set output_router_logits=False in the model's config"
-    )
 
 
 def _check_model(model: Any) -> None:

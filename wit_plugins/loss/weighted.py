@@ -172,16 +172,18 @@ class MicroBatch:
         if tokens.correct is not None and tokens.entropy is not None:
             on_response = self.roles == RESPONSE
             result.correct = (tokens.correct & on_response).sum()
-            result.entropy = (tokens.entropy * on_response).sum()
+            result.entropy = torch.where(on_response, tokens.entropy, 0).sum()
         return result
 
     def _role_sums(self, nll: torch.Tensor) -> torch.Tensor:
         dtype = torch.float32 if nll.device.type == "mps" else torch.float64
-        counted = torch.ones_like(nll) if self.every_role else (self.weights != 0).to(nll.dtype)
         parts = []
         for role in (PROMPT, RESPONSE):
-            mine = counted.to(dtype) * (self.roles == role)
-            parts += [mine * nll.to(dtype), mine]
+            mine = self.roles == role
+            if not self.every_role:
+                mine &= self.weights != 0
+            # Not a product: the nll of another role's token may be infinite.
+            parts += [torch.where(mine, nll, 0).to(dtype), mine.to(dtype)]
         of_tokens = torch.stack(parts, dim=1)  # [N, 4]
         spans = self.spans
         logged = 0 if spans is None else len(self.strategies.logged_spans)

@@ -1,7 +1,9 @@
 """CoBa: MFTCoder's task means, whose weights follow how each task's validation loss converges (arXiv:2410.06741).
 
 As in its repository (`CoBaStatus`), which has a validation loss at every step; here there is one at every evaluation,
-of a task's response, and steps are evaluations. α is the slope of a line through the last `coba_history_length`.
+of a task's response, and steps are evaluations. Each task's loss is divided by its loss before training: the first
+evaluation of the run, which is made before the first step. α is the slope of a line through the last
+`coba_history_length`.
 RCS prefers tasks that converge slower than others, ACS those that do not diverge; DF, from the slope of the largest
 loss, decides between the two.
 """
@@ -53,6 +55,8 @@ def group_weights(eval_losses: Mapping[str, Sequence[float]], options: Mapping[s
     for name, said in zip(options["groups"], losses, strict=True):
         if np.isnan(said).any():
             raise ValueError(f"coba: the evaluation set has no response of {name}; put some of each task into it")
+    beginning, losses = losses[:, :1], losses[:, 1:]  # tasks whose losses differ are compared by their pace
+    losses = np.divide(losses, beginning, out=np.zeros_like(losses), where=beginning > 0)
     (tasks, count), warmup, history = losses.shape, own["coba_warmup_steps"], own["coba_history_length"]
     if count < warmup:
         return dict.fromkeys(options["groups"], 1.0)

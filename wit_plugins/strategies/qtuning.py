@@ -28,9 +28,12 @@ _MAX_NLL = 60.0  # whose PPL, and twice that, are still float32
 @hookimpl
 def validate_options(options: Mapping[str, Any]) -> None:
     """`r_sample` and `r_token`, above 0 and at most 1, are required; `neighbour_weight`, λ, is 0.5."""
-    for name, value in {"r_token": None, **options}.items():
+    for name in options:  # first, since a required option that seems to be missing may be a mistyped one
         if name not in _OPTIONS:
             raise ValueError(f"there is no option {name!r}{did_you_mean(str(name), _OPTIONS)}")
+    if options.get("r_token") is None:
+        raise ValueError("r_token is required: a share above 0 and at most 1")
+    for name, value in options.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if name == "neighbour_weight" and not (number and 0 <= value <= 1):
             raise ValueError(f"{name} = {value!r}: is a share from 0 to 1, such as 0.5")

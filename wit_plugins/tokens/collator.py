@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from wit_plugins.active import ActiveStrategies
+from wit_plugins.config import multiplied
 from wit_plugins.errors import BadExampleError, WeightsNotAppliedError, WITConfigError
 from wit_plugins.tokens.reader import ExampleReader, ReadExample
 from wit_plugins.tokens.roles import IGNORE_INDEX, NEITHER
@@ -192,7 +193,8 @@ class WeightedCollator:
         # What weighs 0 in the data is left out as what the framework masks is: not trained on, counted or reported.
         left_out = (read.data_weights == 0) & (read.roles != NEITHER)
         roles = np.where(left_out, NEITHER, read.roles).astype(np.uint8)
-        return encode(read.targets, roles, weights * read.data_weights, labelled & ~left_out, left_out), bits
+        weights = multiplied(weights, read.data_weights, "those that stand in the data")
+        return encode(read.targets, roles, weights, labelled & ~left_out, left_out), bits
 
     def explain(self, example: Mapping[str, Any]) -> Explained:
         """Where the weights of one example come from, for the preview."""
@@ -228,8 +230,7 @@ class WeightedCollator:
 
     def _documents(self, read: ReadExample, example: Mapping[str, Any]) -> Iterator[tuple[slice, dict[str, Any]]]:
         """Each document of an example, so that a packed row gives the same weights as its documents on their own."""
-        if self.reader.own_view is not None:
-            example = self.reader.own_view(example)
+        example = self.reader.view(example)
         if read.data_weights is not None:
             example = {**example, "labels": read.labels}
         for start, end in zip(read.starts, [*read.starts[1:], len(read.roles)], strict=True):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from wit_plugins.active import ActiveStrategies
-from wit_plugins.config import WITConfig, checked_weight
+from wit_plugins.config import WITConfig, checked_weight, multiplied
 from wit_plugins.errors import BadExampleError
 from wit_plugins.tokens.columns import evenly, keys_by_features, messages_of
 from wit_plugins.tokens.messages import Render, WeightedMessage, token_offsets, weigh_tokens
@@ -248,8 +248,20 @@ class DataWeights:
             ValueError: if a strategy returns what are no weights.
         """
         data = np.broadcast_to(np.asarray(weights, dtype=np.float32), len(input_ids))
-        own = data * self.raw_weights(input_ids, labels, raw_example)
+        own = self.times(data, self.raw_weights(input_ids, labels, raw_example))
         return self.carry(labels, own, self.group(raw_example))
+
+    @staticmethod
+    def times(weights: np.ndarray, factors: np.ndarray | float) -> np.ndarray:
+        """The product `[T]` of two weights of each token, float32: of its message and of its sample, say.
+
+        Raises:
+            BadExampleError: if it leaves float32.
+        """
+        try:
+            return multiplied(np.asarray(weights, dtype=np.float32), factors, "another weight that stands in the data")
+        except ValueError as error:
+            raise BadExampleError(str(error)) from None
 
     def raw_weights(
         self, input_ids: Sequence[int], labels: Sequence[int], raw_example: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""A look at the training examples before training: is there a prompt, a response, and what is to be weighted?"""
+"""A look at the training examples before training: is there a prompt, a response, and does anything weigh something?"""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 from tqdm.auto import tqdm
 
 from wit_plugins.errors import BadExampleError, WITConfigError
+from wit_plugins.tokens.collator import DATA
 from wit_plugins.tokens.columns import evenly
 from wit_plugins.tokens.reader import ExampleReader, ReadExample
 from wit_plugins.tokens.roles import PROMPT, RESPONSE
-from wit_plugins.tokens.transport import decode
+from wit_plugins.tokens.transport import decode, is_left_out
 
 if TYPE_CHECKING:
     from wit_plugins.tokens.collator import WeightedCollator
@@ -110,6 +111,12 @@ def check_dataset(dataset: Any, masking_hint: str, reader: ExampleReader) -> Dat
     Raises:
         WITConfigError: if a role is missing, the examples carry no labels, or one of them cannot be trained on.
     """
+    if not len(dataset):
+        raise WITConfigError(
+            "the training dataset is empty: it had no examples, or the framework has left all of them out while it "
+            "tokenised them (no response survives the maximum length, or every label is -100); look at the data, the "
+            "masking and the maximum length"
+        )
     look = DatasetLook(len(dataset))
     first = evenly(look.size, _LOOKED_AT)
     rest = np.setdiff1d(np.arange(look.size), first)
@@ -125,43 +132,113 @@ def check_dataset(dataset: Any, masking_hint: str, reader: ExampleReader) -> Dat
     return look
 
 
+def check_weighs(dataset: Any, collator: WeightedCollator) -> None:
+    """Make sure that some token of a dataset has a final weight other than 0.
+
+    Examples are read until there is one: usually the first.
+
+    Args:
+        dataset: that has been through [`check_dataset`].
+        collator ([`WeightedCollator`]): with the strategies, as it trains.
+
+    Raises:
+        WITConfigError: if none has, naming what made the weights 0.
+    """
+    counts = {PROMPT: 0, RESPONSE: 0}
+    makers: dict[int, dict[str, int]] = {PROMPT: {}, RESPONSE: {}}  # of each role: how many tokens each has made 0
+    for index in tqdm(range(len(dataset)), desc="Looking for a token that weighs something", delay=5):
+        example = dataset[index]
+        try:
+            if _weighs(torch.from_numpy(collator.codes(example))):
+                return
+            if index < _LOOKED_AT:  # to name what made them 0, a few examples are enough
+                roles, sources = collator.reader(example).roles, collator.explain(example).sources
+                for role, by_source in makers.items():
+                    counts[role] += int(np.count_nonzero(roles == role))
+                    for name, factors in sources.items():
+                        by_source[name] = by_source.get(name, 0) + int(np.count_nonzero(factors[roles == role] == 0))
+        except BadExampleError as error:
+            raise BadExampleError(f"example {index} of the training dataset: {error}") from None
+    parts = [
+        f"{each} of {counts[role]:,} {what} tokens weigh 0 by {_maker(name, what)}"
+        for role, what in ((PROMPT, "prompt"), (RESPONSE, "response"))
+        for name, number in makers[role].items()
+        if number and (each := "all" if number == counts[role] else f"{number:,}")
+    ]
+    looked = f" (of its first {_LOOKED_AT} examples: " if len(dataset) > _LOOKED_AT else " ("
+    raise _nothing_weighs("the training dataset", f"{looked}{'; '.join(parts)})")
+
+
+def _weighs(codes: torch.Tensor) -> bool:
+    return bool((decode(codes)[2] != 0).any())
+
+
+def _maker(name: str, role: str) -> str:
+    if name == "wit":
+        return f"{role}_weight = 0"
+    return "weights that stand in the data" if name == DATA else f"strategies: {name}"
+
+
+def _nothing_weighs(where: str, why: str) -> WITConfigError:
+    return WITConfigError(
+        f"nothing in {where} weighs anything, so nothing would be trained{why}; give prompt_weight or response_weight "
+        "a value above 0, or look at the weights in the data and in strategies with `wit preview`"
+    )
+
+
 class StreamCheck:
     """The same look at a stream: at its first 100 examples as they come by in training, since none may be lost.
 
     Args:
         masking_hint (`str`): how a user masks the prompt, for the message.
+        weighing (`Mapping[str, Any]`): the strategies by name with their options, for the message.
     """
 
-    def __init__(self, masking_hint: str) -> None:
-        self._masking_hint = masking_hint
-        self.counts = [0, 0, 0]  # prompt tokens, response tokens, rows
+    def __init__(self, masking_hint: str, weighing: Mapping[str, Any]) -> None:
+        self._masking_hint, self._weighing = masking_hint, weighing
+        # Prompt tokens, response tokens, those that weigh 0 in the data, tokens that weigh something, rows.
+        self.counts = [0, 0, 0, 0, 0]
 
     @property
     def settled(self) -> bool:
-        """Whether both roles were seen."""
-        return bool(self.counts[0] and self.counts[1])
+        """Whether there is nothing more to look for."""
+        prompt, response, left_out, weighing, _ = self.counts
+        # What weighs 0 in the data has no role any more, and may have been of the role that was not seen.
+        return bool(weighing and (left_out or (prompt and response)))
 
     def add(self, codes: torch.Tensor) -> None:
         """Count a batch's codes `[B, L]`.
 
         Raises:
-            WITConfigError: if a role is missing in 100 rows.
+            WITConfigError: if a role is missing in 100 rows, or nothing in them weighs anything.
         """
-        roles = decode(codes)[1]
-        rows = [int((roles == PROMPT).sum()), int((roles == RESPONSE).sum()), len(roles)]
-        self.counts = [a + b for a, b in zip(self.counts, rows, strict=True)]
-        if self.counts[2] >= _LOOKED_AT:
+        _, roles, weights = decode(codes)
+        own = [roles == PROMPT, roles == RESPONSE, is_left_out(codes), weights != 0]
+        self.counts = [a + b for a, b in zip(self.counts, [*(int(o.sum()) for o in own), len(roles)], strict=True)]
+        if self.counts[-1] >= _LOOKED_AT:
             self.finish([self.counts])
 
     def finish(self, counts: list[list[int]]) -> None:
         """There are no more: judge what was counted, by this process or by several.
 
         Raises:
-            WITConfigError: if a role is missing.
+            WITConfigError: if a role is missing, or nothing weighs anything.
         """
-        prompt, response, rows = (sum(each) for each in zip(*counts, strict=True))
-        if rows:
+        prompt, response, left_out, weighing, rows = (sum(each) for each in zip(*counts, strict=True))
+        if not rows:
+            return
+        if not left_out:
             _require_both(prompt, response, f"its first {rows} rows", self._masking_hint)
+        if not weighing:
+            wit = self._weighing.get("wit", {})
+            zero = [f"{name} = 0" for name in ("prompt_weight", "response_weight") if wit.get(name) == 0]
+            others = [f"strategies: {name}" for name in self._weighing if name != "wit"]
+            parts = []
+            if prompt + response:
+                parts.append(f"{prompt:,} prompt and {response:,} response tokens by {', '.join(zero + others)}")
+            if left_out:
+                parts.append(f"{left_out:,} tokens by weights that stand in the data")
+            raise _nothing_weighs(f"the first {rows} rows of the training dataset", f" ({'; '.join(parts)})")
 
 
 def locate_bad_example(dataset: Any, reader: ExampleReader, name: str) -> BadExampleError | None:

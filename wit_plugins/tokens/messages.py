@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from wit_plugins.config import multiplied
 from wit_plugins.errors import BadExampleError
 from wit_plugins.tokens.text import TokenText, ends_a_turn
 
@@ -83,7 +84,7 @@ def weigh_tokens(
         _token_ranges(messages, contents, offsets, _ends(input_ids, token_text, [*ends, *learned])),
         strict=True,
     ):
-        weights[start:end] *= np.float32(message.weight)
+        weights[start:end] = _times(weights[start:end], message.weight)
     for index, (message, content) in enumerate(zip(messages, contents, strict=True)):
         for begin, stop, weight in message.pieces:
             if content is None or content.lead is None:
@@ -93,8 +94,15 @@ def weigh_tokens(
                 )
             first, last = (min(max(at - content.lead, 0) + content.begin, content.end) for at in (begin, stop))
             touched = (offsets[:, 1] > first) & (offsets[:, 0] < last) & (first < last)
-            weights[touched] *= np.float32(weight)
+            weights[touched] = _times(weights[touched], weight)
     return weights
+
+
+def _times(weights: np.ndarray, factor: float) -> np.ndarray:
+    try:
+        return multiplied(weights, factor, "the weight of a message or of a part of it")
+    except ValueError as error:
+        raise BadExampleError(str(error)) from None
 
 
 @dataclass(frozen=True)

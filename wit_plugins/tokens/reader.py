@@ -48,6 +48,8 @@ class ExampleReader:
         vocab_size (`int`): how many ids the model has; other ids are refused.
         pad_token_id (`int`, *optional*): what padding looks like in rows that have no `attention_mask`.
         cuts_documents (`bool`): rows begin and end anywhere in a document, so that padding may be in their middle.
+        columns (`frozenset[str]`, *optional*): those that the trainer keeps; by default all. The others are not read,
+            since they never reach training.
         own_view (`Callable`, *optional*): turns an example into what the framework makes of it, see
             [`TrainerAdapter.read_example`].
         fingerprint (`int`, *optional*): of the settings that weights in the data are read with, see
@@ -59,10 +61,17 @@ class ExampleReader:
     vocab_size: int = MAX_VOCAB_SIZE
     pad_token_id: int | None = None
     cuts_documents: bool = False
+    columns: frozenset[str] | None = None
     own_view: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     fingerprint: int | None = None
     needs_prepared: bool = False
     needs_groups: bool = False
+
+    def view(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
+        """An example as it comes to training: with the columns that the trainer keeps, as its framework reads them."""
+        if self.columns is not None:
+            example = {name: value for name, value in example.items() if name in self.columns}
+        return example if self.own_view is None else self.own_view(example)
 
     def __call__(self, example: Mapping[str, Any]) -> ReadExample:
         """What one example says.
@@ -72,8 +81,7 @@ class ExampleReader:
                 padding that nothing tells from prompt.
             WITConfigError: if it was prepared with other settings of weights in the data than this run's.
         """
-        if self.own_view is not None:
-            example = self.own_view(example)
+        example = self.view(example)
         input_ids, labels = token_array(example["input_ids"]), token_array(example["labels"])
         prepared = read_prepared(labels)
         if prepared is not None:

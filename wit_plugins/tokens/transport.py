@@ -99,6 +99,11 @@ def decode(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return targets, roles, torch.where(real, bits, 0).to(torch.int32).view(torch.float32)
 
 
+def is_left_out(codes: torch.Tensor) -> torch.Tensor:
+    """Which tokens are left out within a document, since they weigh 0 in the data: bool, shaped like the codes."""
+    return codes == _LABEL_ONLY << TARGET_BITS
+
+
 def locate(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Which document of the batch each token is in, and where there. Runs on any device and does not synchronise.
 
@@ -113,7 +118,7 @@ def locate(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         `documents` and `positions`, int64 `[B, L]`, of the tokens that have a role (else without meaning): the number
         of the document, from 0 in the order of the batch, and the place in it, its first token's being 0.
     """
-    left_out = codes == _LABEL_ONLY << TARGET_BITS
+    left_out = is_left_out(codes)
     real = (decode(codes)[1] != NEITHER) | left_out
     first = real.clone()  # the first one with a role, which is the document's second
     first[:, 1:] &= ~real[:, :-1]

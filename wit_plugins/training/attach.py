@@ -19,19 +19,18 @@ from wit_plugins.tokens.collator import WeightedCollator
 from wit_plugins.tokens.data_weights import fingerprint
 from wit_plugins.tokens.dataset_check import (
     LeftOutWarning,
-    StreamCheck,
     can_be_read_again,
     check_dataset,
     check_scores,
+    check_weighs,
     warn_of_unmatched_spans,
 )
 from wit_plugins.tokens.reader import ExampleReader
 from wit_plugins.tokens.transport import MAX_VOCAB_SIZE
 from wit_plugins.training.adapter import TrainerAdapter
-from wit_plugins.training.attachment import ATTRIBUTE, Attachment, unwrapped
+from wit_plugins.training.attachment import ATTRIBUTE, Attachment, claim, new_run, unwrapped
 from wit_plugins.training.changes import Changes
 from wit_plugins.training.group_losses import check_evaluates
-from wit_plugins.training.metrics import RoleMetrics
 from wit_plugins.training.parallelism import check_parallelism
 from wit_plugins.training.trainer import WeightedTrainerMixin
 
@@ -70,6 +69,7 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
     check_evaluates(trainer, strategies.groups)
     adapter.check_data(trainer, config)
     model = causal_lm(trainer)
+    claim(model, trainer)
     check_parallelism(trainer, adapter, strategies, model)
     if strategies.referring and strategies.reference is None:
         check_base_model(model, strategies.referring)
@@ -87,19 +87,18 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
         reader, tokenizer = example_reader(trainer, adapter), getattr(trainer, "processing_class", None)
         reader = with_data_weights(reader, config, strategies)
         reader = replace(reader, needs_prepared=reader.needs_prepared and not adapter.cuts_beginnings)
-        logged = list(strategies.logged_spans.values())
-        metrics = RoleMetrics(logged), RoleMetrics(logged)
-        attachment = Attachment(config, adapter, head, make_head, reader, changes, aux_loss_sums, *metrics)
         dataset = getattr(trainer, "train_dataset", None)
-        if dataset is not None and can_be_read_again(dataset):
+        streams = dataset is not None and not can_be_read_again(dataset)
+        run = new_run(config, strategies, adapter, streams)
+        attachment = Attachment(config, adapter, head, make_head, reader, changes, aux_loss_sums, run, streams)
+        if dataset is not None and not streams:
             attachment.look = check_dataset(dataset, adapter.masking_hint, reader)
             for text in attachment.look.left_out(config.prompt_weight, config.response_weight):
                 warnings.warn(text, LeftOutWarning, stacklevel=2)
+            collator = WeightedCollator(trainer.data_collator, strategies, reader, tokenizer)
+            check_weighs(dataset, collator)
             if trainer.is_world_process_zero():
-                collator = WeightedCollator(trainer.data_collator, strategies, reader, tokenizer)
                 warn_of_unmatched_spans(dataset, collator)
-        elif dataset is not None:
-            attachment.stream_check = StreamCheck(adapter.masking_hint)
         for name in _COLLATORS:
             if getattr(trainer, name, None) is not None:
                 own = WeightedCollator(getattr(trainer, name), strategies, reader, tokenizer)
@@ -107,6 +106,8 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
         check_scores(_datasets(trainer), trainer.data_collator)  # type: ignore[arg-type]
         # Otherwise the trainer would not count the step's denominator, but average its micro-batches one by one.
         changes.set(trainer, "model_accepts_loss_kwargs", True)
+        if strategies.groups is not None and strategies.groups.reads_losses:
+            changes.set(trainer.args, "eval_on_start", True)  # there are losses to read from the first step on
         if trainer.args.use_liger_kernel:
             # Liger's layers stay; its head would replace the model's forward when training starts.
             options = {**(trainer.args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
@@ -171,8 +172,20 @@ def example_reader(trainer: Trainer, adapter: TrainerAdapter) -> ExampleReader:
         vocab_size=min(vocab_size, MAX_VOCAB_SIZE),
         pad_token_id=getattr(getattr(trainer, "processing_class", None), "pad_token_id", None),
         cuts_documents=adapter.cuts_documents,
+        columns=_kept_columns(trainer),
         own_view=adapter.read_example,
     )
+
+
+def _kept_columns(trainer: Any) -> frozenset[str] | None:
+    """The columns of its datasets that a trainer gives to its collator; `None` for all of them."""
+    if not trainer.args.remove_unused_columns:
+        return None
+    before = trainer._signature_columns
+    trainer._set_signature_columns_if_needed()
+    kept, trainer._signature_columns = trainer._signature_columns, before
+    # Adapters keep the mask, which tells padding from prompt, where a trainer would drop it.
+    return frozenset([*kept, "attention_mask"])
 
 
 def with_data_weights(reader: ExampleReader, config: WITConfig, strategies: ActiveStrategies) -> ExampleReader:

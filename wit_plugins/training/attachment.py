@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from wit_plugins.active import ActiveStrategies
 from wit_plugins.config import WITConfig
+from wit_plugins.errors import WITConfigError
 from wit_plugins.loss.head import WeightedHead
 from wit_plugins.tokens.dataset_check import DatasetLook, StreamCheck
 from wit_plugins.tokens.reader import ExampleReader
@@ -21,11 +25,42 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 ATTRIBUTE = "_wit"  # of a trainer that weights are attached to
+# Whose trainer's weights are on a model. Copies of a model are not in it.
+_TRAINERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class RunState:
+    """What belongs to one training loop. Each loop gets a new one, so that nothing of a run is counted in the next.
+
+    Attributes:
+        training ([`RoleMetrics`]): the roles' losses since the last log.
+        evaluation ([`RoleMetrics`]): the roles' losses of the evaluation that is going on.
+        stream_check ([`StreamCheck`] | None): while a stream's first examples come by.
+        group_weights (`torch.Tensor | None`): `[G]`, what each group's mean weighs until the next evaluation.
+        group_factors (`torch.Tensor | None`): `[G]`, what the tokens of each group are multiplied by in this step.
+        begun (`bool`): whether a micro-batch was trained on; the same on all ranks.
+        verified (`bool`): whether a micro-batch that had a loss has shown that the trainer uses the model's loss.
+        cut_to (`int | None`): while rows are cut over ranks, the length of this rank's share, of shifted codes.
+        prediction_loss_only (`bool`): whether nobody asks for the logits of this evaluation.
+        reads_log (`bool`): whether the training loop, on all ranks, is about to log.
+    """
+
+    training: RoleMetrics
+    evaluation: RoleMetrics
+    stream_check: StreamCheck | None = None
+    group_weights: torch.Tensor | None = None
+    group_factors: torch.Tensor | None = None
+    begun: bool = False
+    verified: bool = False
+    cut_to: int | None = None
+    prediction_loss_only: bool = True
+    reads_log: bool = False
 
 
 @dataclass
 class Attachment:
-    """What is attached to one trainer."""
+    """What is attached to one trainer, for as long as it is attached."""
 
     config: WITConfig
     adapter: TrainerAdapter
@@ -34,21 +69,47 @@ class Attachment:
     reader: ExampleReader
     changes: Changes
     aux_loss_sums: AuxLossSums
-    training: RoleMetrics
-    evaluation: RoleMetrics
-    stream_check: StreamCheck | None = None  # while a stream's first examples come by
+    run: RunState
+    streams: bool = False  # whether the training examples can be read once
     look: DatasetLook | None = None  # at the training examples, before training
-    group_weights: torch.Tensor | None = None  # [G], what each group's mean weighs until the next evaluation
-    group_factors: torch.Tensor | None = None  # [G], what the tokens of each group are multiplied by in this step
-    verified: bool = False
-    cut_to: int | None = None  # while rows are cut over ranks: the length of this one's share, of shifted codes
-    prediction_loss_only: bool = True
-    reads_log: bool = False  # whether the training loop, on all ranks, is about to log
+
+    def start_run(self) -> None:
+        """Forget what belongs to the last training loop."""
+        self.run = new_run(self.config, self.head.strategies, self.adapter, self.streams)
 
     def remove(self) -> None:
         """Put trainer and model back to what they were."""
         self.changes.undo()
         self.head.remove()
+
+
+def new_run(config: WITConfig, strategies: ActiveStrategies, adapter: TrainerAdapter, streams: bool) -> RunState:
+    """The state of a training loop that has not begun."""
+    spans = list(strategies.logged_spans.values())
+    check = StreamCheck(adapter.masking_hint, config.active_strategies()) if streams else None
+    return RunState(RoleMetrics(spans), RoleMetrics(spans), check)
+
+
+def claim(model: nn.Module, trainer: Trainer) -> None:
+    """Remember whose weights are on a model.
+
+    Raises:
+        WITConfigError: if those of another trainer are, which would take this one's calls for its own.
+    """
+    if _weighted_by_another(model, trainer):
+        gc.collect()  # a trainer that nobody holds any more, as when a cell of a notebook is run again
+    if _weighted_by_another(model, trainer):
+        raise WITConfigError(
+            f"the weights of another trainer are attached to this {type(model).__name__}, and only one trainer at a "
+            "time can train a model with weights; call wit_plugins.detach(other_trainer) first, or load the model anew"
+        )
+    _TRAINERS[model] = weakref.ref(trainer)
+
+
+def _weighted_by_another(model: nn.Module, trainer: Trainer) -> bool:
+    reference = _TRAINERS.get(model)
+    other = None if reference is None else reference()
+    return other is not None and other is not trainer and ATTRIBUTE in vars(other)
 
 
 def unwrapped(trainer: Trainer, model: Any) -> nn.Module:

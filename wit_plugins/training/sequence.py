@@ -103,15 +103,38 @@ def outputs_of(model: Any) -> Iterator[list[Any]]:
         handle.remove()
 
 
-def share_of_loss(
-    own: torch.Tensor,
-    trainers: torch.Tensor,
-    labels: torch.Tensor,
-    engine: Any,
-    accelerator: Any,
-    parts: int,
-    verify: bool,
-) -> torch.Tensor:
+def uses_losses(own: torch.Tensor, trainers: torch.Tensor, labels: torch.Tensor, accelerator: Any, parts: int) -> bool:
+    """Make sure that the trainer's loss was made of the ranks' losses and nothing else. A collective.
+
+    Args:
+        own (`torch.Tensor`): a scalar, the weighted loss of this rank's tokens over the step's denominator, as the
+            model's forward returned it.
+        trainers (`torch.Tensor`): a scalar, what transformers' `deepspeed_sp_compute_loss` has made of all ranks'.
+        labels (`torch.Tensor`): this rank's shifted labels, `[B, L / parts]`.
+        accelerator (`Accelerator`): the trainer's.
+        parts (`int`): how many ranks a group has.
+
+    Returns:
+        Whether every group had a loss; the same on all ranks. What is made of none says nothing.
+
+    Raises:
+        WeightsNotAppliedError: if it was not.
+    """
+    good = (labels != IGNORE_INDEX).sum()
+    sums = accelerator.gather(torch.stack([own.detach().double() * good, good.double()])[None])
+    groups = sums.reshape(-1, parts, 2).sum(dim=1)
+    loss, tokens = groups[accelerator.process_index // parts]
+    expected, seen = (loss / tokens.clamp(min=1)).float(), trainers.detach().float()
+    if not torch.allclose(seen, expected, rtol=1e-3, atol=1e-6, equal_nan=True):
+        raise WeightsNotAppliedError(
+            f"sp_size = {parts}: the trainer makes a loss of {seen.item():.6g} of the ranks' losses where their "
+            f"mean is {expected.item():.6g}: it adds something, or does not use the loss of the model, so the "
+            "weights cannot be applied; switch off the option that changes the loss, or set sp_size to 1"
+        )
+    return bool((groups[:, 0] != 0).all())
+
+
+def share_of_loss(own: torch.Tensor, engine: Any, accelerator: Any, parts: int) -> torch.Tensor:
     """What a rank trains on: its share of the step's loss.
 
     Its gradient is multiplied by what DeepSpeed divides the ranks' sum by, which the stages of ZeRO do not agree on;
@@ -120,28 +143,10 @@ def share_of_loss(
     Args:
         own (`torch.Tensor`): a scalar, the weighted loss of this rank's tokens over the step's denominator, as the
             model's forward returned it.
-        trainers (`torch.Tensor`): a scalar, what transformers' `deepspeed_sp_compute_loss` has made of all ranks'.
-        labels (`torch.Tensor`): this rank's shifted labels, `[B, L / parts]`.
         engine (`DeepSpeedEngine`): what is trained.
         accelerator (`Accelerator`): the trainer's.
         parts (`int`): how many ranks a group has.
-        verify (`bool`): whether to make sure that `trainers` was made of the ranks' `own` and nothing else, which is a
-            collective.
-
-    Raises:
-        WeightsNotAppliedError: if it was not.
     """
-    if verify:
-        good = (labels != IGNORE_INDEX).sum()
-        sums = accelerator.gather(torch.stack([own.detach().double() * good, good.double()])[None])
-        loss, tokens = sums.reshape(-1, parts, 2)[accelerator.process_index // parts].sum(dim=0)
-        expected, seen = (loss / tokens.clamp(min=1)).float(), trainers.detach().float()
-        if not torch.allclose(seen, expected, rtol=1e-3, atol=1e-6, equal_nan=True):
-            raise WeightsNotAppliedError(
-                f"sp_size = {parts}: the trainer makes a loss of {seen.item():.6g} of the ranks' losses where their "
-                f"mean is {expected.item():.6g}: it adds something, or does not use the loss of the model, so the "
-                "weights cannot be applied; switch off the option that changes the loss, or set sp_size to 1"
-            )
     ranks = accelerator.num_processes
     divisor = _divisor(engine, ranks, parts)
     return own * divisor + (own * (ranks - divisor)).detach()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +25,11 @@ from wit_plugins.loss.step import Step
 from wit_plugins.tokens.collator import CODES_KEY
 from wit_plugins.tokens.dataset_check import locate_bad_example
 from wit_plugins.training import records
-from wit_plugins.training.attachment import Attachment, unwrapped
+from wit_plugins.training.attachment import Attachment, claim, unwrapped
 from wit_plugins.training.context import check_same_batch, cp_size, cut_too, lengthen_and_shift
 from wit_plugins.training.group_losses import group_weights, weighed_groups
 from wit_plugins.training.recorder import RunRecorder, recorder
-from wit_plugins.training.sequence import ShiftingCollator, is_cut, outputs_of, share_of_loss, sp_size
+from wit_plugins.training.sequence import ShiftingCollator, is_cut, outputs_of, share_of_loss, sp_size, uses_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
@@ -41,6 +41,7 @@ else:
 
 
 _RULE = "=" * 80
+_WINDOW = 5  # logs at each end of the run, whose means are compared
 
 
 class WeightedTrainerMixin(_Base):
@@ -53,9 +54,22 @@ class WeightedTrainerMixin(_Base):
         model = super().call_model_init(*args, **kwargs)
         wit = self._wit
         wit.head.remove()
+        claim(unwrapped(self, model), self)
         wit.head = wit.make_head(unwrapped(self, model))
-        wit.verified = False
         return model
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own training loop, with a state of its own, as the trainer's sums are its own."""
+        self._wit.start_run()
+        groups = self._wit.head.strategies.groups
+        resumed = kwargs.get("resume_from_checkpoint")
+        if groups is None or not groups.reads_losses or not resumed:
+            return super()._inner_training_loop(*args, **kwargs)
+        evaluates_first, self.args.eval_on_start = self.args.eval_on_start, False  # the checkpoint's log has it
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            self.args.eval_on_start = evaluates_first
 
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own; where DeepSpeed is to cut its rows, with codes that are shifted before."""
@@ -70,7 +84,7 @@ class WeightedTrainerMixin(_Base):
         with self._bad_examples_of(self.train_dataset, "training"):
             samples = super().get_batch_samples(*args, **kwargs)
         self._weigh_groups(samples[0])
-        check = self._wit.stream_check
+        check = self._wit.run.stream_check
         for batch in samples[0] if check is not None else ():
             if check is not None and not check.settled and CODES_KEY in batch:
                 check.add(batch[CODES_KEY])
@@ -115,9 +129,9 @@ class WeightedTrainerMixin(_Base):
         )
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             own = self.accelerator.gather(own[None]).sum(dim=0) / self._ranks_of_a_batch()
-        if wit.group_weights is None:
-            wit.group_weights = group_weights(groups, self.state.log_history, device)
-        wit.group_factors = group_factors(wit.group_weights, own)
+        if wit.run.group_weights is None:
+            wit.run.group_weights = group_weights(groups, self.state.log_history, device)
+        wit.run.group_factors = group_factors(wit.run.group_weights, own)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
@@ -130,19 +144,19 @@ class WeightedTrainerMixin(_Base):
                 f"the batch has no {CODES_KEY}: its examples carry no labels column, or the data loader does not use "
                 "the trainer's data_collator; prepare the dataset with labels that are -100 on the prompt"
             )
-        step = wit.head.step = Step(num_items_in_batch, training, wit.prediction_loss_only)
+        step = wit.head.step = Step(num_items_in_batch, training, wit.run.prediction_loss_only)
         step.number, step.number_of_steps = self.state.global_step, max(1, self.state.max_steps)
         step.seed = self.args.seed
         if training and weighed_groups(wit.head.strategies.groups) is not None:
             if num_items_in_batch is None:
                 raise WeightsNotAppliedError("the trainer counts no denominator, so groups have none; take them out")
-            step.group_factors = wit.group_factors
+            step.group_factors = wit.run.group_factors
         parts = sp_size(self.accelerator) if training else 1  # DeepSpeed leaves the rows of an evaluation whole
-        step.shifted = wit.cut_to is not None or parts > 1
-        if wit.cut_to is not None and inputs[CODES_KEY].shape[1] != wit.cut_to:
+        step.shifted = wit.run.cut_to is not None or parts > 1
+        if wit.run.cut_to is not None and inputs[CODES_KEY].shape[1] != wit.run.cut_to:
             raise WeightsNotAppliedError(
                 f"cp_size = {cp_size(self.accelerator)}: rows of {inputs[CODES_KEY].shape[1]} tokens reach the model "
-                f"where {wit.cut_to} are this rank's share, so they were not cut; set cp_size to 1"
+                f"where {wit.run.cut_to} are this rank's share, so they were not cut; set cp_size to 1"
             )
         if num_items_in_batch is not None:  # else the trainer averages whole losses, as it does without weights
             step.aux_loss_scale = self._aux_loss_scale(training) / self._loss_scale()
@@ -159,31 +173,33 @@ class WeightedTrainerMixin(_Base):
                 "it reads the logits, which the fused head never holds; set loss_impl: logits"
             ) from error
         finally:
-            wit.head.step, wit.cut_to = None, None
+            wit.head.step, wit.run.cut_to = None, None
         if step.result is None:
             raise WeightsNotAppliedError(
                 "the model's forward was called without the weights, so this run would train unweighted: something "
                 "replaced or wrapped the forward of the model after the weights were attached; attach them last"
             )
-        if training and not wit.verified:
+        if training and not wit.run.begun:
             self._verify_synchronised(model)
             if self.accelerator.is_local_main_process:
                 tqdm.write(f"WIT loss: {wit.head.chosen}")  # above the progress bar, which has begun
         if parts > 1:
             seen, *rest = loss if isinstance(loss, tuple) else (loss,)
             labels, own = inputs["shift_labels"], outputs[-1]["loss"]
-            seen = share_of_loss(own, seen, labels, model, self.accelerator, parts, not wit.verified)
+            if not wit.run.verified:
+                wit.run.verified = uses_losses(own, seen, labels, self.accelerator, parts)
+            seen = share_of_loss(own, model, self.accelerator, parts)
             loss = (seen, *rest) if rest else seen
-        elif training and not wit.verified:
-            self._verify(loss[0] if isinstance(loss, tuple) else loss, step)
+        elif training and not wit.run.verified:
+            wit.run.verified = self._verify(loss[0] if isinstance(loss, tuple) else loss, step)
         if training:
-            wit.verified = True
-            wit.training.add(step.result)
+            wit.run.begun = True
+            wit.run.training.add(step.result)
         else:
             # A trainer that does not cut the rows of an evaluation computes all of them on every rank of a group.
             parts = cp_size(self.accelerator)
             replicas = self.get_tp_size() * (1 if step.shifted else parts)
-            wit.evaluation.add_gathered(step.result, self.accelerator, replicas, parts if step.shifted else 1)
+            wit.run.evaluation.add_gathered(step.result, self.accelerator, replicas, parts if step.shifted else 1)
         return loss
 
     def _prepare_context_parallel_inputs(self, model: Any, inputs: Any) -> Any:
@@ -191,13 +207,13 @@ class WeightedTrainerMixin(_Base):
         parts = cp_size(self.accelerator)
         if parts == 1 or CODES_KEY not in inputs:
             return super()._prepare_context_parallel_inputs(model, inputs)
-        if not self._wit.verified:
+        if not self._wit.run.begun:
             check_same_batch(inputs[CODES_KEY], self.accelerator, parts)
         # torch gives each rank two pieces, so that all have as much to attend to.
         cut_to = lengthen_and_shift(inputs, 2 * parts, "cp_size") // parts
         context, inputs = super()._prepare_context_parallel_inputs(model, inputs)
         context = cut_too(context, inputs, self.accelerator)
-        self._wit.cut_to = cut_to
+        self._wit.run.cut_to = cut_to
         return context, inputs
 
     def _loss_scale(self) -> int:
@@ -212,8 +228,11 @@ class WeightedTrainerMixin(_Base):
         ranks = self.accelerator.num_processes // self.get_tp_size() if sums.ranks else 1
         return ranks / (self.current_gradient_accumulation_steps if training and not sums.micro_batches else 1)
 
-    def _verify(self, loss: torch.Tensor, step: Step) -> None:
-        """Compare the trainer's loss of the first micro-batch with the head's, so that no trainer ignores it."""
+    def _verify(self, loss: torch.Tensor, step: Step) -> bool:
+        """Compare the trainer's loss of the first micro-batches with the head's, so that no trainer ignores it.
+
+        Returns whether they had a loss: whatever a trainer makes of no token at all says nothing.
+        """
         assert step.result is not None
         expected = step.result.loss.detach().float().to(loss.device)
         if step.num_items is not None:
@@ -228,6 +247,7 @@ class WeightedTrainerMixin(_Base):
                 f"{expected.item():.6g}: its compute_loss does not use the loss of the model, so the weights cannot "
                 "be applied; switch off the option that replaces the loss"
             )
+        return bool(step.result.loss != 0)
 
     def _verify_same_settings(self) -> None:
         """Make sure that all ranks weigh alike: nodes can be started with different configurations."""
@@ -251,7 +271,7 @@ class WeightedTrainerMixin(_Base):
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own; remembers whether the logits are asked for."""
-        self._wit.prediction_loss_only = prediction_loss_only
+        self._wit.run.prediction_loss_only = prediction_loss_only
         return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
@@ -287,13 +307,13 @@ class WeightedTrainerMixin(_Base):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own loop; its metrics gain the roles' losses under its prefix."""
         dataloader = args[0] if args else kwargs["dataloader"]
-        self._wit.evaluation.reset(dataloader)
-        self._wit.group_weights = None  # which may depend on what comes out
+        self._wit.run.evaluation.reset(dataloader)
+        self._wit.run.group_weights = None  # which may depend on what comes out
         with self._bad_examples_of(getattr(dataloader, "dataset", None), "evaluation"):
             output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-        self._wit.evaluation.warn_if_repeated(dataloader, self.accelerator)
-        own = self._wit.evaluation.read(self.accelerator.device)
+        self._wit.run.evaluation.warn_if_repeated(dataloader, self.accelerator)
+        own = self._wit.run.evaluation.read(self.accelerator.device)
         assert output.metrics is not None
         output.metrics.update({f"{prefix}_{name}": value for name, value in own.items()})
         return output
@@ -301,18 +321,18 @@ class WeightedTrainerMixin(_Base):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """The training loop's own logging, which every rank comes to, unlike calls of `log` by a callback."""
         logged: int = getattr(self, "_globalstep_last_logged", -1)
-        self._wit.reads_log = bool(self.control.should_log) and self.state.global_step > logged
+        self._wit.run.reads_log = bool(self.control.should_log) and self.state.global_step > logged
         try:
             return super()._maybe_log_save_evaluate(*args, **kwargs)
         finally:
-            self._wit.reads_log = False
+            self._wit.run.reads_log = False
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's own logging; a log of the training loop gains the roles' losses since the last one."""
-        if "loss" in logs and self._wit.reads_log:
-            self._wit.reads_log = False
+        if "loss" in logs and self._wit.run.reads_log:
+            self._wit.run.reads_log = False
             # Updated in place, as the caller may go on using its dictionary.
-            logs.update(self._wit.training.read_reduced(self.accelerator, self.get_tp_size()))
+            logs.update(self._wit.run.training.read_reduced(self.accelerator, self.get_tp_size()))
         super().log(logs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -328,25 +348,22 @@ class WeightedTrainerMixin(_Base):
             lines += self._wit.look.lines() + self._wit.look.left_out(config.prompt_weight, config.response_weight)
         self._print_ruled(lines)
         self._verify_same_settings()
-        self._wit.group_weights = None
         callback = recorder()
         if callback is not None and not any(isinstance(c, RunRecorder) for c in self.callback_handler.callbacks):
             self.add_callback(callback)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
-        if self._wit.stream_check is not None:
-            self._wit.stream_check.finish(gather_object([self._wit.stream_check.counts]))
+        if self._wit.run.stream_check is not None:
+            self._wit.run.stream_check.finish(gather_object([self._wit.run.stream_check.counts]))
         self._print_ruled(self._summary())
         return output
 
     def _summary(self) -> list[str]:
         """What was trained, the roles' losses at both ends of the log, where the settings are."""
         lines = [f"WIT done: {self.state.global_step} steps with {self._wit.config.summary()}"]
-        for prefix, when in (("", "first and last log"), ("eval_", "first and last evaluation")):
-            for role in ("prompt", "response"):
-                key = f"{prefix}{role}_loss"
-                losses = [entry[key] for entry in self.state.log_history if key in entry]
-                if losses:
-                    lines.append(f"{key}: {losses[0]:.4f} -> {losses[-1]:.4f} ({when})")
+        for role in ("prompt", "response"):
+            lines += _ends(self.state.log_history, f"{role}_loss", f"{role}_tokens", "log")
+        for role in ("prompt", "response"):
+            lines += _ends(self.state.log_history, f"eval_{role}_loss", None, "evaluation")
         lines.append(f"settings: {records.CONFIG_NAME} beside every checkpoint and saved model")
         lines.append(f"folder: {self.args.output_dir}")
         return lines
@@ -367,6 +384,35 @@ class WeightedTrainerMixin(_Base):
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             records.add_to_model_card(self._wit.config, os.path.join(str(self.args.output_dir), "README.md"))
+
+
+def _ends(history: Sequence[Mapping[str, Any]], key: str, tokens: str | None, kind: str) -> list[str]:
+    """One line: a loss at both ends of a trainer's log. None if there is no such loss.
+
+    A log covers a few steps, whose tokens happen to be easy or hard; so the means of several logs are compared.
+
+    Args:
+        history (`Sequence[Mapping]`): what was logged.
+        key (`str`): the loss, a mean over tokens.
+        tokens (`str`, *optional*): over how many. Without it single entries are compared: each is of all the data.
+        kind (`str`): what to call an entry.
+    """
+    losses = [(entry[key], entry[tokens] if tokens else 1.0) for entry in history if key in entry]
+    if not losses:
+        return []
+    if len(losses) == 1:
+        return [f"{key}: {losses[0][0]:.4f} (the only {kind})"]
+    window = 1 if tokens is None else min(len(losses) // 2, max(_WINDOW, len(losses) // 4))
+    first, last = (
+        sum(loss * count for loss, count in part) / sum(count for _, count in part)
+        for part in (losses[:window], losses[-window:])
+    )
+    what = (
+        f"first and last {kind}"
+        if window == 1
+        else f"mean of the first and of the last {window} of {len(losses)} {kind}s"
+    )
+    return [f"{key}: {first:.4f} -> {last:.4f} ({what})"]
 
 
 def _reads_logits(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from headkit import (
     FLOATS,
+    TOLERANCE,
     H,
     N,
     V,
@@ -21,6 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wit_plugins.linear_cross_entropy import (
+    Head,
+    Tokens,
+    linear_nll,
     softmax,
     sources,
     weighted_linear_cross_entropy,
@@ -246,3 +250,51 @@ def test_inputs_are_left_alone():
     weighted_linear_cross_entropy(*problem[:2], *problem[3:], bias=problem[2], softcap=3.0, impl="torch").backward()
     for x, was in zip(problem, before, strict=True):
         assert torch.equal(x.detach(), was)
+
+
+@pytest.mark.parametrize("impl", ["torch", "logits"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_token_of_weight_0_and_probability_0_adds_nothing(impl, dtype):
+    """Its nll is infinite, and it may be computed for the report alone."""
+    hidden = torch.zeros(3, 2, dtype=dtype)
+    hidden[:, 0] = 1
+    hidden.requires_grad_()
+    weight = torch.tensor([[0.0, 1.0], [0.5, 1.0], [-torch.inf, 1.0]], dtype=dtype)
+    targets, weights = torch.tensor([0, 2, 1]), torch.tensor([0.5, 0.0, 1.0])
+    made = linear_nll(hidden, Head(weight), Tokens(targets, weights, num_items=2), impl)
+    assert made.nll[1] == torch.inf
+    log_probs = torch.log_softmax(torch.tensor([0.0, 0.5], dtype=torch.float64), dim=0)
+    expected = -(0.5 * log_probs[0] + log_probs[1]).item() / 2
+    assert made.loss.item() == pytest.approx(expected, rel=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("impl", ["torch", "logits"])
+def test_a_denominator_that_float32_does_not_hold(impl):
+    """Four weights of 2e38 add up to 8e38; each is divided before it is rounded."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4, H, requires_grad=True), torch.randn(V, H)
+    targets, weights = torch.tensor([1, 2, 3, 4]), torch.full((4,), 2e38)
+    tokens = Tokens(targets, weights, num_items=weights.double().sum())
+    made = linear_nll(hidden, Head(weight), tokens, impl)
+    made.loss.backward()
+    own = hidden.detach().double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(own @ weight.double().t(), targets)  # a mean: the weights are alike
+    expected.backward()
+    assert made.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.allclose(hidden.grad.double(), own.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e5, 3e7])
+def test_weights_that_float16_does_not_hold(size):
+    """In the gradient w·(softmax - one-hot) stands in float16, before anything divides it."""
+    torch.manual_seed(0)
+    hidden = torch.randn(N, H).half().requires_grad_()
+    weight = torch.randn(V, H).half().requires_grad_()
+    targets, weights = torch.randint(0, V, (N,)), size * (0.5 + torch.rand(N))
+    num_items = N * size
+    loss = linear_nll(hidden, Head(weight), Tokens(targets, weights, num_items=num_items), "torch").loss
+    loss.backward()
+    expected, grads = reference(hidden, weight, None, targets, weights, num_items=num_items)
+    assert loss.item() == pytest.approx(expected.item(), rel=TOLERANCE[torch.float16])
+    for got, want in zip((hidden.grad, weight.grad), grads, strict=True):
+        assert (got.double() - want).norm() <= TOLERANCE[torch.float16] * want.norm()

@@ -154,23 +154,72 @@ def test_a_device_map_keeps_its_hooks():
             assert head.weight.device.type == "meta"
 
 
-class SquashedLlama(transformers.LlamaForCausalLM):
-    """Post-processes its logits in a way that no configuration names."""
+class ProcessingLlama(transformers.LlamaForCausalLM):
+    """Post-processes its logits, and computes its own loss from what comes out."""
 
-    def forward(self, *args, **kwargs):
+    def process(self, logits):
+        raise NotImplementedError
+
+    def forward(self, *args, labels=None, **kwargs):
         output = super().forward(*args, **kwargs)
-        output.logits = output.logits - 0.1 * output.logits**2
+        output.logits = self.process(output.logits)
+        if labels is not None:
+            output.loss = self.loss_function(logits=output.logits, labels=labels, vocab_size=VOCAB_SIZE)
         return output
 
 
-class TwoHeads(transformers.LlamaForCausalLM):
+class SquashedLlama(ProcessingLlama):
+    """Post-processes its logits in a way that no configuration names."""
+
+    def process(self, logits):
+        return logits - 0.1 * logits**2
+
+
+class CappedLlama(ProcessingLlama):
+    """Caps its logits under a name that is nobody else's, as RecurrentGemma does."""
+
+    cap = 2.0
+
+    def process(self, logits):
+        return self.cap * torch.tanh(logits / self.cap)
+
+
+@pytest.mark.parametrize(
+    ("cap", "dtype"), [(2.0, torch.float32), (30.0, torch.float32), (30.0, torch.bfloat16), (300.0, torch.bfloat16)]
+)
+def test_an_unknown_cap_is_found_while_logits_are_small(cap, dtype):
+    """At the start of training a cap hardly changes anything: (z / cap)^2 / 3 of these logits is far below 1e-4."""
+    torch.manual_seed(1)
+    model = CappedLlama(transformers.LlamaConfig(**SIZES)).to(dtype)
+    model.cap = cap
+    model.lm_head.weight.data.mul_(0.002)
+    expected, *_, expected_grads = run(copy.deepcopy(model), "logits")
+    output, _, head, grads = run(model, "auto")
+    assert head.chosen == "logits"
+    assert output.loss.item() == expected.loss.item()
+    assert all_relative_error(grads, expected_grads) == 0
+
+
+def test_recurrent_gemma_is_trained_from_its_logits():
+    torch.manual_seed(1)
+    sizes = {**SIZES, "block_types": ("recurrent", "attention"), "lru_width": 16, "attention_window_size": 64}
+    model = transformers.RecurrentGemmaForCausalLM(transformers.RecurrentGemmaConfig(**sizes, logits_soft_cap=2.0))
+    model.get_output_embeddings().weight.data.mul_(0.002)
+    output, _, head, _ = run(model.train(), "auto", use_cache=False)
+    assert head.chosen == "logits"
+    assert output.logits is not None
+
+
+class TwoHeads(ProcessingLlama):
     """Calls its head twice."""
 
-    def forward(self, *args, **kwargs):
-        first = super().forward(*args, **kwargs)
-        second = super().forward(*args, **kwargs)
-        first.logits = first.logits + second.logits
-        return first
+    def forward(self, *args, labels=None, **kwargs):
+        self.first = None
+        self.first = super().forward(*args, **kwargs).logits
+        return super().forward(*args, labels=labels, **kwargs)
+
+    def process(self, logits):
+        return logits if self.first is None else logits + self.first
 
 
 @pytest.mark.parametrize(

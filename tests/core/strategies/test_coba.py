@@ -10,8 +10,9 @@ from wit_plugins.active import ActiveStrategies
 WIT = {"prompt_weight": 0.2, "response_weight": 0.8}
 
 
-def weights(history, **options):
-    """After evaluations with these losses `[E, T]`."""
+def weights(history, before=None, **options):
+    """After evaluations with these losses `[E, T]`, and one before training."""
+    history = [before or [1.0] * len(history[0]), *history]
     names = [f"task{index}" for index in range(len(history[0]))]
     short = {f"coba_{name}": value for name, value in options.items()}
     groups = ActiveStrategies({"wit": WIT, "coba": {"groups": names, **short}}).groups
@@ -25,8 +26,9 @@ def test_weights_are_the_formula_s(tasks, evaluations):
     generator = np.random.default_rng(evaluations)
     rates, at = generator.uniform(-0.02, 0.1, tasks), np.arange(evaluations)[:, None]
     history = (3 * np.exp(-rates * at) + generator.normal(0, 0.05, (evaluations, tasks))).tolist()
-    expected = literature.coba(history, warmup=4, length=9, tau=5)
-    assert weights(history, warmup_steps=4, history_length=9, tau=5) == pytest.approx(expected, rel=1e-6)
+    before = generator.uniform(2, 5, tasks).tolist()
+    expected = literature.coba([before, *history], warmup=4, length=9, tau=5)
+    assert weights(history, before, warmup_steps=4, history_length=9, tau=5) == pytest.approx(expected, rel=1e-6)
     assert len({round(weight, 6) for weight in expected}) == tasks
 
 
@@ -34,7 +36,7 @@ def test_the_warm_up_and_the_defaults():
     history = [[3 - 0.01 * e, 3 + 0.01 * e] for e in range(100)]
     assert weights(history[:99]) == [1, 1]
     assert weights(history) != [1, 1]
-    assert weights(history) == pytest.approx(literature.coba(history, 100, 200, 5))
+    assert weights(history) == pytest.approx(literature.coba([[1.0, 1.0], *history], 100, 200, 5))
 
 
 def test_the_slower_task_weighs_more_and_one_that_diverges_less():
@@ -47,6 +49,13 @@ def test_the_slower_task_weighs_more_and_one_that_diverges_less():
     turned = [[5 - 0.1 * e, 5 - 0.05 * e + max(0, e - 9)] for e in range(14)]
     falling, rising = weights(turned, warmup_steps=4, history_length=6)
     assert falling > rising
+
+
+def test_tasks_of_one_pace_weigh_alike_whatever_their_losses_are():
+    """Each loses 3% of its first loss at every evaluation."""
+    before = [6.0, 2.0, 0.5]
+    history = [[loss * 0.97**e for loss in before] for e in range(1, 12)]
+    assert weights(history, before, warmup_steps=4, history_length=6) == pytest.approx([1 / 3] * 3)
 
 
 def test_losses_that_do_not_move_weigh_alike():

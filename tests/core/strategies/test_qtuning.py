@@ -55,8 +55,9 @@ def test_what_weighs_nothing_is_no_part_of_a_sample():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "qtuning: r_token = None: is a share above 0"),
-        ({"r_token": 0.5}, "qtuning: r_sample = None: is a share above 0"),
+        ({}, "qtuning: r_token is required: a share above 0"),
+        ({"r_token": 0.5}, "qtuning: r_sample is required: a share above 0"),
+        ({"rtoken": 0.5}, "qtuning: there is no option 'rtoken'; did you mean 'r_token'"),
         ({"r_token": 0.5, "r_sample": 1.5}, "r_sample = 1.5"),
         ({"r_token": 0, "r_sample": 0.5}, "r_token = 0"),
         ({"r_token": 1, "r_sample": 1, "neighbour_weight": 2}, "neighbour_weight = 2: is a share from 0 to 1"),

@@ -161,6 +161,21 @@ class TestNeverSilently:
         with pytest.raises(WeightsNotAppliedError, match="Stubborn.compute_loss failed.*loss_impl: logits"):
             trainer.train()
 
+    def test_a_first_batch_without_a_predicted_token_shows_nothing(self, tmp_path):
+        """Of no token every trainer makes a loss of 0; the next batch shows that this one ignores the model's loss."""
+
+        class Stubborn(Trainer):
+            def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+                own = model(**inputs).loss
+                return own * 0 if bool((inputs["labels"] == -100).all()) else own * 0.5
+
+        empty = [{"input_ids": [5, 6, 7], "labels": [-100] * 3}] * 4
+        trainer = make_trainer(tmp_path, cls=Stubborn, examples=empty + EXAMPLES, train_sampling_strategy="sequential")
+        attach(trainer, WITConfig(prompt_weight=0.0))
+        with pytest.raises(WeightsNotAppliedError, match="Stubborn computes a loss of"):
+            trainer.train()
+        assert trainer.state.global_step == 1
+
     def test_the_trainers_own_failure_keeps_its_words(self, tmp_path):
         """Only a missing tensor of logits is ours to explain."""
 

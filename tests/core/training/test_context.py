@@ -20,7 +20,7 @@ from wit_plugins.training import parallelism
 from wit_plugins.training.adapter import TrainerAdapter
 from wit_plugins.training.context import cut_too, lengthen_and_shift
 from wit_plugins.training.parallelism import check_parallelism
-from wit_plugins.training.sequence import ShiftingCollator, share_of_loss
+from wit_plugins.training.sequence import ShiftingCollator, share_of_loss, uses_losses
 
 FILLING = {"input_ids": 0, "labels": -100, "attention_mask": 0, "weighted_labels": -100}
 WIT = {"prompt_weight": 0.2, "response_weight": 0.8}
@@ -131,7 +131,7 @@ def test_rows_that_were_not_cut_stop_the_run(tmp_path):
     trainer = make_trainer(tmp_path)
     attach(trainer, CONFIG)
     batch = next(iter(trainer.get_train_dataloader()))
-    trainer._wit.cut_to = batch["input_ids"].shape[1] // 2
+    trainer._wit.run.cut_to = batch["input_ids"].shape[1] // 2
     with pytest.raises(WeightsNotAppliedError, match="are this rank's share, so they were not cut"):
         trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(9))
 
@@ -222,7 +222,7 @@ def test_the_gradient_makes_up_for_what_deepspeed_divides_by_and_the_value_for_t
     """Two groups of two ranks. DeepSpeed divides by 4 / 2 under stages 1 and 2, by 4 under stage 3."""
     own = torch.tensor(0.25, requires_grad=True)
     engine = SimpleNamespace(zero_optimization_stage=lambda: stage)
-    loss = share_of_loss(own, torch.tensor(9.0), torch.zeros(1, 3), engine, Ranks(0, []), 2, False)
+    loss = share_of_loss(own, engine, Ranks(0, []), 2)
     assert loss.item() == 4 * 0.25
     loss.backward()
     assert own.grad.item() == divisor
@@ -232,7 +232,8 @@ def test_a_loss_that_the_trainer_has_not_made_of_the_ranks_losses_stops_the_run(
     """transformers' mean over the tokens with a label: (0.5·2 + 0.25·1) / 3 in the second group, which rank 3 is in."""
     of_all = [[9.0, 9.0], [9.0, 9.0], [0.5 * 2, 2.0], [0.0, 0.0]]
     own, labels = torch.tensor(0.25), torch.tensor([[7, -100, -100]])
-    engine = SimpleNamespace(zero_optimization_stage=lambda: 2)
-    share_of_loss(own, torch.tensor(1.25 / 3), labels, engine, Ranks(3, of_all), 2, True)
+    assert uses_losses(own, torch.tensor(1.25 / 3), labels, Ranks(3, of_all), 2)
     with pytest.raises(WeightsNotAppliedError, match=r"sp_size = 2: the trainer makes a loss of 0.5 of.*0.416667"):
-        share_of_loss(own, torch.tensor(0.5), labels, engine, Ranks(3, of_all), 2, True)
+        uses_losses(own, torch.tensor(0.5), labels, Ranks(3, of_all), 2)
+    # A group without a token says nothing of the trainer, and all ranks have to agree about it.
+    assert not uses_losses(own, torch.tensor(1.25 / 3), labels, Ranks(3, [[0.0, 0.0], [0.0, 0.0], *of_all[2:]]), 2)

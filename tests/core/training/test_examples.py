@@ -1,13 +1,21 @@
 """Examples as a trainer gets them: padded, streamed, broken."""
 
+import numpy as np
 import pytest
 import torch
 from support import (
     reference_step,
 )
-from trainkit import CONFIG, DOCS, EXAMPLES, GOOD, first_log, make_trainer, padded
+from trainkit import CONFIG, DOCS, EXAMPLES, GOOD, first_log, make_trainer, padded, tokenizer
+from transformers import DataCollatorForSeq2Seq
 
-from wit_plugins import WITConfigError, attach
+from wit_plugins import WITConfig, WITConfigError, attach, hookimpl
+from wit_plugins.active import ActiveStrategies
+from wit_plugins.testing import registered
+from wit_plugins.tokens.data_weights import fingerprint
+from wit_plugins.tokens.prepared import prepare
+from wit_plugins.tokens.roles import RESPONSE
+from wit_plugins.tokens.transport import decode
 
 
 @pytest.mark.parametrize("left", [False, True])
@@ -108,3 +116,108 @@ class TestBadRows:
         attach(trainer, CONFIG)
         with pytest.raises(WITConfigError, match=f"example 2 of a batch of 4: {message}"):
             trainer.train()
+
+
+class Nothing:
+    """A strategy of which no token weighs anything, or the responses do not."""
+
+    @hookimpl
+    def static_weights(self, roles, options):
+        return np.where((roles == RESPONSE) | options.get("prompts", False), 0, 1).astype(np.float32)
+
+
+def left_out(example, responses_alone=True):
+    """The example with weights of 0 in its labels, as a framework writes them there while it tokenises."""
+    config = WITConfig(prompt_weight=0.2, response_weight=0.8)
+    mine = fingerprint(
+        config.message_weight_keys, config.sample_weight_key, ActiveStrategies(config.active_strategies())
+    )
+    labels = np.array(example["labels"])
+    weights = np.where((labels != -100) | (not responses_alone), 0, 1).astype(np.float32)
+    return {**example, "labels": prepare(labels, weights, mine).tolist()}
+
+
+WEIGHTLESS = [
+    (EXAMPLES, {"prompt_weight": 0.2, "strategies": {"nothing": {"prompts": True}}}, "strategies: nothing"),
+    (EXAMPLES, {"prompt_weight": 0.0, "strategies": ["nothing"]}, "prompt_weight = 0.*strategies: nothing"),
+    ([left_out(e) for e in EXAMPLES], {"prompt_weight": 0.0}, "prompt_weight = 0.*weights that stand in the data"),
+    ([left_out(e, False) for e in EXAMPLES], {"prompt_weight": 0.2}, "weights that stand in the data"),
+]
+
+
+class TestNothingWeighsAnything:
+    """A run that would train nothing is refused, and what makes it so is named."""
+
+    @pytest.mark.parametrize(("examples", "settings", "named"), WEIGHTLESS)
+    def test_a_dataset(self, tmp_path, examples, settings, named):
+        with (
+            registered(Nothing(), "nothing"),
+            pytest.raises(WITConfigError, match=f"nothing would be trained.*{named}"),
+        ):
+            attach(make_trainer(tmp_path, examples=examples), WITConfig(**settings))
+
+    @pytest.mark.parametrize("count", [16, 150])
+    @pytest.mark.parametrize(("examples", "settings", "named"), WEIGHTLESS)
+    def test_a_stream(self, tmp_path, examples, settings, named, count):
+        """After 100 rows, or when there are no more."""
+        stream = Once((examples * 20)[:count])
+        with registered(Nothing(), "nothing"):
+            trainer = make_trainer(tmp_path, examples=stream, max_steps=count // 4)
+            attach(trainer, WITConfig(**settings))
+            with pytest.raises(WITConfigError, match=f"nothing would be trained.*{named}"):
+                trainer.train()
+        assert trainer.state.global_step == min(count // 4, 24)
+
+    def test_one_token_among_others_is_enough(self, tmp_path):
+        """A batch without a trained token is none of ours, as long as there are others."""
+        trainer = make_trainer(tmp_path, examples=[left_out(e, False) for e in EXAMPLES[:8]] + EXAMPLES[8:])
+        attach(trainer, CONFIG)
+        trainer.train()
+        assert trainer.state.global_step == 3
+        stream = Once([left_out(e, False) for e in EXAMPLES[:8]] + EXAMPLES[8:])
+        trainer = make_trainer(tmp_path, examples=stream, max_steps=3)
+        attach(trainer, CONFIG)
+        trainer.train()
+
+    def test_an_empty_dataset(self, tmp_path):
+        with pytest.raises(WITConfigError, match="the training dataset is empty.*left all of them out"):
+            attach(make_trainer(tmp_path, examples=[]), CONFIG)
+
+
+class ByDifficulty:
+    """Reads a column that trainers drop unless they are told not to."""
+
+    @hookimpl
+    def static_weights(self, roles, example):
+        return np.full(len(roles), example.get("difficulty", 1.0), dtype=np.float32)
+
+
+class TestColumnsThatNeverReachTraining:
+    """What is looked at beforehand is what is trained on: the trainer's own filter of columns is in between."""
+
+    @pytest.mark.parametrize("kept", [False, True])
+    def test_codes_are_those_of_training(self, tmp_path, kept):
+        examples = [{**example, "difficulty": 8.0} for example in EXAMPLES]
+        trainer = make_trainer(
+            tmp_path, examples=examples, per_device_train_batch_size=12, remove_unused_columns=not kept,
+            collator=lambda rows: DataCollatorForSeq2Seq(tokenizer())(
+                [{k: v for k, v in row.items() if k != "difficulty"} for row in rows]
+            ),
+        )  # fmt: skip
+        factor = 8 if kept else 1
+        expected, _ = reference_step(trainer.model, DOCS, 0.2 * factor, 0.8 * factor)
+        with registered(ByDifficulty(), "by_difficulty"):
+            attach(trainer, WITConfig(prompt_weight=0.2, response_weight=0.8, strategies=["by_difficulty"]))
+            codes = torch.from_numpy(trainer.data_collator.codes(examples[0]))
+            assert decode(codes)[2].unique().tolist() == pytest.approx([0, 0.2 * factor, 0.8 * factor])
+            trainer.train()
+        assert first_log(trainer)["loss"] == pytest.approx(expected, rel=1e-5)
+
+    def test_the_lengths_of_documents_that_a_trainer_drops(self, tmp_path, capsys):
+        """A plain trainer knows no seq_lengths: two documents in a row are one to it, in the announcement too."""
+        rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8], "seq_lengths": [2, 2]}] * 4
+        trainer = make_trainer(tmp_path, examples=rows)
+        attach(trainer, CONFIG)
+        trainer.train()
+        assert first_log(trainer)["prompt_tokens"] == 4
+        assert "33% of the tokens in the first examples are prompt" in capsys.readouterr().out

@@ -8,10 +8,13 @@ from importlib.metadata import version
 
 import pytest
 from support import (
+    llama,
     role_losses,
 )
-from trainkit import CONFIG, DOCS, first_log, make_trainer
+from trainkit import CONFIG, DOCS, EXAMPLES, first_log, make_trainer, tokenizer
 from transformers import (
+    DataCollatorForSeq2Seq,
+    Trainer,
     TrainerCallback,
 )
 
@@ -59,9 +62,11 @@ def test_the_end_of_training_says_what_was_trained(tmp_path, capsys):
     assert printed[rules[0] + 1].startswith("WIT on: prompt_weight=0.2, response_weight=0.8")
     end = "\n".join(printed[rules[2] + 1 : rules[3]])
     history = trainer.state.log_history
-    for key in ("prompt_loss", "response_loss", "eval_response_loss"):
+    for key in ("prompt_loss", "response_loss"):
         losses = [entry[key] for entry in history if key in entry]
-        assert f"{key}: {losses[0]:.4f} -> {losses[-1]:.4f}" in end
+        assert f"{key}: {losses[0]:.4f} -> {losses[-1]:.4f} (first and last log)" in end
+    (evaluated,) = [entry["eval_response_loss"] for entry in history if "eval_response_loss" in entry]
+    assert f"eval_response_loss: {evaluated:.4f} (the only evaluation)" in end
     assert "WIT done: 3 steps with prompt_weight=0.2, response_weight=0.8" in end
     assert str(tmp_path / "out") in end
 
@@ -78,6 +83,86 @@ def test_how_the_loss_is_computed_has_a_line_of_its_own(tmp_path, monkeypatch):
     assert "| 0/3 [" in before
     assert before[-1] in "\r\n"
     assert after.startswith("\n")
+
+
+def test_the_end_of_training_compares_means_of_several_logs(tmp_path, capsys):
+    """Twelve logs of four documents each: the first five are 20 documents, and those of the last five are the last."""
+    trainer = make_trainer(tmp_path, num_train_epochs=4)
+    attach(trainer, CONFIG)
+    trainer.train()
+    logs = [(e["response_loss"], e["response_tokens"]) for e in trainer.state.log_history if "response_loss" in e]
+    assert len(logs) == 12
+    ends = [sum(loss * n for loss, n in part) / sum(n for _, n in part) for part in (logs[:5], logs[-5:])]
+    line = f"response_loss: {ends[0]:.4f} -> {ends[1]:.4f} (mean of the first and of the last 5 of 12 logs)"
+    assert line in capsys.readouterr().out
+
+
+class TestSumsStayInTheirRun:
+    """Each training loop begins with nothing summed, as the trainer's own sums do."""
+
+    def test_trained_twice(self, tmp_path):
+        """Four documents a step and a log every second step: the third step of the first run is in no log."""
+        trainer = make_trainer(tmp_path, logging_steps=2, learning_rate=0.0)
+        attach(trainer, CONFIG)
+        trainer.train()
+        trainer.train()
+        first = role_losses(trainer.model, DOCS)
+        log = first_log(trainer)
+        assert log["step"] == 2
+        assert log["prompt_tokens"] + log["response_tokens"] < first["prompt_tokens"] + first["response_tokens"]
+
+    @pytest.mark.parametrize("another_model", [False, True])
+    def test_after_an_interruption(self, tmp_path, another_model):
+        """With `model_init` the second run has a model of its own, and so has its first log."""
+
+        class Interrupts(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == 2:
+                    raise KeyboardInterrupt
+
+        trainer, made = make_trainer(tmp_path, logging_steps=3, learning_rate=0.0), []
+
+        def model_init():
+            made.append(llama(seed=len(made) + 1))
+            return made[-1]
+
+        if another_model:
+            trainer = Trainer(
+                model_init=model_init,
+                args=trainer.args,
+                data_collator=DataCollatorForSeq2Seq(tokenizer()),
+                train_dataset=EXAMPLES,
+                processing_class=tokenizer(),
+            )
+        attach(trainer, CONFIG)
+        callback = Interrupts()
+        trainer.add_callback(callback)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        trainer.remove_callback(callback)
+        trainer.train()
+        expected = role_losses(trainer.model, DOCS)
+        assert {k: first_log(trainer)[k] for k in expected} == pytest.approx(expected, rel=1e-5)
+
+    def test_a_smaller_batch_after_running_out_of_memory(self, tmp_path):
+        class Full(TrainerCallback):
+            def on_substep_end(self, args, state, control, **kwargs):
+                if args.train_batch_size == 4 and not self.failed:
+                    self.failed = True
+                    raise RuntimeError("CUDA out of memory.")
+
+            failed = False
+
+        trainer = make_trainer(
+            tmp_path, logging_steps=1, learning_rate=0.0, auto_find_batch_size=True, gradient_accumulation_steps=3
+        )
+        attach(trainer, CONFIG)
+        trainer.add_callback(Full())
+        trainer.train()
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        expected = role_losses(trainer.model, DOCS)
+        counted = sum(entry["prompt_tokens"] + entry["response_tokens"] for entry in logs)
+        assert counted == expected["prompt_tokens"] + expected["response_tokens"]
 
 
 class TestRecords:

@@ -1,9 +1,11 @@
 """One optimizer step of a plain trainer against the formula, whatever computes it."""
 
 import copy
+import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from apart import on_ranks
@@ -11,6 +13,7 @@ from support import (
     Document,
     all_relative_error,
     aux_loss_step,
+    document_logits,
     llama,
     mixtral,
     reference_step,
@@ -20,10 +23,12 @@ from support import (
 from trainkit import CONFIG, DOCS, EXAMPLES, first_log, make_trainer, tokenizer
 from transformers import (
     DataCollatorForSeq2Seq,
+    LlamaForCausalLM,
     Trainer,
 )
 
-from wit_plugins import WITConfig, attach, attached, detach
+from wit_plugins import WITConfig, attach, attached, detach, hookimpl
+from wit_plugins.testing import registered
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
@@ -246,3 +251,64 @@ assert trainer.args.liger_kernel_config == options["liger_kernel_config"]
     env["PYTHONPATH"] = f"{__file__.rpartition('/')[0]}:{env['PYTHONPATH']}"
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+class BansOne(LlamaForCausalLM):
+    """Never says one of its ids: its logit is -inf, and so its nll infinite where it is asked for all the same."""
+
+    def forward(self, *args, labels=None, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits[..., 3] = -torch.inf
+        if labels is not None:
+            output.loss = self.loss_function(logits=output.logits, labels=labels, vocab_size=self.config.vocab_size)
+        return output
+
+
+def test_a_prompt_token_of_probability_0_that_weighs_0(tmp_path):
+    """Evaluation computes it for the prompt's own loss; in the weighted loss it is 0 times infinity."""
+    docs = [Document([5, 3, *doc.input_ids], [False, False, *doc.is_response]) for doc in DOCS]
+    docs = [Document([4 if i == 3 and k != 1 else i for k, i in enumerate(d.input_ids)], d.is_response) for d in docs]
+    model = BansOne(llama().config).eval()
+    examples = [doc.example() for doc in docs]
+    trainer = make_trainer(tmp_path, model, examples=examples, remove_unused_columns=False)
+    attach(trainer, WITConfig(prompt_weight=0.0))
+    found = trainer.evaluate(examples)
+    nll = [
+        -logits[t - 1].double().log_softmax(-1)[ids[t]].item()
+        for logits, ids, is_response in document_logits(model, docs)
+        for t in range(1, len(ids))
+        if is_response[t]
+    ]
+    assert found["eval_prompt_loss"] == float("inf")
+    assert found["eval_response_loss"] == pytest.approx(sum(nll) / len(nll), rel=1e-5)
+    assert 0 < found["eval_loss"] < 100
+    trainer.train()
+    assert 0 < first_log(trainer)["loss"] < 100
+
+
+def test_weights_whose_sum_float32_does_not_hold(tmp_path):
+    """Divided by their sum, weights of 2e38 and of 0.2 and 0.8 are the same up to their ratio."""
+    config = {"normalization": "weight_sum"}
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=12)
+    expected, grads = reference_step(trainer.model, DOCS, 0.5, 1.0, **config)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    attach(trainer, WITConfig(prompt_weight=1e38, response_weight=2e38, **config))
+    trainer.train()
+    assert first_log(trainer)["loss"] == pytest.approx(expected, rel=1e-5)
+    taken = {name: (before[name] - p.detach()) / 0.05 for name, p in trainer.model.named_parameters()}
+    assert all_relative_error(taken, grads) < 1e-4
+
+
+@pytest.mark.parametrize(("own", "named"), [(1e-25, "1e-50"), (1e25, "1e+50")])
+def test_a_product_of_weights_that_leaves_float32_is_refused(tmp_path, own, named):
+    """It would be 0 and leave the denominator, or infinite."""
+
+    class Small:
+        @hookimpl
+        def static_weights(self, roles):
+            return np.full(len(roles), own, dtype=np.float32)
+
+    with registered(Small(), "small"):
+        trainer = make_trainer(tmp_path)
+        with pytest.raises(ValueError, match=f"product of the weights is {re.escape(named)} with strategies: small"):
+            attach(trainer, WITConfig(prompt_weight=own, response_weight=own, strategies=["small"]))

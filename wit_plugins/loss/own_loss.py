@@ -1,0 +1,143 @@
+"""The first batch's question: are the weights, at (0, 1), the model's own loss?
+
+The weighted loss is computed from the model's logits, and the model's forward is never given labels. Whatever a model
+does with labels in its own way is lost then, without a word: a z-loss, a further loss of further heads, labels that are
+not shifted. So the model is asked once: its original forward computes its own loss for a few tokens, and that is
+compared with what this project makes of the same tokens at the weights 0 and 1, with the auxiliary loss that it knows.
+
+Both are asked for without gradients, in the mode in which the model is (a loss may be added in training alone), and
+with the same random numbers, so that dropout is the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from wit_plugins.active import ActiveStrategies
+from wit_plugins.errors import WeightsNotAppliedError
+from wit_plugins.loss.weighted import MicroBatch
+from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
+from wit_plugins.tokens.transport import decode, encode
+
+logger = logging.getLogger(__name__)
+
+_ROWS, _LENGTH = 2, 24  # of the tokens that the model is asked for
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # what architectures call the auxiliary loss's weight
+
+
+def aux_loss_coefficient(model: nn.Module) -> float:
+    """What a model multiplies the auxiliary loss of its mixture of experts by.
+
+    Args:
+        model (`nn.Module`): the unwrapped causal language model, which returns an `aux_loss`.
+
+    Raises:
+        WeightsNotAppliedError: if neither the model nor its configuration names it.
+    """
+    config: Any = model.config
+    for owner in (model, config.get_text_config()):
+        for name in _COEFFICIENTS:
+            coefficient = getattr(owner, name, None)
+            if coefficient is not None:
+                return float(coefficient)
+    raise WeightsNotAppliedError(
+        f"{type(model).__name__} returns an aux_loss but names no {' or '.join(_COEFFICIENTS)} to weigh it with; "
+        "set output_router_logits=False in the model's config"
+    )
+
+
+# A compiled model must not compile anew for the few tokens that it is asked for once.
+@torch.compiler.disable
+def check_own_loss(model: nn.Module, forward: Callable[..., Any], codes: torch.Tensor, device: torch.device) -> None:
+    """Make sure that the weighted loss at (0, 1) is the model's own.
+
+    Args:
+        model (`nn.Module`): the unwrapped causal language model, for its name and its configuration.
+        forward (`Callable`): its original forward.
+        codes (`torch.Tensor`): int64 `[B, L]`: a batch, whose first tokens are asked for.
+        device (`torch.device`): where the model takes its inputs.
+
+    Raises:
+        WeightsNotAppliedError: if it is another one.
+    """
+    input_ids, labels, asked = (tensor.to(device) for tensor in _few_tokens(codes))
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of gradient checkpointing, that there are no gradients
+        with _same_random_numbers(device):
+            try:
+                own = forward(**inputs, labels=labels, return_dict=True)["loss"]
+            except (RuntimeError, TypeError, KeyError, NotImplementedError) as error:
+                logger.warning(
+                    "%s cannot be asked for its own loss (%s: %s), so nobody knows whether it adds something to it",
+                    *(type(model).__name__, type(error).__name__, error),
+                )
+                return
+        with _same_random_numbers(device):
+            output = forward(**inputs, return_dict=True)
+        loss = MicroBatch(asked.to(output["logits"].device), ActiveStrategies({})).from_logits(output["logits"]).loss
+    if own is None:
+        return
+    expected, aux_loss = loss.double().cpu(), output.get("aux_loss")
+    if aux_loss is not None:
+        expected = expected + aux_loss_coefficient(model) * aux_loss.double().cpu()
+    tolerance = 1e-3 if own.dtype in (torch.float32, torch.float64) else 2e-2
+    if torch.allclose(own.double().cpu(), expected, rtol=tolerance, atol=1e-5, equal_nan=True):
+        return
+    raise WeightsNotAppliedError(
+        f"{type(model).__name__} computes a loss of {own.item():.6g} for {asked.numel()} tokens of the first batch, "
+        f"where the loss of their response{_beside(aux_loss)} is {expected.item():.6g}: it adds a loss of its own, or "
+        "shifts its labels in another way, and neither would be trained with weights; switch that off in the model's "
+        f"configuration{_suspects(model)}, or train without weights"
+    )
+
+
+def _beside(aux_loss: torch.Tensor | None) -> str:
+    return "" if aux_loss is None else " with the auxiliary loss of its experts"
+
+
+def _suspects(model: Any) -> str:
+    """Settings of the model's configuration that sound like a loss, and are not 0."""
+    values = vars(model.config.get_text_config())
+    named = [
+        f"{name} = {value}"
+        for name, value in sorted(values.items())
+        if ("loss" in name or "mtp" in name or "nextn" in name) and name not in _COEFFICIENTS
+        if isinstance(value, (int, float)) and value and not isinstance(value, bool)
+    ]
+    return f" ({', '.join(named)})" if named else ""
+
+
+def _few_tokens(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, labels and codes at (0, 1), int64 `[B, L]`, of the first tokens of a batch, whatever their roles were.
+
+    In each row another number of tokens is masked, so that every labelled token counts, and no other.
+    """
+    targets, roles, _ = decode(codes)
+    real = targets[roles != NEITHER][: _ROWS * _LENGTH].cpu()
+    count = _ROWS * _LENGTH
+    ids = real.repeat(-(-count // len(real)))[:count] if len(real) else torch.arange(count) % 2
+    ids = ids.reshape(_ROWS, _LENGTH)
+    place = torch.arange(_LENGTH)
+    masked = torch.stack([place < _LENGTH // (row + 2) for row in range(_ROWS)])
+    asked_roles = np.where(masked.numpy(), PROMPT, RESPONSE).astype(np.uint8)
+    asked_roles[:, 0] = NEITHER
+    weights = (asked_roles == RESPONSE).astype(np.float32)
+    asked = torch.from_numpy(encode(ids.numpy(), asked_roles, weights))
+    return ids, torch.where(masked, -100, ids), asked
+
+
+def _same_random_numbers(device: torch.device) -> Any:
+    """For its length, random numbers are those that would have come next; afterwards they come again."""
+    if device.type == "cuda":  # a model may be spread over all of them
+        return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)
