@@ -47,9 +47,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "configs"))
 from tiny_model import DATA, byte_tokenizer, small_llama
 
 from wit_plugins import WITConfig, attach
-from wit_plugins.tokens.data_weights import DataWeights
-from wit_plugins.tokens.reader import ExampleReader
-from wit_plugins.tokens.scores import ScoresWriter, scored_documents
+from wit_plugins.data_weights.reader import DataWeights
+from wit_plugins.tokens.example_reader import ExampleReader
+from wit_plugins.tokens.reference_scores import ScoresWriter, scored_documents
 
 WARM_UP = 2
 SIZES = {"vocab_size": 8000, "hidden_size": 192, "layers": 3, "length": 120, "batch": 4, "steps": 6}

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "configs"))
 from tiny_model import DATA, byte_tokenizer
 
 from wit_plugins import WITConfig
-from wit_plugins.active import ActiveStrategies
+from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.tokens.collator import WeightedCollator
 
 SPANS = [

@@ -20,7 +20,7 @@ from pydantic_core import PydanticUndefined
 
 import wit_plugins
 from wit_plugins import WITConfig
-from wit_plugins.plugins import strategy_names
+from wit_plugins.contract.plugins import strategy_names
 
 DOCS = Path(__file__).parent
 

@@ -27,14 +27,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "configs"))
 from tiny_model import DATA, byte_tokenizer, small_llama
 
-from wit_plugins.active import ActiveStrategies
-from wit_plugins.linear_cross_entropy.problem import entropy_of_top
+from wit_plugins.contract.active import ActiveStrategies
+from wit_plugins.linear_cross_entropy.types import entropy_of_top
 from wit_plugins.strategies import masked_thought
-from wit_plugins.tokens.chance import Chance
+from wit_plugins.tokens.codes import decode
 from wit_plugins.tokens.collator import WeightedCollator
 from wit_plugins.tokens.roles import RESPONSE
 from wit_plugins.tokens.text import TokenText
-from wit_plugins.tokens.transport import decode
+from wit_plugins.tokens.token_random import Chance
 
 WIT = {"prompt_weight": 0.2, "response_weight": 0.8}
 ONE = {"prompt_weight": 1.0, "response_weight": 1.0}

@@ -14,13 +14,13 @@ import torch
 from transformers import DataCollatorForSeq2Seq
 
 from wit_plugins import PROMPT, RESPONSE, WITConfig
-from wit_plugins.active import ActiveStrategies
-from wit_plugins.loss.head import WeightedHead
+from wit_plugins.contract.active import ActiveStrategies
+from wit_plugins.loss.loss_call import Step
+from wit_plugins.loss.model_patch import WeightedHead
 from wit_plugins.loss.normalization import denominator
-from wit_plugins.loss.step import Step
+from wit_plugins.tokens.codes import decode
 from wit_plugins.tokens.collator import CODES_KEY, WeightedCollator
 from wit_plugins.tokens.roles import example_roles
-from wit_plugins.tokens.transport import decode
 from wit_plugins.training.adapter import TrainerAdapter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "configs"))
@@ -67,7 +67,7 @@ def rows() -> list[tuple[str, str, str]]:
         ("its label", f"{example['labels'][TOKEN]} (−100 would be masked)", "the framework's data pipeline"),
         ("its role", f"{roles[TOKEN]}, {names[int(roles[TOKEN])]}", "`wit_plugins/tokens/roles.py`"),
         ("its weight", f"{weight:.1f}, as float32", "`wit_plugins/strategies/wit.py`"),
-        ("its code", f"`0x{code:014x}`, in the place of the label", "`wit_plugins/tokens/transport.py`"),
+        ("its code", f"`0x{code:014x}`, in the place of the label", "`wit_plugins/tokens/codes.py`"),
         (
             "in the batch",
             f"row 0, position {TOKEN} of {tuple(batch[CODES_KEY].shape)}: the same code; the label is back: "
@@ -77,7 +77,7 @@ def rows() -> list[tuple[str, str, str]]:
         (
             "decoded on the device",
             f"target {int(targets[0, TOKEN])}, role {int(decoded_roles[0, TOKEN])}, weight {weight:.1f}",
-            "`wit_plugins/loss/weighted.py`",
+            "`wit_plugins/loss/micro_batch.py`",
         ),
         (
             "its nll",
@@ -92,7 +92,7 @@ def rows() -> list[tuple[str, str, str]]:
         (
             "its part in the loss",
             f"{weight:.1f} · {nll:.3f} / {int(total)} = {weight * nll / int(total):.3f} of {loss:.3f}",
-            "`wit_plugins/loss/head.py`",
+            "`wit_plugins/loss/model_patch.py`",
         ),
         ("in the log", "one of the tokens of `response_loss`, unweighted", "`wit_plugins/training/metrics.py`"),
     ]

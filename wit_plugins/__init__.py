@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wit_plugins.config import WITConfig
+    from wit_plugins.contract.hookspecs import entropy_of_top, hookimpl, per_token, reference_in, share_kept
+    from wit_plugins.contract.plugins import register
     from wit_plugins.errors import WeightsNotAppliedError, WITConfigError, WITError
-    from wit_plugins.hookspecs import entropy_of_top, hookimpl, per_token, reference_in, share_kept
-    from wit_plugins.plugins import register
     from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
     from wit_plugins.training.attach import attach, attached, detach
 
@@ -44,8 +44,8 @@ _MODULES = {
     "config": ("WITConfig",),
     "errors": ("WITConfigError", "WITError", "WeightsNotAppliedError"),
     "training.attach": ("attach", "attached", "detach"),
-    "hookspecs": ("entropy_of_top", "hookimpl", "per_token", "reference_in", "share_kept"),
-    "plugins": ("register",),
+    "contract.hookspecs": ("entropy_of_top", "hookimpl", "per_token", "reference_in", "share_kept"),
+    "contract.plugins": ("register",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

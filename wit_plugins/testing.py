@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from wit_plugins.active import ActiveStrategies
 from wit_plugins.config import WITConfig
-from wit_plugins.plugins import plugin_manager, register
+from wit_plugins.contract.active import ActiveStrategies
+from wit_plugins.contract.plugins import plugin_manager, register
 from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
 from wit_plugins.tokens.text import TokenText
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from wit_plugins import WITConfigError, front_door
+from wit_plugins import WITConfigError, user_errors
 
 if TYPE_CHECKING:
     from wit_axolotl.plugin import WITPlugin
@@ -15,16 +15,16 @@ class _NoSuchPlugin(WITConfigError, AttributeError):
 
 
 def __getattr__(name: str) -> Any:
-    # Looked up late: the trainer's side (wit_axolotl.hooks) is loaded where Axolotl is not installed.
+    # Looked up late: the trainer's side (wit_axolotl.entry_point) is loaded where Axolotl is not installed.
     if name == "WITPlugin":
         try:
             from wit_axolotl.plugin import WITPlugin
         except ImportError as error:
             # Axolotl prints an ImportError and trains on without the plugin; any other error stops it.
-            front_door.install("wit_axolotl")
+            user_errors.install("wit_axolotl")
             raise WITConfigError(f"plugins: wit_axolotl.WITPlugin cannot be imported: {error}") from error
         return WITPlugin
     if name.startswith("_"):
         raise AttributeError(name)
-    front_door.install("wit_axolotl")
+    user_errors.install("wit_axolotl")
     raise _NoSuchPlugin(f"plugins: module {__name__!r} has no attribute {name!r}; the plugin is wit_axolotl.WITPlugin")

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from wit_plugins import WITConfig, WITConfigError
-from wit_plugins.active import ActiveStrategies
+from wit_plugins.contract.active import ActiveStrategies
 
 PLUGIN = "wit_axolotl.WITPlugin"
 

@@ -3,7 +3,7 @@
 In the order in which Axolotl calls them: `register` sees the configuration before anything is loaded, `get_input_args`
 adds the `wit` key to its schema, `get_training_args` sets the one training argument that the paper's denominator
 needs, `post_trainer_create` attaches, and `post_train` leaves the settings beside the model. What Axolotl does to the
-data it asks no plugin about; see `wit_axolotl.patch`.
+data it asks no plugin about; see `wit_axolotl.patch_data`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from axolotl.integrations.base import BasePlugin
 
 from wit_axolotl.config import PLUGIN, is_listed, read_config, require_where_unpickled
 from wit_axolotl.versions import FRAMEWORK, check_version
-from wit_plugins import WITConfig, WITConfigError, attach, front_door
-from wit_plugins.tokens.own_labels import OwnLabelsCollator
+from wit_plugins import WITConfig, WITConfigError, attach, user_errors
+from wit_plugins.data_weights.unweighted_collator import OwnLabelsCollator
 from wit_plugins.training.records import save_config
 
 
@@ -26,10 +26,10 @@ def require_parts() -> None:
         WITConfigError: naming the part that is not as it was.
     """
     try:
-        from wit_axolotl import patch
+        from wit_axolotl import patch_data
     except (ImportError, AttributeError) as error:
         raise FRAMEWORK.has_changed(check_version(), str(error), "the weights could not be attached") from error
-    patch.install()
+    patch_data.install()
 
 
 def _refuse_the_block_alone(cfg: Any) -> None:
@@ -52,7 +52,7 @@ class WITPlugin(BasePlugin):
             WITConfigError: naming the key, its value and the way out.
         """
         self._config = None
-        front_door.install("wit_axolotl")
+        user_errors.install("wit_axolotl")
         version = check_version()
         # Axolotl's plugin manager outlives a run: it also calls plugins that the present configuration does not name.
         if is_listed(cfg):

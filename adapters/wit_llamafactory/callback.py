@@ -6,12 +6,12 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
-from wit_llamafactory import patch
+from wit_llamafactory import patch_training
 from wit_plugins import WeightsNotAppliedError, WITConfig, WITConfigError, attach, attached
-from wit_plugins.active import ActiveStrategies
+from wit_plugins.contract.active import ActiveStrategies
 
 
-class WITCallback(TrainerCallback, patch.CarriesWeights):
+class WITCallback(TrainerCallback, patch_training.CarriesWeights):
     """Train with weights on prompt and response tokens.
 
     A callback never sees its trainer, so making one, and unpickling one in a Ray worker, patches LLaMA-Factory's SFT in
@@ -37,7 +37,7 @@ class WITCallback(TrainerCallback, patch.CarriesWeights):
         ActiveStrategies(self.config.active_strategies())  # names and options are checked now, not when it is attached
         self.trainer = None
         self.expected = False
-        patch.install()
+        patch_training.install()
 
     def attach(self, trainer: Trainer) -> None:
         """Attach the weights to the trainer that this callback is on."""
@@ -70,4 +70,4 @@ class WITCallback(TrainerCallback, patch.CarriesWeights):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.config = state["config"]
         self.trainer, self.expected = None, False
-        patch.install()
+        patch_training.install()

@@ -13,10 +13,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from wit_llamafactory.checks import check_arguments, check_version
+from wit_llamafactory.refusals import check_arguments, check_version
 from wit_plugins import WITConfigError
 from wit_plugins.errors import WITError
-from wit_plugins.front_door import report
+from wit_plugins.user_errors import report
 
 PROG = "llamafactory-wit"
 
@@ -74,7 +74,7 @@ def _weighted_launcher() -> Iterator[None]:
     from llamafactory.train import tuner
 
     from wit_llamafactory import train
-    from wit_llamafactory.sources import require
+    from wit_llamafactory.versions import require
 
     require(launcher.launch, "file_name=__file__", "from .train.tuner import run_exp\n", "run_exp()")
     file, run_exp = launcher.__file__, tuner.run_exp

@@ -17,20 +17,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wit_llamafactory.checks import check_arguments
-from wit_llamafactory.sources import FRAMEWORK
+from wit_llamafactory.refusals import check_arguments
+from wit_llamafactory.versions import FRAMEWORK
 from wit_plugins import WITConfig, WITConfigError
-from wit_plugins.active import ActiveStrategies
-from wit_plugins.cli.borrow import (
+from wit_plugins.cli.configuration import boolean_fields, read_text, unreadable
+from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split, evaluation_split, run_file
+from wit_plugins.cli.framework_trainer import (
     Built,
     for_looking,
     parser_errors,
     stopping,
     weighted_collator,
 )
-from wit_plugins.cli.configuration import boolean_fields, read_text, unreadable
-from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split, evaluation_split, run_file
-from wit_plugins.cli.empty import empty_model, resize_embeddings
+from wit_plugins.cli.meta_model import empty_model, resize_embeddings
+from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.foreign import exchanged
 
 _OWN = {"stage", "finetuning_type", "template", "dataset_dir", "cutoff_len"}
@@ -50,9 +50,9 @@ class LlamaFactoryDriver(FrameworkDriver):
 
     def require_parts(self) -> None:
         """What training patches, and how data is tokenised."""
-        from wit_llamafactory import patch
+        from wit_llamafactory import patch_training
 
-        patch.install()
+        patch_training.install()
 
     def recognises(self, values: Mapping[str, Any]) -> bool:
         """Its files name a model as TRL's do, and a dataset by a key of their own."""
@@ -176,7 +176,7 @@ class LlamaFactoryDriver(FrameworkDriver):
 
 
 def _reading_weights(config: WITConfig) -> contextlib.AbstractContextManager[None]:
-    from wit_llamafactory.data import reading_weights  # imports LLaMA-Factory
+    from wit_llamafactory.patch_data import reading_weights  # imports LLaMA-Factory
 
     return reading_weights(config)
 
@@ -217,7 +217,7 @@ def _build_trainer(values: dict[str, Any], job: Job) -> tuple[Any, dict[str, Any
     from llamafactory.model.loader import load_config
     from llamafactory.train.sft import workflow
 
-    from wit_llamafactory.data import newer_data
+    from wit_llamafactory.patch_data import newer_data
 
     with parser_errors(job.name, "LLaMA-Factory does not take these options"):
         arguments = get_train_args(values)

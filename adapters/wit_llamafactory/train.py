@@ -17,11 +17,11 @@ from typing import Any
 if __name__ == "__main__" and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
     del sys.path[0]  # torchrun starts this as a file; its neighbours must not be importable by their bare names
 
-from wit_llamafactory.checks import check_arguments
+from wit_llamafactory.refusals import check_arguments
 from wit_plugins import WITConfig, WITConfigError
-from wit_plugins.active import ActiveStrategies
+from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.errors import WITError
-from wit_plugins.front_door import report
+from wit_plugins.user_errors import report
 
 WIT_KEY = "wit"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from wit_plugins.front_door import report
+from wit_plugins.user_errors import report
 
 _USAGE = """usage: python -m wit_trl sft --prompt_weight 0.2 [--response_weight 0.8] [everything that `trl sft` takes]
 

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 
 from wit_plugins import WITConfig, WITConfigError, attach, attached
-from wit_trl import prepare  # noqa: F401 (from here on trainers keep their datasets in mind)
+from wit_trl import label_weights  # noqa: F401 (from here on trainers keep their datasets in mind)
 
 
 class WITCallback(TrainerCallback):

@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from wit_plugins import WITConfig, WITConfigError
-from wit_plugins.active import ActiveStrategies
-from wit_plugins.cli.borrow import (
+from wit_plugins.cli.configuration import boolean_fields, closest, dump
+from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split, evaluation_split, run_file
+from wit_plugins.cli.framework_trainer import (
     Built,
     for_looking,
     parser_errors,
     stopping,
     weighted_collator,
 )
-from wit_plugins.cli.configuration import boolean_fields, closest, dump
-from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split, evaluation_split, run_file
-from wit_plugins.cli.empty import empty_model
+from wit_plugins.cli.meta_model import empty_model
+from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.foreign import exchanged
 from wit_trl.versions import FRAMEWORK, FUSED_HEAD, FUSED_HEAD_SINCE, SCRIPT
 
@@ -46,7 +46,7 @@ class TRLDriver(FrameworkDriver):
 
     def require_parts(self) -> None:
         """How the loss is computed, `trl sft`, and how data is tokenised."""
-        from wit_trl.prepare import check_trl
+        from wit_trl.label_weights import check_trl
 
         version = FRAMEWORK.check(self.version())
         if version >= FUSED_HEAD_SINCE:
@@ -159,7 +159,7 @@ def _values(job: Job) -> dict[str, Any]:
 
 def _why_none(uncut: Any, args: Any) -> str:
     """Why TRL has dropped every example, and the way out: it does so where no label of an example counts."""
-    from wit_trl.rows import own_labels
+    from wit_trl.row_weights import own_labels
 
     if uncut is not None and not any((own_labels(row["labels"]) != -100).any() for row in uncut):
         return (
@@ -188,7 +188,7 @@ def _build_trainer(arguments: list[Any], config: WITConfig) -> tuple[Any, dict[s
     from trl.scripts import sft
     from trl.trainer import sft_trainer
 
-    from wit_trl.prepare import CONFIG
+    from wit_trl.label_weights import CONFIG
 
     original: Any = trl.SFTTrainer
     uncut: dict[str, Any] = {}

@@ -19,7 +19,7 @@ from packaging.version import Version
 from wit_plugins import WITConfig, WITConfigError
 from wit_plugins.config import did_you_mean
 from wit_plugins.errors import WITError
-from wit_plugins.front_door import report, reported_by_worker
+from wit_plugins.user_errors import report, reported_by_worker
 from wit_trl.versions import FRAMEWORK, SCRIPT
 
 PROG = "python -m wit_trl sft"
@@ -199,7 +199,7 @@ def _weighted_trainer(config: WITConfig) -> Iterator[None]:
     import trl
 
     from wit_trl.callback import WITCallback
-    from wit_trl.prepare import CONFIG
+    from wit_trl.label_weights import CONFIG
 
     original: Any = trl.SFTTrainer
 

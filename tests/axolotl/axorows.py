@@ -9,7 +9,7 @@ from axolotl.utils.data import sft
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset
 from support import byte_tokenizer
-from wit_axolotl import patch
+from wit_axolotl import patch_data
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -34,7 +34,7 @@ def tokenised(
     values = {"sequence_len": 512, "train_on_inputs": False, "dataset_num_proc": None, **settings}
     if wit is not None:
         values |= {"plugins": ["wit_axolotl.WITPlugin"], "wit": wit}
-    patch.install()
+    patch_data.install()
     made, _ = sft.get_dataset_wrapper(
         dataset_config=DictDefault(dataset),
         tokenizer=tokenizer,

@@ -14,7 +14,7 @@ import pytest
 from axorows import CHAT, TEMPLATE, TOKENIZER, assistant, chat, plain, tokenised, user
 from support import byte_tokenizer
 
-from wit_plugins.tokens.prepared import read_prepared
+from wit_plugins.tokens.weighted_labels import read_prepared
 
 
 def weights_of(rows: list[dict[str, Any]], dataset: dict[str, Any] = CHAT, **settings: Any) -> list[list[float]]:

@@ -25,8 +25,8 @@ from words import tokenizer
 
 from wit_plugins.errors import WITError
 from wit_plugins.testing import registered
-from wit_plugins.tokens.prepared import read_prepared
-from wit_plugins.tokens.transport import decode
+from wit_plugins.tokens.codes import decode
+from wit_plugins.tokens.weighted_labels import read_prepared
 
 KEYS = ("weight", "loss_weight", "loss_scale", "train", "loss")
 PLUGINS = ["axokit.Recorder", "wit_axolotl.WITPlugin"]

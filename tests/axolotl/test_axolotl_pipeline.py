@@ -20,18 +20,18 @@ from axolotl.utils.dict import DictDefault
 from axorows import CHAT, WIT, assistant, chat, plain, tokenised, user
 from datasets import Dataset, load_dataset
 from support import word_tokenizer
-from wit_axolotl import patch
+from wit_axolotl import patch_data
 
 from wit_plugins import WITConfig, WITConfigError
-from wit_plugins.active import ActiveStrategies
+from wit_plugins.contract.active import ActiveStrategies
+from wit_plugins.data_weights.reader import UnreadWeightWarning
+from wit_plugins.data_weights.unweighted_collator import OwnLabelsCollator
 from wit_plugins.errors import BadExampleError
 from wit_plugins.testing import registered
+from wit_plugins.tokens.codes import decode
 from wit_plugins.tokens.collator import WeightedCollator
-from wit_plugins.tokens.data_weights import UnreadWeightWarning
-from wit_plugins.tokens.own_labels import OwnLabelsCollator
-from wit_plugins.tokens.prepared import read_prepared
-from wit_plugins.tokens.reader import ExampleReader
-from wit_plugins.tokens.transport import decode
+from wit_plugins.tokens.example_reader import ExampleReader
+from wit_plugins.tokens.weighted_labels import read_prepared
 from wit_plugins.training.attach import with_data_weights
 
 PAGE = next(p for p in Path(__file__).parents if (p / "docs").is_dir()) / "docs" / "data-weights.md"
@@ -43,7 +43,7 @@ def test_nothing_to_weight_is_axolotl_s_own(monkeypatch: pytest.MonkeyPatch) -> 
         rows[0]["messages"][0]["weight"] = 0.5 if settings else 1
         assert tokenised(rows, **settings)[:] == tokenised(rows, wit=None)[:]
     # And without the plugin line nothing is read at all, patched or not.
-    monkeypatch.setattr(patch, "DataWeights", None)
+    monkeypatch.setattr(patch_data, "DataWeights", None)
     tokenised([chat(user(weight=-1), assistant())], wit=None)
 
 
@@ -112,7 +112,7 @@ def test_data_that_changed_since_it_was_prepared_is_prepared_anew(tmp_path: Path
     cfg = DictDefault({"plugins": ["wit_axolotl.WITPlugin"], "wit": WIT, "datasets": [entry]})
     cfg.dataset_prepared_path = str(tmp_path / "prepared")
     Dataset.from_list([{"labels": [1]}]).save_to_disk(str(tmp_path / "prepared" / "name"))
-    patch.install()
+    patch_data.install()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for when in (1, time.time() + 1000):  # older, and by a clock that is wrong
@@ -122,7 +122,7 @@ def test_data_that_changed_since_it_was_prepared_is_prepared_anew(tmp_path: Path
     for file in (tmp_path / "prepared" / "name").iterdir():
         os.utime(file, (1, 1))
     os.utime(data, (2, 2))
-    with pytest.warns(patch.StaleDataWarning, match="data.jsonl is newer than what was prepared .* prepared anew"):
+    with pytest.warns(patch_data.StaleDataWarning, match="data.jsonl is newer than what was prepared .* prepared anew"):
         assert sft.load_preprocessed_dataset(cfg, "name") is None
     assert not (tmp_path / "prepared" / "name").exists()
 
@@ -238,7 +238,7 @@ def test_what_the_page_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_names_of_prepared_datasets() -> None:
     """One for each way of reading weights, whatever the roles weigh; Axolotl's own where nothing is read."""
-    patch.install()
+    patch_data.install()
 
     def name(**wit: Any) -> str:
         plugins = ["wit_axolotl.WITPlugin"] if wit else None
@@ -261,12 +261,12 @@ def test_code_that_changed_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         return dataset
 
     with monkeypatch.context() as patched:
-        patched.setattr(patch, "_RELIED_ON", ((changed, patch._RELIED_ON[3][1]),))
+        patched.setattr(patch_data, "_RELIED_ON", ((changed, patch_data._RELIED_ON[3][1]),))
         with pytest.raises(WITConfigError, match="does not work as this project expects"):
-            patch.install()
+            patch_data.install()
     with monkeypatch.context() as patched:
         patched.setattr(sft, "get_dataset_wrapper", changed)
         with pytest.raises(WITConfigError, match="something else has replaced"):
-            patch.install()
-    patch.install()
-    assert wrappers.get_dataset_wrapper is not sft.get_dataset_wrapper is patch.get_dataset_wrapper
+            patch_data.install()
+    patch_data.install()
+    assert wrappers.get_dataset_wrapper is not sft.get_dataset_wrapper is patch_data.get_dataset_wrapper

@@ -47,7 +47,7 @@ def test_what_is_kept_quiet_and_what_is_not():
     """Past Python's streams as well, and only for a time: a logger that is made meanwhile works afterwards."""
     code = """
 import logging, os, subprocess, sys
-from wit_plugins.cli.quiet import quiet
+from wit_plugins.cli.silence import quiet
 with quiet() as screen:
     os.write(1, b"hidden"); os.write(2, b"hidden"); print("hidden"); print("hidden", file=sys.stderr)
     subprocess.run(["sh", "-c", "echo hidden; echo hidden >&2"])

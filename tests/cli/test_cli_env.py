@@ -12,9 +12,9 @@ from previewkit import byte_level_tokenizer
 from trlkit import tokenizer
 
 from wit_plugins.cli.driver import FrameworkDriver, Job, choose_driver, drivers
-from wit_plugins.cli.text import visible
+from wit_plugins.cli.safe_text import visible
 from wit_plugins.errors import WITConfigError
-from wit_plugins.linear_cross_entropy import choice, usable_implementations
+from wit_plugins.linear_cross_entropy import implementations, usable_implementations
 from wit_plugins.tokens.text import TokenText
 
 
@@ -48,7 +48,7 @@ def test_loss_backends_say_why_not(capsys, monkeypatch):
     assert "torch: usable" in out
     assert "triton: not usable: it needs a GPU" in out
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(choice, "triton_works", lambda device, dtype: False)
+    monkeypatch.setattr(implementations, "triton_works", lambda device, dtype: False)
     assert usable_implementations() == {
         "torch": None,
         "logits": None,

@@ -12,8 +12,8 @@ from trlkit import tokenizer
 
 from wit_plugins.cli.preview.documents import view
 from wit_plugins.cli.preview.rows import blocks, read
+from wit_plugins.tokens.codes import decode
 from wit_plugins.tokens.text import TokenText
-from wit_plugins.tokens.transport import decode
 
 
 @pytest.mark.parametrize("shape", SHAPES)

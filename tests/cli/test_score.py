@@ -20,8 +20,8 @@ from wit_trl.driver import TRLDriver
 from wit_plugins.cli.driver import Job
 from wit_plugins.errors import WITConfigError
 from wit_plugins.loss.document_scores import DocumentScorer
-from wit_plugins.tokens.reader import ExampleReader
-from wit_plugins.tokens.scores import Scores, scored_documents
+from wit_plugins.tokens.example_reader import ExampleReader
+from wit_plugins.tokens.reference_scores import Scores, scored_documents
 
 
 def other_model(folder, **changes):
@@ -98,7 +98,7 @@ def test_check_looks_every_document_up(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "scores"
     path = workplace(tmp_path, strategies={"rho1": {"share": 0.5, "reference": str(folder)}})
     assert wit("score", path, "--output", folder, capsys=capsys)[0] == 0
-    monkeypatch.setattr("wit_plugins.tokens.columns.READ_AT_MOST", 2)
+    monkeypatch.setattr("wit_plugins.data_weights.columns.READ_AT_MOST", 2)
     assert wit("check", path, capsys=capsys)[0] == 0
     ids = documents_of(path)[3].input_ids
     index = np.load(folder / "documents.npy")
@@ -141,7 +141,7 @@ def test_models_whose_head_is_special(tmp_path, capsys, how, monkeypatch):
 KILLED = """
 import os, signal, sys
 import wit_plugins.cli.score as score
-import wit_plugins.tokens.scores as scores
+import wit_plugins.tokens.reference_scores as scores
 from wit_plugins.cli import main
 score._SHARD, write, written = 2, scores._write, []
 def die_at(path, array):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from wit_plugins import hookspecs
-from wit_plugins.plugins import plugin_manager
+from wit_plugins.contract import hookspecs
+from wit_plugins.contract.plugins import plugin_manager
 
 ROOT = next(p for p in Path(__file__).parents if (p / "docs" / "authors" / "strategies.md").is_file())
 HOOKS = sorted(name for name, value in vars(hookspecs).items() if hasattr(value, f"{hookspecs.PROJECT_NAME}_spec"))

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from wit_plugins import PROMPT, RESPONSE, WITConfigError, hookimpl, per_token, register
-from wit_plugins.active import ActiveStrategies
-from wit_plugins.plugins import plugin_manager, strategy_names
+from wit_plugins.contract.active import ActiveStrategies
+from wit_plugins.contract.plugins import plugin_manager, strategy_names
 
 ROLES = np.array([0, PROMPT, RESPONSE, RESPONSE], dtype=np.uint8)
 IDS = np.array([4, 5, 6, 7])
@@ -62,7 +62,7 @@ def test_built_in_strategies_are_registered_like_others():
 
 def test_importing_the_core_imports_no_framework():
     code = (
-        "import sys, wit_plugins.plugins as p; p.plugin_manager();"
+        "import sys, wit_plugins.contract.plugins as p; p.plugin_manager();"
         "assert not {'trl', 'axolotl', 'llamafactory', 'datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -208,7 +208,7 @@ def test_hooks_that_would_never_be_called_are_refused(plugin, message):
 
 @pytest.mark.parametrize(("plugin", "message"), WRONG)
 def test_a_wrong_entry_point_stops_no_run_that_does_not_name_it(plugin, message, monkeypatch):
-    import wit_plugins.plugins as plugins
+    import wit_plugins.contract.plugins as plugins
 
     class EntryPoint:
         name, value = "bad", "bad_package.plugin"
@@ -224,7 +224,7 @@ def test_a_wrong_entry_point_stops_no_run_that_does_not_name_it(plugin, message,
 
 
 def test_an_entry_point_with_a_taken_name_is_said_to_be_off(monkeypatch):
-    import wit_plugins.plugins as plugins
+    import wit_plugins.contract.plugins as plugins
 
     class EntryPoint:
         name, value = "dft", "their_package.dft"
@@ -290,7 +290,7 @@ def test_pickles_with_modules_and_objects(registered, tmp_path, monkeypatch):
 
 
 def test_a_broken_entry_point_warns_and_stays_off(monkeypatch):
-    import wit_plugins.plugins as plugins
+    import wit_plugins.contract.plugins as plugins
 
     class EntryPoint:
         name, value = "bad", "bad_package.plugin"
@@ -306,7 +306,7 @@ def test_a_broken_entry_point_warns_and_stays_off(monkeypatch):
 
 
 def test_a_third_party_comes_in_by_entry_point(monkeypatch):
-    import wit_plugins.plugins as plugins
+    import wit_plugins.contract.plugins as plugins
 
     module = types.ModuleType("third_party")
     module.static_weights = hookimpl(lambda roles: np.ones(len(roles)))
@@ -323,7 +323,7 @@ def test_a_third_party_comes_in_by_entry_point(monkeypatch):
 
 def test_hook_calls_can_be_traced():
     code = (
-        "import numpy as np; from wit_plugins.active import ActiveStrategies;"
+        "import numpy as np; from wit_plugins.contract.active import ActiveStrategies;"
         "ActiveStrategies({'wit': {'prompt_weight': 1.0, 'response_weight': 1.0}})"
         ".static_weights(np.zeros(1), np.ones(1, np.uint8), {})"
     )

@@ -7,7 +7,13 @@ import torch
 from gpukit import ON_GPU, skip_if
 from headkit import TOLERANCE, Rescale, assert_close, head_nll, make, reference
 
-from wit_plugins.linear_cross_entropy import choice, head_gradient, softmax, sources, usable_implementations
+from wit_plugins.linear_cross_entropy import (
+    head_gradient,
+    implementations,
+    logit_sources,
+    softmax,
+    usable_implementations,
+)
 
 IMPLEMENTATIONS = ["torch", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -16,7 +22,7 @@ SHAPES = [(37, 13, 101), (64, 64, 8191), (33, 40, 8193), (8, 16, 50257), (5, 8, 
 
 def skip_unless_usable(impl, dtype=torch.float32):
     if impl == "triton":
-        works = choice.triton_works(torch.device("cuda"), dtype) if ON_GPU else choice.interpreting()
+        works = implementations.triton_works(torch.device("cuda"), dtype) if ON_GPU else implementations.interpreting()
         interpreted = not ON_GPU and dtype == torch.bfloat16
         skip_if(
             None if works else f"triton: {usable_implementations()['triton'] or 'its kernel does not work here'}",
@@ -46,8 +52,8 @@ def test_against_the_formula(device, shape, options, dtype, impl, monkeypatch):
     skip_unless_usable(impl, dtype)
     if not ON_GPU and shape[2] > 10000:
         pytest.skip("a vocabulary of this size takes a CPU too long")
-    monkeypatch.setattr(sources, "_CHUNK_ELEMENTS", 0)
-    monkeypatch.setattr(sources, "_MIN_CHUNK_TOKENS", 16)  # several chunks
+    monkeypatch.setattr(logit_sources, "_CHUNK_ELEMENTS", 0)
+    monkeypatch.setattr(logit_sources, "_MIN_CHUNK_TOKENS", 16)  # several chunks
     both(device, *shape, dtype, impl, **options)
 
 
@@ -73,7 +79,7 @@ def test_what_auto_picks(device):
     """On a GPU the kernel. A GPU on which it silently gave way to plain PyTorch would pass everything else."""
     skip_if(None if ON_GPU else "needs a GPU")
     for dtype in DTYPES:
-        assert choice.choose("auto", torch.device(device), dtype) == "triton"
+        assert implementations.choose("auto", torch.device(device), dtype) == "triton"
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -82,7 +88,7 @@ def test_the_error_does_not_grow_with_the_number_of_tokens(device, dtype, impl, 
     """∂weight over many chunks is as exact as one product of all logits."""
     skip_unless_usable(impl, dtype)
     tokens, h, v = (65536, 128, 4096) if ON_GPU else (4096, 16, 64)
-    monkeypatch.setattr(sources, "_CHUNK_TOKEN_BYTES", 512 if ON_GPU else 128)
+    monkeypatch.setattr(logit_sources, "_CHUNK_TOKEN_BYTES", 512 if ON_GPU else 128)
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(rows, h, generator=generator) for rows in (tokens, v))
     hidden, weight = hidden.to(device, dtype), (weight * 2 * h**-0.5).to(device, dtype).requires_grad_()
@@ -96,7 +102,7 @@ def test_the_error_does_not_grow_with_the_number_of_tokens(device, dtype, impl, 
     full = torch.nn.functional.cross_entropy((hidden @ weight.t()).float(), targets, reduction="none")
     (of_full,) = torch.autograd.grad((weights * full).sum(), weight)
     (ours,) = torch.autograd.grad(head_nll(hidden, weight, targets, weights, impl=impl).loss, weight)
-    assert len(sources.even_slices(tokens, sources.chunk_length(v, dtype))) > 32
+    assert len(logit_sources.even_slices(tokens, logit_sources.chunk_length(v, dtype))) > 32
     error, allowed = ((grad.double() - exact).norm() / exact.norm() for grad in (ours, of_full))
     assert error <= 1.02 * allowed, (error, allowed)
 
@@ -114,7 +120,7 @@ def test_memory_does_not_grow_with_the_batch(device, dtype):
     skip_if(None if ON_GPU else "needs a GPU")
     h, v = 512, 32000
     weight = torch.randn(v, h, device=device, dtype=dtype).requires_grad_()
-    chunk = sources.chunk_length(v, dtype) * v * dtype.itemsize
+    chunk = logit_sources.chunk_length(v, dtype) * v * dtype.itemsize
     taken = []
     for tokens in (4096, 4096, 16384):  # the first also makes room for cuBLAS, once
         hidden = torch.randn(tokens, h, device=device, dtype=dtype).requires_grad_()

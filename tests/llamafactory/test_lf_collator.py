@@ -15,9 +15,9 @@ from llamafactory.train.tuner import run_exp
 from wit_llamafactory import WITCallback
 
 from wit_plugins import detach
-from wit_plugins.active import ActiveStrategies
+from wit_plugins.contract.active import ActiveStrategies
+from wit_plugins.tokens.codes import decode
 from wit_plugins.tokens.collator import CODES_KEY, WeightedCollator
-from wit_plugins.tokens.transport import decode
 
 
 class TestCollator:

@@ -13,18 +13,18 @@ from llamafactory.data.parser import DatasetAttr
 from llamafactory.data.processor.supervised import SupervisedDatasetProcessor
 from llamafactory.train.sft import workflow
 from weighted_data import LAMBDA, OPENAI, SHAREGPT, assert_step, data, expected
-from wit_llamafactory.data import reading_weights
 from wit_llamafactory.driver import LlamaFactoryDriver
-from wit_llamafactory.examples import WeightedConverter
+from wit_llamafactory.patch_data import reading_weights
+from wit_llamafactory.row_weights import WeightedConverter
 
 from wit_plugins import WITConfig, WITConfigError, hookimpl
 from wit_plugins.cli import main
 from wit_plugins.cli.driver import Job
 from wit_plugins.cli.preview.documents import view
 from wit_plugins.cli.preview.summary import summarise
+from wit_plugins.data_weights.reader import DataWeights
 from wit_plugins.errors import BadExampleError
 from wit_plugins.testing import registered
-from wit_plugins.tokens.data_weights import DataWeights
 from wit_plugins.tokens.text import TokenText
 
 OTHER_KEYS = {**LAMBDA, "message_weight_keys": ["loss"]}

@@ -5,11 +5,11 @@ import re
 import pytest
 from llamafactory.data.template import TEMPLATES, Llama2Template, ReasoningTemplate
 from support import byte_tokenizer
-from wit_llamafactory.examples import Part, Said
-from wit_llamafactory.tokenising import WeightedTemplate
+from wit_llamafactory.label_weights import WeightedTemplate
+from wit_llamafactory.row_weights import Part, Said
 
 from wit_plugins import WITConfig
-from wit_plugins.tokens.data_weights import DataWeights
+from wit_plugins.data_weights.reader import DataWeights
 from wit_plugins.tokens.text import ENDS_OF_TURNS
 
 TEXTS = ["be kind to all", "what is two plus two", "four, I think", "and one more?", "five it is"]

@@ -29,10 +29,10 @@ from llamafactory.data.parser import get_dataset_list
 from llamafactory.data.template import TEMPLATES
 from llamafactory.hparams import parser
 from wit_llamafactory import WITCallback
-from wit_llamafactory.checks import _REFUSED
 from wit_llamafactory.driver import LlamaFactoryDriver
-from wit_llamafactory.sources import FRAMEWORK
+from wit_llamafactory.refusals import _REFUSED
 from wit_llamafactory.train import weighted_arguments
+from wit_llamafactory.versions import FRAMEWORK
 
 from wit_plugins import WITConfig
 from wit_plugins.cli.driver import Job

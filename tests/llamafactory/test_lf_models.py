@@ -26,8 +26,8 @@ from support import VOCAB_SIZE, all_relative_error, llama, mixtral
 from transformers import Trainer
 
 from wit_plugins import WITConfig, WITConfigError, attach, detach
+from wit_plugins.data_weights.reader import UnreadWeightWarning
 from wit_plugins.loss.reference import reference_loss
-from wit_plugins.tokens.data_weights import UnreadWeightWarning
 
 
 class TestModels:

@@ -9,8 +9,8 @@ import pytest
 from lfkit import LLAMAFACTORY, Version, WITCallback, place, run, run_command, start_command
 from llamafactory.train.tuner import run_exp
 from transformers import Qwen2VLConfig, Trainer, TrainingArguments
-from wit_llamafactory import patch
-from wit_llamafactory.checks import check_arguments
+from wit_llamafactory import patch_training
+from wit_llamafactory.refusals import check_arguments
 
 from wit_plugins import WeightsNotAppliedError, WITConfigError, attached, detach, foreign
 
@@ -283,7 +283,7 @@ def test_code_of_llamafactory_that_changed_is_noticed(monkeypatch, workplace, ca
     monkeypatch.setattr(tuner, "run_sft", run_sft)
     monkeypatch.setattr(workflow, "run_sft", run_sft)
     with pytest.raises(WITConfigError, match="does not work as this project expects"):
-        patch.install()
+        patch_training.install()
 
 
 def test_a_run_that_builds_no_trainer_is_an_error(monkeypatch, workplace):

@@ -89,7 +89,7 @@ def test_rows_and_totals(workplace, tmp_path, shape):
 def test_weights_are_those_that_the_batches_carry(workplace):
     from torch.utils.data import DataLoader
 
-    from wit_plugins.tokens.transport import decode
+    from wit_plugins.tokens.codes import decode
 
     prepared = LlamaFactoryDriver().prepare(job(workplace.write(wit=WIT)))
     rows = list(prepared.splits["train"].rows)

@@ -21,8 +21,8 @@ from trlkit import dataset, logs, sft_trainer, tokenizer
 from wit_trl import WITCallback, prepare_dataset
 
 import wit_plugins
+from wit_plugins.contract.plugins import DEFAULT_STRATEGIES, plugin_manager
 from wit_plugins.loss.reference import reference_loss
-from wit_plugins.plugins import DEFAULT_STRATEGIES, plugin_manager
 
 DOCS = next(p / "docs" for p in Path(__file__).parents if (p / "docs" / "trl.md").is_file())
 

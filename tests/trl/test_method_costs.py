@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from wit_plugins.plugins import DEFAULT_STRATEGIES
+from wit_plugins.contract.plugins import DEFAULT_STRATEGIES
 
 ROOT = next(p for p in Path(__file__).parents if (p / "benchmarks").is_dir())
 

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import trl
-import wit_trl.prepare
+import wit_trl.label_weights
 import wit_trl.versions
 from packaging.version import Version
 from support import llama
@@ -188,7 +188,7 @@ def test_a_newer_version_that_works_alike_trains_and_says_so_once(tmp_path, a_ne
     ("owner", "name", "piece"),
     [
         (trl.SFTTrainer, "compute_loss", "outputs = model"),
-        (wit_trl.prepare, "_original", "takes self, args"),
+        (wit_trl.label_weights, "_original", "takes self, args"),
         (trl.trainer.utils, "FusedCausalLMOutput", "log_probs"),
     ],
     ids=["loss", "data", "output"],

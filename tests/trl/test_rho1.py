@@ -9,7 +9,7 @@ from trlkit import logs, sft_trainer, weights_of
 from wit_trl import WITCallback
 
 from wit_plugins import WITConfigError
-from wit_plugins.loss.base_model import check_base_model
+from wit_plugins.loss.peft import check_base_model
 from wit_plugins.strategies import rho1
 
 

@@ -13,7 +13,7 @@ from weightkit import step_taken
 from wit_trl import WITCallback
 
 from wit_plugins import WITConfigError
-from wit_plugins.active import ActiveStrategies
+from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.testing import weigh
 
 TOOLS = ["get_weather", "get_web", "get", "search"]

@@ -14,13 +14,13 @@ from trl import SFTConfig
 from trlkit import LEARNING_RATE
 from weightkit import KEYS, MAX_LENGTH, dataset, expected_step, model, reference, rows, step_taken, tokenizer, trainer
 from wit_trl import WITCallback, prepare_dataset
-from wit_trl.rows import opened
+from wit_trl.row_weights import opened
 from wit_trl.sft import WITArguments, make_parser
 
 import wit_plugins
 from wit_plugins import WITConfigError, hookimpl
-from wit_plugins.plugins import plugin_manager
-from wit_plugins.tokens.prepared import read_prepared
+from wit_plugins.contract.plugins import plugin_manager
+from wit_plugins.tokens.weighted_labels import read_prepared
 
 WEIGHTS = (0.2, 0.8)
 SETTINGS = {"prompt_weight": 0.2, "response_weight": 0.8}

@@ -205,7 +205,7 @@ def test_a_strategy_sees_the_examples_own_columns(tmp_path):
     import numpy as np
 
     from wit_plugins import WITConfig, hookimpl, register
-    from wit_plugins.plugins import plugin_manager
+    from wit_plugins.contract.plugins import plugin_manager
 
     class Importance:
         @hookimpl

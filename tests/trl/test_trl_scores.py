@@ -13,8 +13,8 @@ from trlkit import dataset, logs, sft_trainer, weights_of
 from wit_trl import WITCallback
 
 from wit_plugins import WITConfigError
-from wit_plugins.tokens.reader import ExampleReader
-from wit_plugins.tokens.scores import ScoresWriter, scored_documents
+from wit_plugins.tokens.example_reader import ExampleReader
+from wit_plugins.tokens.reference_scores import ScoresWriter, scored_documents
 
 
 def reference():
@@ -137,7 +137,7 @@ def test_a_document_without_scores_is_refused_before_training(tmp_path):
 
 def test_what_the_check_did_not_read_stops_the_batch(tmp_path, monkeypatch):
     """Only some examples of a large dataset are looked at before; one that is missed is no silent zero."""
-    monkeypatch.setattr("wit_plugins.tokens.columns.READ_AT_MOST", 2)
+    monkeypatch.setattr("wit_plugins.data_weights.columns.READ_AT_MOST", 2)
     trainer, _ = in_order(tmp_path, per_device_train_batch_size=4)
     rows = list(trainer.train_dataset)
     folder = write_scores(tmp_path / "scores", rows[:2] + rows[3:])

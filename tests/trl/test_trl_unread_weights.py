@@ -7,18 +7,18 @@ import sys
 
 import pytest
 import trl
-import wit_trl.prepare
+import wit_trl.label_weights
 from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
 from support import subprocess_env
 from test_trl_data_weights import config, conversation
 from weightkit import dataset, tokenizer, trainer
 from wit_trl import WITCallback, prepare_dataset
 from wit_trl.driver import _splits
-from wit_trl.rows import own_labels
-from wit_trl.unread import NOTES, _as_they_are
+from wit_trl.row_weights import own_labels
+from wit_trl.unread_weights import NOTES, _as_they_are
 
 from wit_plugins import WITConfig, WITConfigError, attach
-from wit_plugins.tokens.data_weights import UnreadWeightWarning
+from wit_plugins.data_weights.reader import UnreadWeightWarning
 
 OPTIONS = {"assistant_only_loss": True}
 
@@ -142,7 +142,7 @@ def test_prepared_data_does_not_train_without_weights(tmp_path, args):
 
 def test_a_trainer_that_was_made_before_is_told_so(tmp_path, monkeypatch):
     """`import wit_trl` came too late: what can be seen is looked at, and of the rest it is said that it cannot be."""
-    monkeypatch.setattr(trl.SFTTrainer, "_prepare_dataset", wit_trl.prepare._original)
+    monkeypatch.setattr(trl.SFTTrainer, "_prepare_dataset", wit_trl.label_weights._original)
     data = Dataset.from_list(one("message"))
     made = trainer(tmp_path, data, **OPTIONS)
     with pytest.raises(WITConfigError, match=r"the train dataset \(messages\[\].train"):
@@ -246,6 +246,6 @@ def test_trl_that_prepares_otherwise_is_noticed(monkeypatch):
     def changed(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         return self._other_tokenizer
 
-    monkeypatch.setattr(wit_trl.prepare, "_original", changed)
+    monkeypatch.setattr(wit_trl.label_weights, "_original", changed)
     with pytest.raises(WITConfigError, match="reads self._other_tokenizer"):
         prepared(dataset(one("message")))

@@ -16,9 +16,9 @@ import deepspeed, torch
 from support import all_relative_error, documents, llama, reference_step
 from wit_plugins.training.adapter import TrainerAdapter
 from wit_plugins.tokens.collator import WeightedCollator
-from wit_plugins.loss.head import WeightedHead
-from wit_plugins.loss.step import Step
-from wit_plugins.active import ActiveStrategies
+from wit_plugins.loss.model_patch import WeightedHead
+from wit_plugins.loss.loss_call import Step
+from wit_plugins.contract.active import ActiveStrategies
 
 deepspeed.init_distributed("gloo")
 rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()

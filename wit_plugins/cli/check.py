@@ -37,7 +37,7 @@ def check(driver: FrameworkDriver, job: Job, strict: bool, limit: int | None = N
     """
     from wit_plugins.cli.preview.command import look_up, prepare, summarise_split
     from wit_plugins.cli.preview.summary import warnings
-    from wit_plugins.cli.quiet import quiet
+    from wit_plugins.cli.silence import quiet
 
     problems = driver.problems(job)
     found: list[str] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, TextIO
 
-from wit_plugins.cli.text import visible
+from wit_plugins.cli.safe_text import visible
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -16,7 +16,7 @@ from packaging.version import Version
 
 from wit_plugins.cli import configuration
 from wit_plugins.cli.configuration import boolean
-from wit_plugins.cli.text import visible
+from wit_plugins.cli.safe_text import visible
 from wit_plugins.config import WITConfig, did_you_mean
 from wit_plugins.errors import WITConfigError
 from wit_plugins.foreign import Framework
@@ -243,7 +243,9 @@ def run_file(output: Path) -> Path:
 
 def drivers() -> list[FrameworkDriver]:
     """The drivers of all adapters, by name."""
-    from wit_plugins.plugins import plugin_manager  # loads the adapters, which a typing mistake need not wait for
+    from wit_plugins.contract.plugins import (
+        plugin_manager,  # loads the adapters, which a typing mistake need not wait for
+    )
 
     found = plugin_manager().hook.framework_driver()
     return sorted(found, key=lambda driver: driver.name)

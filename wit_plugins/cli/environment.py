@@ -11,9 +11,9 @@ import torch
 
 import wit_plugins
 from wit_plugins.cli.driver import FrameworkDriver, drivers
+from wit_plugins.contract.plugins import strategy_names
 from wit_plugins.errors import WITConfigError
 from wit_plugins.linear_cross_entropy import usable_implementations
-from wit_plugins.plugins import strategy_names
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "tokenizers", "numpy", "pydantic", "pluggy")
 _OPTIONAL = ("liger-kernel", "triton", "deepspeed", "flash-attn", "bitsandbytes", "rich", "matplotlib", "optuna")

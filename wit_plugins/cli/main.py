@@ -182,7 +182,7 @@ def _dataset_values(dataset: str) -> dict[str, Any]:
 
 
 def _run_preview(options: argparse.Namespace) -> int:
-    from wit_plugins.cli.quiet import quiet
+    from wit_plugins.cli.silence import quiet
 
     with quiet(options.verbose):  # importing a framework prints too
         driver, job = _job(options)
@@ -199,7 +199,7 @@ def _run_preview(options: argparse.Namespace) -> int:
 
 def _run_check(options: argparse.Namespace) -> int:
     from wit_plugins.cli.check import check, refuse
-    from wit_plugins.cli.quiet import quiet
+    from wit_plugins.cli.silence import quiet
 
     plain = _plain_job(options)
     if problem := _weights_problem(plain):
@@ -220,7 +220,7 @@ def _run_check(options: argparse.Namespace) -> int:
 
 
 def _run_score(options: argparse.Namespace) -> int:
-    from wit_plugins.cli.quiet import quiet
+    from wit_plugins.cli.silence import quiet
 
     with quiet(options.verbose):  # importing a framework prints too
         driver, job = _job(options)
@@ -229,7 +229,7 @@ def _run_score(options: argparse.Namespace) -> int:
 
 
 def _run_sweep(options: argparse.Namespace) -> int:
-    from wit_plugins.cli.quiet import quiet
+    from wit_plugins.cli.silence import quiet
     from wit_plugins.cli.sweep.arguments import make_options, make_plan
     from wit_plugins.cli.sweep.command import sweep
 
@@ -261,6 +261,6 @@ def _run_env(options: argparse.Namespace) -> int:
 
 
 def _one_line(text: str) -> str:
-    from wit_plugins.cli.text import visible
+    from wit_plugins.cli.safe_text import visible
 
     return visible(" ".join(text.split()))

@@ -15,12 +15,12 @@ from wit_plugins.cli.console import console
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared
 from wit_plugins.cli.preview.command import prepare, progress, reasons
 from wit_plugins.cli.preview.rows import blocks, row_errors
-from wit_plugins.cli.quiet import quiet
-from wit_plugins.cli.text import visible
+from wit_plugins.cli.safe_text import visible
+from wit_plugins.cli.silence import quiet
+from wit_plugins.contract.on_device import without_references
 from wit_plugins.errors import WITConfigError
 from wit_plugins.loss.document_scores import DocumentScorer
-from wit_plugins.on_device import without_references
-from wit_plugins.tokens.scores import ScoredDocument, ScoresWriter, scored_documents
+from wit_plugins.tokens.reference_scores import ScoredDocument, ScoresWriter, scored_documents
 
 _SHARD = 512  # documents: what a killed run has to do again
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from wit_plugins.linear_cross_entropy.problem import (
+from wit_plugins.linear_cross_entropy.types import (
     Head,
     TokenNLL,
     Tokens,

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from wit_plugins.linear_cross_entropy.problem import TokenNLL, Tokens, exact_dtype, weighted_sum, wide
+from wit_plugins.linear_cross_entropy.logit_sources import GivenLogits, HiddenStates
 from wit_plugins.linear_cross_entropy.softmax import Scores, TorchSoftmax
-from wit_plugins.linear_cross_entropy.sources import GivenLogits, HiddenStates
+from wit_plugins.linear_cross_entropy.types import TokenNLL, Tokens, exact_dtype, weighted_sum, wide
 
 Source = HiddenStates | GivenLogits
 

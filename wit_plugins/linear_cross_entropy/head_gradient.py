@@ -11,7 +11,7 @@ import functools
 
 import torch
 
-from wit_plugins.linear_cross_entropy.problem import wide
+from wit_plugins.linear_cross_entropy.types import wide
 
 # Where float32 has to be made of half precision for a product: 8 MiB of it at a time.
 _CAST_ELEMENTS = 1 << 21

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from wit_plugins.linear_cross_entropy.choice import choose
 from wit_plugins.linear_cross_entropy.full_logits import full_logits
 from wit_plugins.linear_cross_entropy.gradient_in_forward import score
-from wit_plugins.linear_cross_entropy.problem import Head, TokenNLL, Tokens, product_dtype
+from wit_plugins.linear_cross_entropy.implementations import choose
+from wit_plugins.linear_cross_entropy.logit_sources import GivenLogits, HiddenStates
 from wit_plugins.linear_cross_entropy.sharded_softmax import ShardedSoftmax
 from wit_plugins.linear_cross_entropy.sharding import gathered
 from wit_plugins.linear_cross_entropy.softmax import TorchSoftmax
-from wit_plugins.linear_cross_entropy.sources import GivenLogits, HiddenStates
+from wit_plugins.linear_cross_entropy.types import Head, TokenNLL, Tokens, product_dtype
 from wit_plugins.tokens.roles import IGNORE_INDEX
 
 

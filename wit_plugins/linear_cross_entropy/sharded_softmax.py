@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import distributed
 
-from wit_plugins.linear_cross_entropy.problem import Tokens, VocabularyShard, entropy_of_top
 from wit_plugins.linear_cross_entropy.sharding import exchange
 from wit_plugins.linear_cross_entropy.softmax import Scores
+from wit_plugins.linear_cross_entropy.types import Tokens, VocabularyShard, entropy_of_top
 
 
 class ShardedSoftmax:

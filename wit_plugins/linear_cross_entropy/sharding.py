@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from wit_plugins.errors import WITConfigError
-from wit_plugins.linear_cross_entropy.problem import Head, VocabularyShard
+from wit_plugins.linear_cross_entropy.types import Head, VocabularyShard
 
 
 @contextmanager

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from wit_plugins.linear_cross_entropy.problem import entropy_of_top
+from wit_plugins.linear_cross_entropy.types import entropy_of_top
 
 if TYPE_CHECKING:
-    from wit_plugins.linear_cross_entropy.problem import Rescale, Tokens
+    from wit_plugins.linear_cross_entropy.types import Rescale, Tokens
 
 # The softmax takes a chunk in blocks: on a CPU 1 MiB of float32 a thread, to stay in the caches.
 _BLOCK_ELEMENTS_PER_THREAD = 1 << 18

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from wit_plugins.errors import WeightsNotAppliedError, WITConfigError
+from wit_plugins.tokens.codes import decode, locate
 from wit_plugins.tokens.roles import RESPONSE
-from wit_plugins.tokens.transport import decode, locate
 
 _NAME = "wit_watched"  # in transformers' registry
 _ELEMENTS = 1 << 24  # of the weights that are held at a time

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from wit_plugins.active import ActiveStrategies
+from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.errors import WITConfigError
 from wit_plugins.loss.fused import FusedHead, LossForLogits, uncompiled
-from wit_plugins.loss.weighted import MicroBatch
+from wit_plugins.loss.micro_batch import MicroBatch
+from wit_plugins.tokens.codes import encode
+from wit_plugins.tokens.reference_scores import ScoredDocument
 from wit_plugins.tokens.roles import IGNORE_INDEX, NEITHER, RESPONSE
-from wit_plugins.tokens.scores import ScoredDocument
-from wit_plugins.tokens.transport import encode
 
 
 class DocumentScorer:

@@ -25,8 +25,8 @@ from torch import nn
 
 from wit_plugins.linear_cross_entropy import Head
 from wit_plugins.linear_cross_entropy.sharding import vocabulary_shard, whole_logits
+from wit_plugins.loss.micro_batch import MicroBatch, WeightedLoss
 from wit_plugins.loss.tensor_parallel import below_tensor_parallelism
-from wit_plugins.loss.weighted import MicroBatch, WeightedLoss
 
 _CHECKED_POSITIONS = 16
 _LARGE = (100.0, 1000.0)  # logits that a trained model may come to, and more than any comes to

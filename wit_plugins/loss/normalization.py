@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from wit_plugins.tokens.codes import decode, locate
 from wit_plugins.tokens.collator import CODES_KEY
 from wit_plugins.tokens.roles import IGNORE_INDEX, RESPONSE
 from wit_plugins.tokens.span_bits import SPANS_KEY, inside
-from wit_plugins.tokens.transport import decode, locate
 
 
 def predicted_weights(codes: torch.Tensor) -> torch.Tensor:
@@ -26,7 +26,7 @@ def denominator(codes: torch.Tensor, normalization: str, share: float | None = N
     """A batch's share of the denominator, a scalar on the codes' device.
 
     Args:
-        codes (`torch.Tensor`): int64 `[B, L]`, see `wit_plugins.tokens.transport`.
+        codes (`torch.Tensor`): int64 `[B, L]`, see `wit_plugins.tokens.codes`.
         normalization (`str`): `nonzero_tokens` (an int64 count) or `weight_sum` (a float64 sum).
         share (`float`, *optional*): of each document's response tokens, rounded up, that will be trained on; a float64
             sum. The weights that are summed are then those of an average token, since which it will be is not known.

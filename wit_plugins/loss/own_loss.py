@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from wit_plugins.active import ActiveStrategies
+from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.errors import WeightsNotAppliedError
-from wit_plugins.loss.weighted import MicroBatch
+from wit_plugins.loss.micro_batch import MicroBatch
+from wit_plugins.tokens.codes import decode, encode
 from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
-from wit_plugins.tokens.transport import decode, encode
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from wit_plugins.errors import WITConfigError
 from wit_plugins.linear_cross_entropy.sharding import split_by_tensor_parallelism
-from wit_plugins.loss.base_model import adapter_layers
+from wit_plugins.loss.peft import adapter_layers
 
 
 def refuse_adapters(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from wit_plugins.config import did_you_mean
-from wit_plugins.hookspecs import hookimpl
+from wit_plugins.contract.hookspecs import hookimpl
 
 _DEFAULTS = {"coba_warmup_steps": 100, "coba_history_length": 200, "coba_tau": 5}
 

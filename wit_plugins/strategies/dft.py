@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from wit_plugins.hookspecs import hookimpl, per_token
+from wit_plugins.contract.hookspecs import hookimpl, per_token
 
 if TYPE_CHECKING:
     import torch

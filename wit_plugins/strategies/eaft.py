@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from wit_plugins.config import did_you_mean
-from wit_plugins.hookspecs import entropy_of_top, hookimpl, per_token
+from wit_plugins.contract.hookspecs import entropy_of_top, hookimpl, per_token
 
 if TYPE_CHECKING:
     import torch

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wit_plugins.config import did_you_mean
+from wit_plugins.contract.hookspecs import hookimpl
 from wit_plugins.errors import BadExampleError
-from wit_plugins.hookspecs import hookimpl
 from wit_plugins.tokens.roles import RESPONSE
 
 if TYPE_CHECKING:

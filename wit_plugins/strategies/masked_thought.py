@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from wit_plugins.config import did_you_mean
-from wit_plugins.hookspecs import hookimpl
+from wit_plugins.contract.hookspecs import hookimpl
 from wit_plugins.tokens.roles import RESPONSE
 
 if TYPE_CHECKING:

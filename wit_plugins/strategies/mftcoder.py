@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from wit_plugins.config import checked_weight, did_you_mean
-from wit_plugins.hookspecs import hookimpl
+from wit_plugins.contract.hookspecs import hookimpl
 
 _OPTIONS = ("groups", "key")
 

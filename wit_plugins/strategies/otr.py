@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from wit_plugins.config import did_you_mean
-from wit_plugins.hookspecs import hookimpl
+from wit_plugins.contract.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     import torch

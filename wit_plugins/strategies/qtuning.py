@@ -16,7 +16,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from wit_plugins.config import did_you_mean
-from wit_plugins.hookspecs import hookimpl, share_kept
+from wit_plugins.contract.hookspecs import hookimpl, share_kept
 
 if TYPE_CHECKING:
     import torch

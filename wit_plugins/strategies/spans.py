@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wit_plugins.active import SPAN_NAME
 from wit_plugins.config import checked_weight, did_you_mean
+from wit_plugins.contract.active import SPAN_NAME
+from wit_plugins.contract.hookspecs import hookimpl
 from wit_plugins.errors import WITConfigError
-from wit_plugins.hookspecs import hookimpl
 from wit_plugins.tokens.roles import PROMPT, RESPONSE
 from wit_plugins.tokens.text import ENDS_OF_TURNS, special_ids
 
@@ -82,7 +82,7 @@ _HEADERS = {
 
 @dataclass(frozen=True, eq=False)
 class _Document:
-    """One document, as the hooks get it: see [`wit_plugins.hookspecs.static_weights`]. Equal if it says the same."""
+    """One document, as hooks get it ([`wit_plugins.contract.hookspecs.static_weights`]). Equal if it says the same."""
 
     input_ids: np.ndarray
     roles: np.ndarray

@@ -15,7 +15,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from wit_plugins.config import did_you_mean
-from wit_plugins.hookspecs import hookimpl, reference_in, share_kept
+from wit_plugins.contract.hookspecs import hookimpl, reference_in, share_kept
 from wit_plugins.tokens.roles import RESPONSE
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from wit_plugins.config import did_you_mean
-from wit_plugins.hookspecs import hookimpl
+from wit_plugins.contract.hookspecs import hookimpl
 from wit_plugins.tokens.roles import RESPONSE
 
 _CALL = r'<tool_call>\s*\{\s*"name":\s*"(?P<name>[^"]+)"'

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from wit_plugins.hookspecs import hookimpl
+from wit_plugins.contract.hookspecs import hookimpl
 
 
 @hookimpl

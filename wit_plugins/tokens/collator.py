@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from wit_plugins.active import ActiveStrategies
 from wit_plugins.config import multiplied
+from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.errors import BadExampleError, WeightsNotAppliedError, WITConfigError
-from wit_plugins.tokens.reader import ExampleReader, ReadExample
+from wit_plugins.tokens.codes import decode, encode, framework_labels, restore_codes, weighing
+from wit_plugins.tokens.example_reader import ExampleReader, ReadExample
+from wit_plugins.tokens.reference_scores import SCORES_KEY, Scores, scored_documents
 from wit_plugins.tokens.roles import IGNORE_INDEX, NEITHER
-from wit_plugins.tokens.scores import SCORES_KEY, Scores, scored_documents
 from wit_plugins.tokens.span_bits import SPANS_KEY, bits_in_batch, to_bits
 from wit_plugins.tokens.text import TokenText
-from wit_plugins.tokens.transport import decode, encode, framework_labels, restore_codes, weighing
 
 CODES_KEY = "weighted_labels"
 DATA = "the data"  # as a source of weights, beside the strategies
@@ -47,9 +47,9 @@ class WeightedCollator:
 
     The batch keeps what the wrapped collator made of it, with `labels` as the framework would have had them (int64,
     -100 on everything but the response) and one more tensor of the same shape, `weighted_labels`: int64 codes (see
-    `wit_plugins.tokens.transport`). If strategies have spans to log, there is a third, `weighted_spans` (int64, see
+    `wit_plugins.tokens.codes`). If strategies have spans to log, there is a third, `weighted_spans` (int64, see
     `wit_plugins.tokens.span_bits`). If strategies compare with scores in a folder, there is `weighted_scores` (the bits
-    of float32 as int64, since frameworks round floats; see `wit_plugins.tokens.scores`).
+    of float32 as int64, since frameworks round floats; see `wit_plugins.tokens.reference_scores`).
 
     Args:
         collator (`Callable`): the framework's collator. It gets the examples as they are, labels exchanged: a list of

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import torch
 
-from wit_plugins.tokens.transport import is_weighing
+from wit_plugins.tokens.codes import is_weighing
 
 SPANS_KEY = "weighted_spans"
 

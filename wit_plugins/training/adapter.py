@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from transformers.utils import ModelOutput
 
     from wit_plugins.config import WITConfig
-    from wit_plugins.loss.step import Step
-    from wit_plugins.loss.weighted import WeightedLoss
+    from wit_plugins.loss.loss_call import Step
+    from wit_plugins.loss.micro_batch import WeightedLoss
     from wit_plugins.training.changes import Changes
 
 

@@ -9,15 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from wit_plugins.active import ActiveStrategies
 from wit_plugins.config import WITConfig
+from wit_plugins.contract.active import ActiveStrategies
+from wit_plugins.contract.plugins import plugin_manager
+from wit_plugins.data_weights.reader import fingerprint
 from wit_plugins.errors import WITConfigError
-from wit_plugins.loss.base_model import check_base_model
-from wit_plugins.loss.head import WeightedHead
-from wit_plugins.plugins import plugin_manager
+from wit_plugins.loss.model_patch import WeightedHead
+from wit_plugins.loss.peft import check_base_model
+from wit_plugins.tokens.codes import MAX_VOCAB_SIZE
 from wit_plugins.tokens.collator import WeightedCollator
-from wit_plugins.tokens.data_weights import fingerprint
-from wit_plugins.tokens.dataset_check import (
+from wit_plugins.tokens.example_reader import ExampleReader
+from wit_plugins.training.adapter import TrainerAdapter
+from wit_plugins.training.attachment import ATTRIBUTE, Attachment, claim, new_run, unwrapped
+from wit_plugins.training.changes import Changes
+from wit_plugins.training.dataset_check import (
     LeftOutWarning,
     can_be_read_again,
     check_dataset,
@@ -25,14 +30,9 @@ from wit_plugins.tokens.dataset_check import (
     check_weighs,
     warn_of_unmatched_spans,
 )
-from wit_plugins.tokens.reader import ExampleReader
-from wit_plugins.tokens.transport import MAX_VOCAB_SIZE
-from wit_plugins.training.adapter import TrainerAdapter
-from wit_plugins.training.attachment import ATTRIBUTE, Attachment, claim, new_run, unwrapped
-from wit_plugins.training.changes import Changes
 from wit_plugins.training.group_losses import check_evaluates
 from wit_plugins.training.parallelism import check_parallelism
-from wit_plugins.training.trainer import WeightedTrainerMixin
+from wit_plugins.training.trainer_mixin import WeightedTrainerMixin
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from wit_plugins.active import ActiveStrategies
 from wit_plugins.config import WITConfig
+from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.errors import WITConfigError
-from wit_plugins.loss.head import WeightedHead
-from wit_plugins.tokens.dataset_check import DatasetLook, StreamCheck
-from wit_plugins.tokens.reader import ExampleReader
+from wit_plugins.loss.model_patch import WeightedHead
+from wit_plugins.tokens.example_reader import ExampleReader
 from wit_plugins.training.adapter import AuxLossSums, TrainerAdapter
 from wit_plugins.training.changes import Changes
+from wit_plugins.training.dataset_check import DatasetLook, StreamCheck
 from wit_plugins.training.metrics import RoleMetrics
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from wit_plugins.contract.groups import Groups
 from wit_plugins.errors import WITConfigError
-from wit_plugins.groups import Groups
 
 if TYPE_CHECKING:
     from transformers import Trainer

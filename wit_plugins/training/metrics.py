@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher
 
-from wit_plugins.loss.weighted import WeightedLoss
+from wit_plugins.loss.micro_batch import WeightedLoss
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from packaging.version import Version
 
-from wit_plugins.active import ActiveStrategies
+from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.errors import WITConfigError
 from wit_plugins.training.adapter import TrainerAdapter
-from wit_plugins.training.sequence import unknown_averaging
+from wit_plugins.training.ulysses import unknown_averaging
 
 if TYPE_CHECKING:
     from transformers import Trainer

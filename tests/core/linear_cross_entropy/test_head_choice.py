@@ -14,14 +14,14 @@ from headkit import (
 )
 
 from wit_plugins.linear_cross_entropy import (
-    choice,
+    implementations,
     weighted_linear_cross_entropy,
 )
 
 
 def test_auto_is_torch_on_a_cpu_and_says_so_once(caplog):
     hidden, weight, _, targets, token_weights = make()
-    choice._announce.cache_clear()
+    implementations._announce.cache_clear()
     with caplog.at_level(logging.INFO, "wit_plugins"):
         losses = [weighted_linear_cross_entropy(hidden, weight, targets, token_weights) for _ in range(3)]
     assert [record.message for record in caplog.records] == ["the weighted loss is computed by impl = 'torch' on cpu"]
@@ -32,7 +32,7 @@ def test_auto_is_torch_on_a_cpu_and_says_so_once(caplog):
 def test_a_backend_that_cannot_run_gives_way(caplog, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     hidden, weight, _, targets, token_weights = make()
-    choice._warn.cache_clear()
+    implementations._warn.cache_clear()
     for _ in range(3):
         check(hidden, weight, None, targets, token_weights, impl="triton")
     (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
@@ -45,12 +45,12 @@ def test_without_triton(monkeypatch, caplog):
     hidden, weight, _, targets, token_weights = make()
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # so that a CPU counts as a device for it
     monkeypatch.setitem(sys.modules, "wit_plugins.linear_cross_entropy.triton_softmax", None)
-    choice.triton_works.cache_clear()
+    implementations.triton_works.cache_clear()
     try:
         check(hidden, weight, None, targets, token_weights, impl="triton")
         assert "the Triton kernel cannot be used on cpu" in caplog.text
     finally:
-        choice.triton_works.cache_clear()
+        implementations.triton_works.cache_clear()
 
 
 @pytest.mark.slow
@@ -60,12 +60,12 @@ def test_triton_kernel_interpreted():
     out = in_subprocess(
         """
         import torch, headkit as t
-        from wit_plugins.linear_cross_entropy import choice, sources, triton_softmax
-        sources._CHUNK_ELEMENTS, sources._MIN_CHUNK_TOKENS = 0, 8
+        from wit_plugins.linear_cross_entropy import implementations, logit_sources, triton_softmax
+        logit_sources._CHUNK_ELEMENTS, logit_sources._MIN_CHUNK_TOKENS = 0, 8
         for block in (8192, 32):  # all of the vocabulary at once, then in blocks
             triton_softmax._BLOCK = block
             for dtype in (torch.float32, torch.float16, torch.bfloat16):
-                assert choice.triton_works(torch.device("cpu"), dtype)
+                assert implementations.triton_works(torch.device("cpu"), dtype)
                 for scale, cap in ((0.3, None), (1.7, 3.0)):
                     t.check(*t.make(17, dtype=dtype, with_bias=True), impl="triton", logit_scale=scale, softcap=cap)
                 for train in (True, False):

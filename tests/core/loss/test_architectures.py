@@ -10,9 +10,9 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from support import VOCAB_SIZE, all_relative_error, documents
 
 from wit_plugins import WITConfigError
-from wit_plugins.active import ActiveStrategies
-from wit_plugins.loss.head import WeightedHead
-from wit_plugins.loss.step import Step
+from wit_plugins.contract.active import ActiveStrategies
+from wit_plugins.loss.loss_call import Step
+from wit_plugins.loss.model_patch import WeightedHead
 from wit_plugins.tokens.collator import CODES_KEY, WeightedCollator
 from wit_plugins.training.adapter import TrainerAdapter
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from wit_plugins.loss.normalization import group_denominators, step_denominator
+from wit_plugins.tokens.codes import encode
 from wit_plugins.tokens.collator import CODES_KEY
 from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
 from wit_plugins.tokens.span_bits import SPANS_KEY
-from wit_plugins.tokens.transport import encode
 
 BITS = [4, 0, 7]  # the spans that are the groups; others are set at random
 WEIGHTS = {PROMPT: [0.0, 0.25], RESPONSE: [0.0, 0.5, 2.0]}

@@ -11,10 +11,10 @@ from support import all_relative_error, documents, llama
 from test_architectures import collate, run
 
 from wit_plugins import PROMPT, WITConfigError, hookimpl, register
-from wit_plugins.active import ActiveStrategies
-from wit_plugins.loss.head import WeightedHead
-from wit_plugins.loss.step import Step
-from wit_plugins.plugins import plugin_manager
+from wit_plugins.contract.active import ActiveStrategies
+from wit_plugins.contract.plugins import plugin_manager
+from wit_plugins.loss.loss_call import Step
+from wit_plugins.loss.model_patch import WeightedHead
 from wit_plugins.tokens.collator import WeightedCollator
 from wit_plugins.training.adapter import TrainerAdapter
 

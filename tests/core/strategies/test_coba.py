@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from wit_plugins import WITConfigError
-from wit_plugins.active import ActiveStrategies
+from wit_plugins.contract.active import ActiveStrategies
 
 WIT = {"prompt_weight": 0.2, "response_weight": 0.8}
 

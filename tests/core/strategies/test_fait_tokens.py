@@ -5,7 +5,7 @@ import pytest
 from tokenizers_by_kind import byte_level
 
 from wit_plugins import WITConfigError
-from wit_plugins.active import ActiveStrategies
+from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.errors import BadExampleError
 from wit_plugins.tokens.text import TokenText
 

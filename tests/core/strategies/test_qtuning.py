@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from wit_plugins import WITConfigError
-from wit_plugins.active import ActiveStrategies
+from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.strategies import qtuning
 
 # Perplexity 3.8, 1.1, 4.1 and 1.2 a sample, each with an entropy.

@@ -18,12 +18,12 @@ from span_reference import expected, from_bytes, from_offsets
 from tokenizers_by_kind import byte_fallback, byte_level, whole_words
 
 from wit_plugins import WITConfig, WITConfigError
-from wit_plugins.active import ActiveStrategies
+from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.strategies import spans as strategy
 from wit_plugins.testing import assert_weights, weigh
+from wit_plugins.tokens.codes import decode
 from wit_plugins.tokens.collator import WeightedCollator
-from wit_plugins.tokens.dataset_check import warn_of_unmatched_spans
-from wit_plugins.tokens.transport import decode
+from wit_plugins.training.dataset_check import warn_of_unmatched_spans
 
 THINK = ("<think>", "</think>")
 PARTS = [
@@ -449,7 +449,7 @@ def test_reading_stops_when_everything_was_found_and_streams_are_not_read():
 
 
 def test_how_many_were_read_is_said(monkeypatch):
-    monkeypatch.setattr("wit_plugins.tokens.columns.READ_AT_MOST", 3)
+    monkeypatch.setattr("wit_plugins.data_weights.columns.READ_AT_MOST", 3)
     row = packed([from_offsets(byte_level(), [("q", False), ("four", True)])])
     with pytest.warns(UserWarning, match="spans: x: matches nothing in 3 of the 7 training examples, read at even"):
         warn_of_unmatched_spans([row] * 7, collator([{"match": "x", "weight": 1}], byte_level()))

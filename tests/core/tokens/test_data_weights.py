@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from support import byte_tokenizer
 
 from wit_plugins import WITConfig, hookimpl
-from wit_plugins.active import ActiveStrategies
+from wit_plugins.contract.active import ActiveStrategies
+from wit_plugins.data_weights.reader import DataWeights, UnreadWeightWarning
 from wit_plugins.errors import BadExampleError, WITConfigError
 from wit_plugins.testing import registered
+from wit_plugins.tokens.codes import decode, framework_labels, locate
 from wit_plugins.tokens.collator import WeightedCollator
-from wit_plugins.tokens.data_weights import DataWeights, UnreadWeightWarning
-from wit_plugins.tokens.prepared import prepare, read_prepared
-from wit_plugins.tokens.reader import ExampleReader
-from wit_plugins.tokens.transport import decode, framework_labels, locate
+from wit_plugins.tokens.example_reader import ExampleReader
+from wit_plugins.tokens.weighted_labels import prepare, read_prepared
 from wit_plugins.training.attach import with_data_weights
 
 TOKENIZER = byte_tokenizer(["two plus two is four"])

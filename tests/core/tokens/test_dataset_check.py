@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from wit_plugins.tokens.dataset_check import check_dataset
-from wit_plugins.tokens.prepared import prepare
-from wit_plugins.tokens.reader import ExampleReader
+from wit_plugins.tokens.example_reader import ExampleReader
+from wit_plugins.tokens.weighted_labels import prepare
+from wit_plugins.training.dataset_check import check_dataset
 
 
 def row(*documents: tuple[int, int, float]) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wit_plugins import WITConfigError, hookimpl
-from wit_plugins.active import ActiveStrategies
+from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.errors import BadExampleError
-from wit_plugins.loss import weighted
+from wit_plugins.loss import micro_batch
 from wit_plugins.testing import registered
+from wit_plugins.tokens.codes import locate
 from wit_plugins.tokens.collator import CODES_KEY, WeightedCollator
-from wit_plugins.tokens.transport import locate
 
 WIT = {"prompt_weight": 0.2, "response_weight": 0.0}
 
@@ -72,11 +72,11 @@ def test_every_token_is_found(rows, left):
 
 
 def test_nobody_looks_for_documents_unless_asked(monkeypatch):
-    monkeypatch.setattr(weighted, "locate", None)
+    monkeypatch.setattr(micro_batch, "locate", None)
     codes = collated([[[False, True, True]]], False)[CODES_KEY]
-    weighted.MicroBatch(codes, ActiveStrategies({"wit": WIT, "dft": {}, "eaft": {}}))
+    micro_batch.MicroBatch(codes, ActiveStrategies({"wit": WIT, "dft": {}, "eaft": {}}))
     with registered(Located(), "located"), pytest.raises(TypeError, match="not callable"):
-        weighted.MicroBatch(codes, ActiveStrategies({"wit": WIT, "located": {}}))
+        micro_batch.MicroBatch(codes, ActiveStrategies({"wit": WIT, "located": {}}))
 
 
 def test_a_hole_in_a_document_is_refused_where_it_would_matter():

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from wit_plugins import WITConfig, WITConfigError, attach, hookimpl
-from wit_plugins.active import ActiveStrategies
+from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.testing import registered, weigh
 from wit_plugins.tokens.collator import WeightedCollator
 from wit_plugins.tokens.text import TokenText

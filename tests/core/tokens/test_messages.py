@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import byte_tokenizer
 
+from wit_plugins.data_weights.message_tokens import WeightedMessage, weigh_tokens
 from wit_plugins.errors import BadExampleError
-from wit_plugins.tokens.messages import WeightedMessage, weigh_tokens
 from wit_plugins.tokens.text import TokenText
 
 ROLES = ("system", "user", "assistant")

@@ -9,13 +9,13 @@ from support import documents
 from test_transport import FirstTokenMasked, FlatteningCollator, PaddingCollator
 
 from wit_plugins import WeightsNotAppliedError, WITConfigError, hookimpl, reference_in
-from wit_plugins.active import ActiveStrategies
-from wit_plugins.on_device import without_references
+from wit_plugins.contract.active import ActiveStrategies
+from wit_plugins.contract.on_device import without_references
 from wit_plugins.testing import registered
+from wit_plugins.tokens.codes import decode, locate
 from wit_plugins.tokens.collator import CODES_KEY, WeightedCollator
-from wit_plugins.tokens.reader import ExampleReader
-from wit_plugins.tokens.scores import SCORES_KEY, Scores, ScoresWriter, scored_documents
-from wit_plugins.tokens.transport import decode, locate
+from wit_plugins.tokens.example_reader import ExampleReader
+from wit_plugins.tokens.reference_scores import SCORES_KEY, Scores, ScoresWriter, scored_documents
 
 
 class Compares:

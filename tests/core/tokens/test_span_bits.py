@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_transport import FirstTokenMasked, FlatteningCollator, PaddingCollator, packed_examples
 
 from wit_plugins import WeightsNotAppliedError, WITConfigError, hookimpl
-from wit_plugins.active import ActiveStrategies
+from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.testing import registered
 from wit_plugins.tokens.collator import CODES_KEY, WeightedCollator
 from wit_plugins.tokens.span_bits import SPANS_KEY

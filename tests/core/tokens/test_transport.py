@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wit_plugins.active import ActiveStrategies
+from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.errors import WeightsNotAppliedError
+from wit_plugins.tokens.codes import MAX_VOCAB_SIZE, decode, encode, framework_labels, restore_codes
 from wit_plugins.tokens.collator import CODES_KEY, WeightedCollator
-from wit_plugins.tokens.transport import MAX_VOCAB_SIZE, decode, encode, framework_labels, restore_codes
 
 float32s = st.floats(0, float(np.finfo(np.float32).max), width=32, allow_subnormal=True)
 

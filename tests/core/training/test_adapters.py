@@ -5,7 +5,7 @@ from trainkit import CONFIG, make_trainer
 
 from wit_plugins import WITConfigError, attach, attached, hookimpl
 from wit_plugins.cli.driver import FrameworkDriver, drivers
-from wit_plugins.plugins import strategy_names
+from wit_plugins.contract.plugins import strategy_names
 from wit_plugins.testing import registered
 from wit_plugins.training.adapter import TrainerAdapter
 

@@ -19,7 +19,7 @@ def test_ranks_with_different_settings_do_not_train(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path)
     attach(trainer, CONFIG)
     other = WITConfig(prompt_weight=0.3, response_weight=0.8).summary()
-    monkeypatch.setattr("wit_plugins.training.trainer.gather_object", lambda own: [*own, other])
+    monkeypatch.setattr("wit_plugins.training.trainer_mixin.gather_object", lambda own: [*own, other])
     with pytest.raises(WITConfigError, match=r"different settings: prompt_weight=0.2.*; prompt_weight=0.3"):
         trainer.train()
 

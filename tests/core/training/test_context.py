@@ -13,14 +13,14 @@ from torch.nn import functional
 from trainkit import CONFIG, make_trainer
 
 from wit_plugins import WeightsNotAppliedError, WITConfigError, attach
-from wit_plugins.active import ActiveStrategies
+from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.linear_cross_entropy import Head
-from wit_plugins.loss.weighted import MicroBatch
+from wit_plugins.loss.micro_batch import MicroBatch
 from wit_plugins.training import parallelism
 from wit_plugins.training.adapter import TrainerAdapter
-from wit_plugins.training.context import cut_too, lengthen_and_shift
+from wit_plugins.training.context_parallel import cut_too, lengthen_and_shift
 from wit_plugins.training.parallelism import check_parallelism
-from wit_plugins.training.sequence import ShiftingCollator, share_of_loss, uses_losses
+from wit_plugins.training.ulysses import ShiftingCollator, share_of_loss, uses_losses
 
 FILLING = {"input_ids": 0, "labels": -100, "attention_mask": 0, "weighted_labels": -100}
 WIT = {"prompt_weight": 0.2, "response_weight": 0.8}

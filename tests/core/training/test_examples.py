@@ -10,12 +10,12 @@ from trainkit import CONFIG, DOCS, EXAMPLES, GOOD, first_log, make_trainer, padd
 from transformers import DataCollatorForSeq2Seq
 
 from wit_plugins import WITConfig, WITConfigError, attach, hookimpl
-from wit_plugins.active import ActiveStrategies
+from wit_plugins.contract.active import ActiveStrategies
+from wit_plugins.data_weights.reader import fingerprint
 from wit_plugins.testing import registered
-from wit_plugins.tokens.data_weights import fingerprint
-from wit_plugins.tokens.prepared import prepare
+from wit_plugins.tokens.codes import decode
 from wit_plugins.tokens.roles import RESPONSE
-from wit_plugins.tokens.transport import decode
+from wit_plugins.tokens.weighted_labels import prepare
 
 
 @pytest.mark.parametrize("left", [False, True])
@@ -220,4 +220,4 @@ class TestColumnsThatNeverReachTraining:
         attach(trainer, CONFIG)
         trainer.train()
         assert first_log(trainer)["prompt_tokens"] == 4
-        assert "33% of the tokens in the first examples are prompt" in capsys.readouterr().out
+        assert "33% of the tokens are prompt" in capsys.readouterr().out

@@ -10,11 +10,11 @@ import trainkit
 from support import documents
 
 from wit_plugins import WITConfig, WITConfigError, attach, hookimpl
-from wit_plugins.active import ActiveStrategies
+from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.strategies import masked_thought, otr
 from wit_plugins.testing import registered, weigh
-from wit_plugins.tokens.chance import Chance
 from wit_plugins.tokens.collator import CODES_KEY, WeightedCollator
+from wit_plugins.tokens.token_random import Chance
 
 WIT = {"prompt_weight": 0.2, "response_weight": 0.8}
 

@@ -11,11 +11,11 @@ from support import all_relative_error, document_logits, plain_copy
 from trainkit import DOCS, first_log, make_trainer, tokenizer
 
 from wit_plugins import WITConfig, WITConfigError, attach, hookimpl
-from wit_plugins.active import ActiveStrategies
+from wit_plugins.contract.active import ActiveStrategies
+from wit_plugins.data_weights.reader import DataWeights
 from wit_plugins.errors import BadExampleError
 from wit_plugins.testing import registered
-from wit_plugins.tokens.data_weights import DataWeights
-from wit_plugins.tokens.prepared import prepare, read_prepared
+from wit_plugins.tokens.weighted_labels import prepare, read_prepared
 
 WIT = {"prompt_weight": 0.2, "response_weight": 0.8}
 LEARNING_RATE = 0.05

@@ -20,12 +20,12 @@ from wit_plugins.cli.preview.documents import scale_of, view
 from wit_plugins.cli.preview.rows import blocks, first_rows, row_errors
 from wit_plugins.cli.preview.summary import Summary, summarise, warnings
 from wit_plugins.cli.preview.terminal import print_legend, print_rows, print_summary
-from wit_plugins.cli.quiet import quiet
-from wit_plugins.cli.text import visible
+from wit_plugins.cli.safe_text import visible
+from wit_plugins.cli.silence import quiet
+from wit_plugins.data_weights.reader import UnreadWeightWarning
 from wit_plugins.errors import WITConfigError, WITError
-from wit_plugins.tokens.data_weights import UnreadWeightWarning
-from wit_plugins.tokens.dataset_check import LeftOutWarning, UnmatchedSpanWarning
 from wit_plugins.tokens.text import TokenText
+from wit_plugins.training.dataset_check import LeftOutWarning, UnmatchedSpanWarning
 
 _ABOUT_THE_DATA = (LeftOutWarning, UnmatchedSpanWarning, UnreadWeightWarning)
 _LONGEST = 1500  # characters of a framework's own message; some list all that they know

@@ -17,11 +17,11 @@ import jinja2
 import wit_plugins
 from wit_plugins.cli.driver import Prepared
 from wit_plugins.cli.preview.documents import Row, Token, scale_of
-from wit_plugins.cli.preview.parts import source_table, span_table
 from wit_plugins.cli.preview.scale import Scale
+from wit_plugins.cli.preview.shares import source_table, span_table
 from wit_plugins.cli.preview.summary import BINS, Summary
 from wit_plugins.cli.preview.terminal import summary_facts
-from wit_plugins.cli.text import visible
+from wit_plugins.cli.safe_text import visible
 from wit_plugins.errors import WITConfigError
 from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
 

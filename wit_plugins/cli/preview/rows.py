@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from wit_plugins.errors import WITConfigError
+from wit_plugins.tokens.codes import decode
 from wit_plugins.tokens.collator import WeightedCollator
 from wit_plugins.tokens.roles import document_starts, token_array
-from wit_plugins.tokens.transport import decode
 
 BLOCK = 512
 _BEGIN = 8  # ids by which a row is found again

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from wit_plugins.cli.driver import Prepared, Split
-from wit_plugins.cli.preview.parts import Parts
 from wit_plugins.cli.preview.rows import Tokens, blocks, read, row_errors
-from wit_plugins.cli.text import visible
+from wit_plugins.cli.preview.shares import Parts
+from wit_plugins.cli.safe_text import visible
 from wit_plugins.config import WITConfig
 from wit_plugins.tokens.roles import IGNORE_INDEX, PROMPT, RESPONSE
 from wit_plugins.tokens.text import TokenText

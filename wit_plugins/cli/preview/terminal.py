@@ -18,10 +18,10 @@ from rich.text import Text
 from wit_plugins.cli.console import fold, print_line
 from wit_plugins.cli.driver import Prepared
 from wit_plugins.cli.preview.documents import Document, Row, Token
-from wit_plugins.cli.preview.parts import source_table, span_table
 from wit_plugins.cli.preview.scale import Scale
+from wit_plugins.cli.preview.shares import source_table, span_table
 from wit_plugins.cli.preview.summary import Summary
-from wit_plugins.cli.text import visible
+from wit_plugins.cli.safe_text import visible
 from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
 
 _MARGIN = 16

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from wit_plugins.cli.safe_text import visible
 from wit_plugins.cli.sweep.results import candidates, choose_metrics, read_outcomes, verdict
 from wit_plugins.cli.sweep.space import Space, strategies_key
-from wit_plugins.cli.text import visible
 from wit_plugins.errors import WITConfigError
 
 

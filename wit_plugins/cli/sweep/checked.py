@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from wit_plugins.cli.safe_text import visible
 from wit_plugins.cli.sweep.grid import Cell
-from wit_plugins.cli.text import visible
 from wit_plugins.errors import WITConfigError
 
 if TYPE_CHECKING:

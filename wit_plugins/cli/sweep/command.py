@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wit_plugins.cli.console import console, print_messages
-from wit_plugins.cli.quiet import quiet
+from wit_plugins.cli.safe_text import visible
+from wit_plugins.cli.silence import quiet
 from wit_plugins.cli.sweep.folders import MODEL_FOLDER, last_checkpoint
 from wit_plugins.cli.sweep.grid import Cell, Grid, one_per_ratio, ratio_note
 from wit_plugins.cli.sweep.metrics import MAIN_METRIC, asked_for
@@ -26,7 +27,6 @@ from wit_plugins.cli.sweep.runs import check_eval_command
 from wit_plugins.cli.sweep.space import REPEATED, Space
 from wit_plugins.cli.sweep.storage import load_optuna
 from wit_plugins.cli.sweep.study import TRAINED, SharedStudy, check_same, latest, read_study
-from wit_plugins.cli.text import visible
 from wit_plugins.errors import WITConfigError, WITError
 
 if TYPE_CHECKING:

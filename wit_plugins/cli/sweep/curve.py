@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from wit_plugins.cli.safe_text import visible
 from wit_plugins.cli.sweep.heatmap import STYLE, save
 from wit_plugins.cli.sweep.metrics import Metric
 from wit_plugins.cli.sweep.results import Outcome, candidates, chance_note, cost, spread
 from wit_plugins.cli.sweep.space import position
-from wit_plugins.cli.text import visible
 
 # Of Okabe and Ito, which colour-blind readers can tell apart; each kind has a shape of its own as well.
 _TRIAL, _REFERENCE, _BEST = "#0072B2", "#D55E00", "#E69F00"

@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wit_plugins.cli.text import visible
+from wit_plugins.cli.safe_text import visible
 from wit_plugins.errors import WITConfigError
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wit_plugins.cli.safe_text import visible
 from wit_plugins.cli.sweep.grid import weight_text
 from wit_plugins.cli.sweep.metrics import Metric, format_value
 from wit_plugins.cli.sweep.results import Outcome, candidates, chance_note
-from wit_plugins.cli.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

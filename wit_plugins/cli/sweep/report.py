@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wit_plugins.cli.console import console, print_messages
+from wit_plugins.cli.safe_text import visible
 from wit_plugins.cli.sweep import results
 from wit_plugins.cli.sweep.folders import EVALUATION_LOG, LOG_NAME
 from wit_plugins.cli.sweep.grid import ratio_note
 from wit_plugins.cli.sweep.metrics import MAIN_METRIC, Metric, format_value, is_known_loss
 from wit_plugins.cli.sweep.results import BASELINE, Outcome, candidates
-from wit_plugins.cli.text import visible
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from wit_plugins.cli.console import console
+from wit_plugins.cli.safe_text import visible
 from wit_plugins.cli.sweep.checked import TRAINED
 from wit_plugins.cli.sweep.folders import MODEL_FOLDER
 from wit_plugins.cli.sweep.processes import GRACE, stop_group
@@ -20,7 +21,6 @@ from wit_plugins.cli.sweep.runs import CellProcess, Launcher
 from wit_plugins.cli.sweep.space import repetitions
 from wit_plugins.cli.sweep.study import ending, key_of, latest, pruner
 from wit_plugins.cli.sweep.workers import BEAT
-from wit_plugins.cli.text import visible
 from wit_plugins.runfiles import METRICS_NAME, STOP_NAME, number, read_metrics
 
 if TYPE_CHECKING:

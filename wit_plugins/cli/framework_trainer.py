@@ -1,0 +1,97 @@
+"""For drivers: a framework's own code run up to the point where its trainer is complete, with something exchanged."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from wit_plugins.config import WITConfig
+from wit_plugins.contract.active import ActiveStrategies
+from wit_plugins.errors import WITConfigError
+from wit_plugins.tokens.collator import WeightedCollator
+from wit_plugins.training.adapter import TrainerAdapter
+from wit_plugins.training.attach import attach, example_reader
+
+# What decides where and how transformers' trainer trains, and nothing about the data. A laptop must be able to show
+# the data of a configuration for eight GPUs.
+_NOT_HERE = {"use_cpu": True, "bf16": False, "fp16": False, "report_to": "none", "push_to_hub": False}
+_NOT_HERE |= {"disable_tqdm": True}
+_LEFT_OUT = {"deepspeed", "fsdp", "fsdp_config", "tf32", "resume_from_checkpoint"}
+
+
+def for_looking(values: Mapping[str, Any], output_dir: str, left_out: set[str], **not_here: Any) -> dict[str, Any]:
+    """The values of a configuration that speaks of `TrainingArguments`, with which its data can be built anywhere.
+
+    Args:
+        values (`Mapping[str, Any]`): the configuration.
+        output_dir (`str`): where the framework may write.
+        left_out (`set[str]`): what else to leave out.
+        not_here (`Any`): what else to set.
+    """
+    kept = {key: value for key, value in values.items() if key not in _LEFT_OUT | left_out}
+    return {**kept, **_NOT_HERE, **not_here, "output_dir": output_dir}
+
+
+class Built(Exception):
+    """Raised by a trainer's class as soon as it is complete: leaves the framework's code with the trainer."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+
+def stopping(original: Any) -> Any:
+    """A trainer class that raises [`Built`] when it is complete, and does not move its model."""
+
+    class Stopping(original):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            raise Built(self)
+
+        def _move_model_to_device(self, model: Any, device: Any) -> None:
+            """There is nothing to move."""
+
+    Stopping.__name__ = Stopping.__qualname__ = original.__name__
+    return Stopping
+
+
+def weighted_collator(
+    trainer: Any, config: WITConfig, strategies: ActiveStrategies
+) -> tuple[WeightedCollator, list[str]]:
+    """The collator with the weights attached, and why they cannot be attached for training, if so."""
+    own = trainer.data_collator
+    try:
+        attach(trainer, config)
+        return trainer.data_collator, []
+    except ValueError as error:  # WITConfigError is one; others are about an example, which reading all of them names
+        return unattached_collator(trainer, own, strategies), [str(error)]
+
+
+def unattached_collator(trainer: Any, collator: Any, strategies: ActiveStrategies) -> WeightedCollator:
+    """A collator with weights for a trainer that refuses them, to show what can be shown."""
+    try:
+        reader = example_reader(trainer, TrainerAdapter())
+    except (AttributeError, NotImplementedError):  # a model that says nothing about its vocabulary
+        reader = None
+    return WeightedCollator(collator, strategies, reader, trainer.processing_class)
+
+
+@contextlib.contextmanager
+def parser_errors(source: str, otherwise: str) -> Iterator[None]:
+    """Argument parsers print a mistake and leave the process; here it is an error like any other.
+
+    Args:
+        source (`str`): what was parsed, for the message.
+        otherwise (`str`): what to say if the parser said nothing.
+
+    Raises:
+        WITConfigError: with the last line that the parser printed.
+    """
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            yield
+    except SystemExit:
+        lines = stderr.getvalue().strip().splitlines()
+        raise WITConfigError(f"{source}: {lines[-1] if lines else otherwise}") from None

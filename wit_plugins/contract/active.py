@@ -1,0 +1,261 @@
+"""The strategies that are active in one run, each with its own options; their weights are multiplied."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from wit_plugins.config import did_you_mean, multiplied
+from wit_plugins.contract.groups import Groups
+from wit_plugins.contract.on_device import HooksOnDevice
+from wit_plugins.contract.plugins import plugin_manager, register, strategy_names
+from wit_plugins.contract.strategy import Options, Strategy
+from wit_plugins.errors import WITConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
+
+SPAN_NAME = r"[A-Za-z0-9_.-]{1,64}"  # in the keys of the log
+MAX_SPANS = 62  # that are logged; the batch has a bit for each
+TEXT_ARGUMENTS = frozenset({"tokenizer", "text", "offsets"})  # of hooks that are called with a document
+_ONE_AT_A_TIME = {  # hooks that only one strategy of a run may have, and why
+    "select_tokens": "select tokens, each from what the other has left out",
+    "draw_targets": "put other targets in the place of a token's own",
+    "sample_groups": "sort the samples into groups",
+}
+
+
+class ActiveStrategies(HooksOnDevice):
+    """The strategies of one run, each with its own options; their weights are multiplied.
+
+    Picklable, so that a collator that holds it can go to spawned data-loader workers.
+
+    Args:
+        options_by_name (`Mapping[str, Mapping | Sequence]`): registered name to options.
+
+    Attributes:
+        logged_spans (`dict[str, str]`): the spans whose losses are logged, as [`ActiveStrategies.find_spans`] names
+            them, in the order of their bits in a batch, and what the log calls them. Groups are among them.
+        groups ([`Groups`] | None): the groups that samples are of.
+
+    Raises:
+        WITConfigError: for a name that is not registered, options that the strategy refuses, or spans that cannot be
+            logged.
+    """
+
+    def __init__(self, options_by_name: Mapping[str, Options]):
+        self.options_by_name = {
+            name: dict(options) if isinstance(options, Mapping) else list(options)
+            for name, options in options_by_name.items()
+        }
+        known = sorted(set(strategy_names()))
+        for name in self.options_by_name:
+            if name not in known:
+                raise WITConfigError(f"strategies: {name!r} is not a registered strategy{did_you_mean(name, known)}")
+        self._bind()
+        for strategy in self._strategies:
+            self._validate(strategy)
+        self.groups = Groups.of(self._strategies)
+        self.logged_spans = self._find_logged_spans()
+        _ = self.reference
+        for hook, reason in _ONE_AT_A_TIME.items():
+            both = [strategy.name for strategy in self._strategies if strategy.has(hook)]
+            if len(both) > 1:
+                raise WITConfigError(f"strategies: {' and '.join(both)} both {reason}; take one out")
+
+    @staticmethod
+    def _validate(strategy: Strategy) -> None:
+        options = strategy.options
+        # Most strategies have named options, and have never met a list.
+        no_list = (
+            f"strategies: {strategy.name} = {options!r}: its options are a mapping such as {{name: value}}, no list"
+        )
+        if isinstance(options, list) and not strategy.has("validate_options"):
+            raise WITConfigError(no_list)
+        try:
+            strategy.call("validate_options")
+        except ValueError as error:
+            raise WITConfigError(f"strategies: {strategy.name}: {error}") from error
+        except (TypeError, LookupError, AttributeError) as error:
+            if isinstance(options, list):
+                raise WITConfigError(no_list) from error
+            raise
+        _ = strategy.top_k, strategy.share, strategy.reference  # which look at the options that they are read from
+
+    def _bind(self) -> None:
+        self.bind([Strategy(name, options) for name, options in self.options_by_name.items()])
+
+    def _find_logged_spans(self) -> dict[str, str]:
+        """The spans whose losses are logged.
+
+        Raises:
+            WITConfigError: if there are too many, or names that cannot be keys of the log.
+        """
+        found: dict[str, str] = {}
+        taken: dict[str, str] = {}  # who has a name
+        for strategy in self._strategies:
+            own: Mapping[str, str] = strategy.call("logged_spans") or {}
+            if self.groups is not None and self.groups.strategy is strategy:
+                own = {**own, **self.groups.spans}
+            for name, key in own.items():
+                if not isinstance(key, str) or not re.fullmatch(SPAN_NAME, key):
+                    raise WITConfigError(
+                        f"strategies: {strategy.name}: the span {name!r} is to be logged as {key!r}; a name in the log "
+                        "is made of letters, digits, '_', '-' and '.', 64 at most"
+                    )
+                if key in taken:
+                    raise WITConfigError(
+                        f"strategies: {strategy.name}: a span is to be logged as {key!r}, and so is one of "
+                        f"{taken[key]}; give one of them another name"
+                    )
+                taken[key] = strategy.name
+                found[f"{strategy.name}: {name}"] = key
+        if len(found) > MAX_SPANS:
+            over = list(found)[MAX_SPANS:]
+            raise WITConfigError(
+                f"strategies: {len(found)} spans have their losses logged, and {MAX_SPANS} can; leave some out, "
+                f"or put several into one pattern (the last ones are {', '.join(over[:3])})"
+            )
+        return found
+
+    @property
+    def looks_for_spans(self) -> bool:
+        """Whether any strategy has [`ActiveStrategies.find_spans`] look for something, or there are groups."""
+        return self.groups is not None or any(strategy.has("find_spans") for strategy in self._strategies)
+
+    @property
+    def prepares(self) -> bool:
+        """Whether anything is to be read off the examples as they are before tokenisation, beside weights."""
+        return self.groups is not None or bool(self.reading_raw)
+
+    @property
+    def group_bits(self) -> list[int]:
+        """Of each group, the number of the logged span that it is."""
+        groups, logged = self.groups, list(self.logged_spans)
+        return [] if groups is None else [logged.index(f"{groups.strategy.name}: {span}") for span in groups.spans]
+
+    @property
+    def reading(self) -> dict[str, list[str]]:
+        """Which of the arguments `tokenizer`, `text` and `offsets` the collator is asked for, by which strategies."""
+        asking = [strategy for strategy in self._strategies if not strategy.reads_raw]
+        by_argument = {a: [s.name for s in asking if s.asks_for(a)] for a in sorted(TEXT_ARGUMENTS)}
+        return {argument: names for argument, names in by_argument.items() if names}
+
+    @property
+    def reading_raw(self) -> dict[str, Options]:
+        """The strategies whose `static_weights` reads examples as they are before tokenisation, with their options."""
+        return {strategy.name: strategy.options for strategy in self._strategies if strategy.reads_raw}
+
+    @property
+    def code_reading_raw(self) -> dict[str, str]:
+        """The same strategies, each with a hash of its code."""
+        return {strategy.name: strategy.code for strategy in self._strategies if strategy.reads_raw}
+
+    def find_spans(
+        self,
+        input_ids: np.ndarray,
+        roles: np.ndarray,
+        example: Mapping[str, Any],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        text: str = "",
+        offsets: np.ndarray | None = None,
+    ) -> dict[str, np.ndarray]:
+        """The parts of one document that strategies look for, by strategy and name: bool `[T]`.
+
+        Takes what [`ActiveStrategies.static_weights`] takes.
+        """
+        document = {
+            "input_ids": input_ids,
+            "roles": roles,
+            "example": example,
+            "tokenizer": tokenizer,
+            "text": text,
+            "offsets": offsets,
+        }
+        return {
+            f"{strategy.name}: {name}": mask
+            for strategy in self._strategies
+            for name, mask in (strategy.call("find_spans", **document) or {}).items()
+        }
+
+    def static_weights(
+        self,
+        input_ids: np.ndarray,
+        roles: np.ndarray,
+        example: Mapping[str, Any],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        text: str = "",
+        offsets: np.ndarray | None = None,
+        raw_example: Mapping[str, Any] | None = None,
+    ) -> np.ndarray:
+        """The product of the strategies' static weights for one document, float32 `[T]`, 0 where the role is neither.
+
+        With `raw_example`, while the framework tokenises: of those that read it, and no others. Without it, in the
+        collator: of all others.
+
+        Args:
+            input_ids (`np.ndarray`): int64 `[T]`.
+            roles (`np.ndarray`): uint8 `[T]`.
+            example (`Mapping`): the columns of the example that the document is from.
+            tokenizer (*optional*): this and the other two are needed only if `reading` has them.
+            text (`str`, *optional*): the document's.
+            offsets (`np.ndarray`, *optional*): int64 `[T, 2]`: which characters of it each token writes.
+            raw_example (`Mapping`, *optional*): the example as it was before tokenisation.
+
+        Raises:
+            ValueError: if a strategy returns the wrong shape, or weights that are negative or not finite, or
+                if the product of the strategies' weights leaves float32.
+        """
+        import numpy as np
+
+        weights = (roles != 0).astype(np.float32)
+        document = {"input_ids": input_ids, "example": example, "tokenizer": tokenizer, "text": text}
+        factors = self.static_factors(roles, offsets=offsets, raw_example=raw_example, **document)
+        for name, own in factors.items():
+            weights = multiplied(weights, own, f"strategies: {name}")
+        return weights
+
+    def static_factors(self, roles: np.ndarray, **document: Any) -> dict[str, np.ndarray]:
+        """The static weights of each strategy that gives some, by its name: float32 `[T]` each.
+
+        Takes what [`ActiveStrategies.static_weights`] takes.
+
+        Raises:
+            ValueError: as there.
+        """
+        import numpy as np
+
+        factors: dict[str, np.ndarray] = {}
+        for strategy in self._strategies:
+            if strategy.reads_raw != (document.get("raw_example") is not None):
+                continue
+            own = strategy.call("static_weights", roles=roles, **document)
+            if own is None:
+                continue
+            own = np.asarray(own, dtype=np.float32)
+            if own.shape != roles.shape:
+                raise ValueError(
+                    f"strategy {strategy.name!r} returned weights of shape {own.shape} for {len(roles)} tokens"
+                )
+            if not np.isfinite(own).all() or (own < 0).any():
+                raise ValueError(f"strategy {strategy.name!r} returned weights that are negative or not finite")
+            factors[strategy.name] = own
+        return factors
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Modules do not pickle; their names do.
+        refs = {s.name: s.plugin.__name__ if inspect.ismodule(s.plugin) else s.plugin for s in self._strategies}
+        return {"options_by_name": self.options_by_name, "plugins": refs, "logged_spans": self.logged_spans}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.options_by_name, self.logged_spans = state["options_by_name"], state["logged_spans"]
+        for name, plugin in state["plugins"].items():
+            # A spawned worker has the entry points, but not what the parent registered by hand.
+            if not plugin_manager().has_plugin(name):
+                register(importlib.import_module(plugin) if isinstance(plugin, str) else plugin, name)
+        self._bind()
+        self.groups = Groups.of(self._strategies)

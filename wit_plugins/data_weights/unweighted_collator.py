@@ -1,0 +1,47 @@
+"""The framework's own labels back, for a trainer without weights that gets data with prepared labels.
+
+What weighs 0 in the data is masked, as it is left out where there are weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from wit_plugins.tokens.roles import IGNORE_INDEX
+from wit_plugins.tokens.weighted_labels import read_prepared
+
+
+class OwnLabelsCollator:
+    """Wraps a collator; what it is given are the labels that the framework made, without weights, -100
+    where the data says 0.
+
+    Codes of [`WeightedCollator`] pass as they are, so that a trainer may get weights later.
+
+    Args:
+        collator (`Callable`): the framework's. It gets a list of examples, or a list of lists of examples.
+    """
+
+    def __init__(self, collator: Callable[..., Any]) -> None:
+        self.collator = collator
+
+    def __call__(self, features: list[Any], *args: Any, **kwargs: Any) -> Any:
+        """Collate examples into a batch."""
+        return self.collator([_own(item) for item in features], *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        # Frameworks read options off their collator.
+        if name.startswith("__") or name == "collator":
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
+
+def _own(item: Any) -> Any:
+    if not isinstance(item, Mapping):
+        return [_own(example) for example in item]
+    prepared = read_prepared(np.asarray(item["labels"], dtype=np.int64)) if "labels" in item else None
+    if prepared is None:
+        return item
+    return {**item, "labels": np.where(prepared.weights == 0, IGNORE_INDEX, prepared.labels).tolist()}

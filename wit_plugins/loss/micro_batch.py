@@ -1,0 +1,196 @@
+"""The weighted loss of one micro-batch: which tokens are computed, what they weigh, and what is summed over them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from wit_plugins.contract.active import ActiveStrategies
+from wit_plugins.linear_cross_entropy import Head, TokenNLL, Tokens, linear_nll, logits_nll
+from wit_plugins.loss.attention import PromptAttention
+from wit_plugins.loss.normalization import denominator, safe
+from wit_plugins.tokens.codes import decode, locate
+from wit_plugins.tokens.roles import PROMPT, RESPONSE
+from wit_plugins.tokens.span_bits import inside
+from wit_plugins.tokens.token_random import Chance
+
+
+@dataclass
+class WeightedLoss:
+    """What came out of one micro-batch.
+
+    Attributes:
+        loss (`torch.Tensor`): Σ w·nll / denominator, a differentiable scalar, float32 (float64 for a float64 model).
+        denominator (`torch.Tensor`): the step's denominator if it is known, else this batch's; at least 1 or > 0.
+        role_sums (`torch.Tensor`): `[B, 4 + 4·S]` detached, float64 (float32 on MPS), for each row of the batch: Σ nll
+            of the prompt, its number of tokens, Σ nll of the response, its number of tokens; and the same four for each
+            of the S logged spans. Unweighted; only tokens that were computed.
+        labels_count (`torch.Tensor`): number of predicted response tokens, i.e. of labels other than -100; a scalar.
+        correct (`torch.Tensor | None`): how many of them are the model's first choice; a scalar.
+        entropy (`torch.Tensor | None`): Σ over them of the entropy of the model's distribution, in nats; a scalar.
+    """
+
+    loss: torch.Tensor
+    denominator: torch.Tensor
+    role_sums: torch.Tensor
+    labels_count: torch.Tensor
+    correct: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+
+
+class MicroBatch:
+    """The predicted tokens of one micro-batch that are computed, `N` of them.
+
+    It is asked for its loss once, by hidden states (`from_hidden`) or by logits (`from_logits`); both compute the same.
+    To the head it is also who may rescale the weights (a `Rescale`).
+
+    Args:
+        codes (`torch.Tensor`): int64 `[B, L]`, see `wit_plugins.tokens.codes`, on the device that computes. Token t
+            of a row is predicted at position t - 1; the first one of a row by nothing.
+        shifted (`bool`): the codes and spans stand where their tokens are predicted already: t at position t.
+        strategies ([`ActiveStrategies`]): for the dynamic weights, and how many spans are logged.
+        spans (`torch.Tensor`, *optional*): int64 `[B, L]`, see `wit_plugins.tokens.span_bits`; needed if any are.
+        normalization (`str`): `nonzero_tokens` or `weight_sum`; used if `num_items` is `None`.
+        num_items (`torch.Tensor`, *optional*): the whole step's denominator, a scalar.
+        every_role (`bool`): compute tokens of weight 0 as well (evaluation), for the roles' own sums.
+        response_metrics (`bool`): sum token accuracy and entropy over all response tokens, whatever their weights.
+        drawing (`tuple[int, int]`, *optional*): the step's number and the run's seed, if targets may be drawn.
+        group_factors (`torch.Tensor`, *optional*): `[G]`, what the tokens of each group are multiplied by.
+    """
+
+    def __init__(
+        self,
+        codes: torch.Tensor,
+        strategies: ActiveStrategies,
+        *,
+        spans: torch.Tensor | None = None,
+        normalization: str = "nonzero_tokens",
+        num_items: torch.Tensor | None = None,
+        every_role: bool = False,
+        response_metrics: bool = False,
+        drawing: tuple[int, int] | None = None,
+        group_factors: torch.Tensor | None = None,
+        shifted: bool = False,
+    ) -> None:
+        self.batch_size, length = codes.shape
+        first = 0 if shifted else 1
+        targets, roles, weights = (part[:, first:] for part in decode(codes))  # [B, L - 1], or [B, L] if shifted
+        is_response = roles == RESPONSE
+        if every_role:
+            wanted = roles != 0
+        elif response_metrics:
+            wanted = (weights != 0) | is_response
+        else:
+            wanted = weights != 0
+        self.row, column = torch.nonzero(wanted, as_tuple=True)
+        self.positions = self.row * length + column  # [N], of [B, L]: the position that predicts the token
+        self.targets, self.roles, self.weights = (x[self.row, column] for x in (targets, roles, weights))  # [N]
+        self.spans = None if spans is None else spans[:, first:][self.row, column]  # [N]
+        self.labels_count = is_response.sum()
+        if num_items is None:
+            num_items = denominator(codes, normalization, strategies.share_of_responses)
+        self.denominator = safe(num_items.to(codes.device))
+        self.strategies, self.every_role, self.metrics = strategies, every_role, response_metrics
+        self._group_factors = None if group_factors is None else group_factors.to(codes.device)
+        self._located: dict[str, torch.Tensor] = {}
+        if strategies.has_dynamic_weights and strategies.locating:
+            located = zip(("documents", "positions"), locate(codes), strict=True)
+            self._located = {name: values[:, first:][self.row, column] for name, values in located}
+        self.nll = self.weights.new_zeros(0)  # [N], once the loss was asked for
+        self.column, self._chance = column + first, None
+        if drawing is not None and strategies.draws_targets:
+            self._chance = Chance(codes, *drawing)
+
+    def from_hidden(self, hidden: torch.Tensor, head: Head) -> WeightedLoss:
+        """The loss from the hidden states `[B, L, H]` that the head is applied to, in one pass over it."""
+        return self._sum(linear_nll(hidden.reshape(-1, hidden.shape[-1]), head, self._tokens()))
+
+    def from_logits(self, logits: torch.Tensor) -> WeightedLoss:
+        """The loss from the model's own logits `[B, L, V]`."""
+        return self._sum(logits_nll(logits.reshape(-1, logits.shape[-1]), self._tokens()))
+
+    @property
+    def per_token(self) -> bool:
+        """Whether the dynamic weights of a token depend on nothing but this token."""
+        return self.strategies.per_token
+
+    def __call__(
+        self, log_probs: torch.Tensor, tokens: slice, entropies: Mapping[int, torch.Tensor]
+    ) -> torch.Tensor | None:
+        """Dynamic weights: factors `[n]` for the tokens of a slice, from their detached log-probabilities `[n]`."""
+        located = {name: values[tokens] for name, values in self._located.items()}
+        roles, weights = self.roles[tokens], self.weights[tokens]
+        return self.strategies.dynamic_weights(log_probs, roles, weights=weights, entropies=entropies, **located)
+
+    def _draw(self, probabilities: torch.Tensor, tokens: slice) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Targets and coefficients `[n, K]` for the tokens of a slice, from probabilities `[n, V]`."""
+        assert self._chance is not None
+        random = functools.partial(self._chance, rows=self.row[tokens], columns=self.column[tokens])
+        return self.strategies.draw_targets(probabilities, self.targets[tokens], self.roles[tokens], random)
+
+    def _tokens(self) -> Tokens:
+        return Tokens(
+            self.targets,
+            self._weights_in_groups(),
+            rows=self.positions,
+            num_items=self.denominator,
+            rescale=self if self.strategies.has_dynamic_weights else None,
+            with_correct=self.metrics,
+            with_entropy=self.metrics,
+            entropies=self.strategies.entropies,
+            retarget=None if self._chance is None else self._draw,
+        )
+
+    def _weights_in_groups(self) -> torch.Tensor:
+        """The static weights `[N]`, times what a token's group multiplies them by."""
+        weights = self.weights
+        if self._group_factors is not None:
+            assert self.spans is not None
+            for bit, factor in zip(self.strategies.group_bits, self._group_factors.unbind(), strict=True):
+                weights = torch.where(inside(self.spans, bit), (self.weights * factor).to(weights.dtype), weights)
+        return weights
+
+    def compare(self, reference_nll: torch.Tensor) -> None:
+        """Take what a reference makes of the same `N` tokens, for the strategies."""
+        self._located["reference_log_probs"] = -reference_nll
+
+    def look_up(self, scores: torch.Tensor) -> None:
+        """Take what a reference makes of each token: int64 `[B, L]`, the bits of its log-probability in float32."""
+        bits = scores[self.row, self.column].to(torch.int32)
+        self._located["reference_log_probs"] = bits.view(torch.float32)
+
+    def attend(self, attention: PromptAttention) -> None:
+        """Take how much the `N` tokens attend to the prompt, for the strategies."""
+        self._located["prompt_attention"] = attention.of(self.row, self.column).to(self.weights.device)
+
+    def _sum(self, tokens: TokenNLL) -> WeightedLoss:
+        self.nll = tokens.nll
+        result = WeightedLoss(tokens.loss, self.denominator, self._role_sums(tokens.nll), self.labels_count)
+        if tokens.correct is not None and tokens.entropy is not None:
+            on_response = self.roles == RESPONSE
+            result.correct = (tokens.correct & on_response).sum()
+            result.entropy = torch.where(on_response, tokens.entropy, 0).sum()
+        return result
+
+    def _role_sums(self, nll: torch.Tensor) -> torch.Tensor:
+        dtype = torch.float32 if nll.device.type == "mps" else torch.float64
+        parts = []
+        for role in (PROMPT, RESPONSE):
+            mine = self.roles == role
+            if not self.every_role:
+                mine &= self.weights != 0
+            # Not a product: the nll of another role's token may be infinite.
+            parts += [torch.where(mine, nll, 0).to(dtype), mine.to(dtype)]
+        of_tokens = torch.stack(parts, dim=1)  # [N, 4]
+        spans = self.spans
+        logged = 0 if spans is None else len(self.strategies.logged_spans)
+        sums = of_tokens.new_zeros(self.batch_size, 4 + 4 * logged)
+        sums[:, :4].index_add_(0, self.row, of_tokens)
+        if spans is not None:
+            for index in range(logged):
+                own = torch.where(inside(spans, index)[:, None], of_tokens, 0)
+                sums[:, 4 + 4 * index : 8 + 4 * index].index_add_(0, self.row, own)
+        return sums

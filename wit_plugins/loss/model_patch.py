@@ -1,0 +1,377 @@
+"""The patch of the causal LM's `forward`: with `weighted_labels`, the weighted loss takes the place of its own.
+
+It sits on the unwrapped model, below DDP, FSDP, DeepSpeed and PEFT, which therefore need no support of their own.
+Without `weighted_labels` the model's original forward runs, so generation and everybody else's calls are untouched.
+
+The patch is a method of the model, and all that it knows is an attribute of the model: a deep copy (an average of the
+weights, a reference model) computes with its own parameters, and a pickled one is the model as its class makes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import types
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from wit_plugins.contract.active import ActiveStrategies
+from wit_plugins.errors import WeightsNotAppliedError, WITConfigError
+from wit_plugins.loss.attention import PromptAttention
+from wit_plugins.loss.fused import FusedHead, LossForLogits, uncompiled
+from wit_plugins.loss.loss_call import OutputFormat, Step
+from wit_plugins.loss.micro_batch import MicroBatch
+from wit_plugins.loss.own_loss import aux_loss_coefficient, check_own_loss
+from wit_plugins.loss.peft import without_adapters
+from wit_plugins.loss.tensor_parallel import refuse_adapters
+from wit_plugins.tokens.codes import MAX_VOCAB_SIZE, decode, framework_labels
+from wit_plugins.tokens.collator import CODES_KEY
+from wit_plugins.tokens.reference_scores import SCORES_KEY
+from wit_plugins.tokens.roles import IGNORE_INDEX
+from wit_plugins.tokens.span_bits import SPANS_KEY
+from wit_plugins.tokens.token_random import Chance
+
+logger = logging.getLogger(__name__)
+
+_ATTRIBUTE = "_wit_head"  # of the model; with a number behind it, since one patch may stay under another
+
+
+class WeightedHead:
+    """Patches one model. `step` must be set around every call that carries `weighted_labels`.
+
+    Args:
+        model (`nn.Module`): the unwrapped causal language model.
+        strategies ([`ActiveStrategies`]): for the dynamic weights.
+        adapter ([`OutputFormat`]): shapes the output as the trainer expects it.
+        normalization (`str`): `nonzero_tokens` or `weight_sum`.
+        loss_impl (`str`): `auto`, `fused` or `logits`.
+
+    Raises:
+        WITConfigError: if the model is not a causal language model whose tokens can be transported, or is split over
+            ranks in a way that is not known.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        strategies: ActiveStrategies,
+        adapter: OutputFormat,
+        normalization: str,
+        loss_impl: str = "auto",
+    ) -> None:
+        _check_model(model)
+        refuse_adapters(model)
+        self.model = model
+        self.strategies = strategies
+        self.adapter = adapter
+        self.normalization = normalization
+        self.step: Step | None = None
+        self._reference_nll: torch.Tensor | None = None
+        self.attention = PromptAttention(model, strategies.attending) if strategies.attending else None
+        self._aligned = False
+        self._is_own_loss = False  # whether the model was asked for its own loss, and computes this one at (0, 1)
+        self.loss_impl = loss_impl
+        self.fused = None if loss_impl == "logits" else FusedHead(model)
+        if loss_impl == "fused" and self.fused is not None and self.fused.obstacle is not None:
+            self._give_up_fused()
+        self._own_forward = model.__dict__.get("forward")  # an instance's own, where another patch came before
+        self._original: Callable[..., Any] = model.forward
+        self.enabled = True
+        self._attribute = f"{_ATTRIBUTE}{sum(name.startswith(_ATTRIBUTE) for name in model.__dict__)}"
+        model.__dict__[self._attribute] = self
+        model.forward = self._patch = types.MethodType(_forward_like(self._original, self._attribute), model)
+
+    @property
+    def chosen(self) -> str:
+        """How the loss is computed by now: `fused` once a batch has shown that it can be, else `logits`."""
+        return "fused" if self.fused is not None and self.fused.checked else "logits"
+
+    def remove(self) -> None:
+        """Take the patch off. If something was wrapped around it meanwhile (autocast), it lets every call through."""
+        self.enabled = False
+        if self.model.__dict__.get("forward") is not self._patch:
+            return
+        del self.model.__dict__[self._attribute]
+        if self._own_forward is None:
+            del self.model.__dict__["forward"]
+        else:
+            self.model.forward = self._own_forward
+
+    def forward(
+        self,
+        model: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        labels: Any,
+        codes: Any,
+        spans: Any,
+        num_items: Any,
+    ) -> Any:
+        """What the patched model's forward does.
+
+        Args:
+            model (`nn.Module`): the model that was called. Regional compilation makes another one that shares all
+                attributes with the first, and calls its methods.
+            args, kwargs: all further arguments of the model's forward.
+            labels (`torch.Tensor | None`): int64 `[B, L]`.
+            codes (`torch.Tensor | None`): `weighted_labels`, int64 `[B, L]`.
+            spans (`torch.Tensor | None`): `weighted_spans`, int64 `[B, L]`, if any are logged.
+            num_items (`torch.Tensor | None`): `num_items_in_batch`, which a weighted call gets by `step` instead.
+
+        Raises:
+            WeightsNotAppliedError: if the weights do not belong to the labels, spans that are logged are missing, or
+                it is no call of `compute_loss`.
+        """
+        scores = kwargs.pop(SCORES_KEY, None)
+        if codes is None or labels is None or not self.enabled:
+            given = {"labels": labels, "num_items_in_batch": num_items}
+            kwargs.update({key: value for key, value in given.items() if value is not None})
+            return self._original_of(model)(*args, **kwargs)
+        step = self.step
+        if step is None:
+            raise WeightsNotAppliedError(
+                f"the model was called with {CODES_KEY} outside the trainer's compute_loss; call it without"
+            )
+        if spans is None and self.strategies.logged_spans:
+            raise WeightsNotAppliedError(
+                f"the model was called with {CODES_KEY} and without {SPANS_KEY}, by which spans are logged: something "
+                "between the collator and the model takes it out of the batch; leave it in"
+            )
+        if scores is None and self.strategies.reference is not None:
+            raise WeightsNotAppliedError(
+                f"the model was called with {CODES_KEY} and without {SCORES_KEY}, in which a reference's scores are: "
+                "something between the collator and the model takes it out of the batch; leave it in"
+            )
+        step.spans, step.scores = spans, scores
+        if step.shifted:
+            labels = self._shifted_labels(kwargs.pop("shift_labels", None), step)
+        kwargs = {key: value for key, value in kwargs.items() if key not in self.adapter.head_kwargs}
+        kwargs["return_dict"] = True
+        if step.training and self.strategies.changes_inputs:
+            kwargs["input_ids"] = self._changed_inputs(kwargs.get("input_ids"), codes, step)
+        if step.training and not step.shifted and not self._is_own_loss:
+            check_own_loss(self.model, self._original_of(model), codes, labels.device)
+            self._is_own_loss = True
+        self._reference_nll = self._read_by_reference(model, args, kwargs, labels, codes, step)
+        output = None
+        with nullcontext() if self.attention is None else self.attention.watching(codes):
+            if self.fused is not None and not self.adapter.reads_logits(step):
+                output = self._run_fused(model, args, kwargs, labels, codes, step)
+            if output is None:
+                output = self._original_of(model)(*args, **kwargs)
+                batch = self._micro_batch(codes, labels, step, output.logits.shape[1], output.logits.device)
+                step.result = batch.from_logits(output.logits)
+        assert step.result is not None
+        aux_loss = output.get("aux_loss")
+        if aux_loss is not None:
+            step.aux_loss = aux_loss.detach()
+            step.aux_loss_coefficient = aux_loss_coefficient(self.model)
+        return self.adapter.output(output, step.result, step)
+
+    @staticmethod
+    def _shifted_labels(labels: torch.Tensor | None, step: Step) -> torch.Tensor:
+        """The labels `[B, L]` that were shifted and cut as the codes were.
+
+        Raises:
+            WeightsNotAppliedError: if there are none, or nobody has counted the denominator of the whole rows.
+        """
+        if labels is None or step.num_items is None:
+            missing = "shift_labels" if labels is None else "num_items_in_batch"
+            raise WeightsNotAppliedError(
+                f"the trainer has cut its rows over ranks and calls the model without {missing}; set cp_size "
+                "and sp_size to 1"
+            )
+        return labels
+
+    def _read_by_reference(
+        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Any, codes: Any, step: Step
+    ) -> torch.Tensor | None:
+        """The nll `[N]` of the step's tokens by the model without its adapters, if a strategy asks for it."""
+        if not self.strategies.referring or self.strategies.reference is not None:
+            return None
+        batches: list[MicroBatch] = []
+
+        def batch(num_logits: int, device: torch.device) -> MicroBatch:
+            batches.append(self._micro_batch(codes, labels, step, num_logits, device, alone=True))
+            return batches[-1]
+
+        # Its own head is not the one that is trained instead of it, and an unchecked one may be no product.
+        fused, called = self.fused, model.get_output_embeddings()
+        linear = fused.linear(model) if fused is not None and fused.checked else None
+        with torch.no_grad(), without_adapters(model):
+            if fused is not None and linear is not None and uncompiled(called) is linear:
+                with LossForLogits(fused, linear, called, batch).in_place():
+                    self._original_of(model)(*args, **kwargs)
+            else:
+                logits = self._original_of(model)(*args, **kwargs).logits
+                batch(logits.shape[1], logits.device).from_logits(logits)
+        return batches[-1].nll
+
+    def _changed_inputs(self, input_ids: torch.Tensor | None, codes: torch.Tensor, step: Step) -> torch.Tensor:
+        """What strategies have the model read instead of `input_ids` `[B, L]`.
+
+        Raises:
+            WeightsNotAppliedError: if the model is not given ids, or not those of the batch.
+        """
+        if input_ids is None or input_ids.shape != codes.shape:
+            raise WeightsNotAppliedError(
+                f"strategies: {', '.join(self.strategies.changes_inputs)} changes what the model reads, but the model "
+                "is not called with the batch's input_ids (a PEFT method that inserts tokens); train without it"
+            )
+        codes = codes.to(input_ids.device)
+        vocab_size = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        progress = step.number / step.number_of_steps
+        random = Chance(codes, step.number, step.seed)(1)[..., 0]
+        return self.strategies.change_inputs(input_ids, decode(codes)[1], random, progress, vocab_size)
+
+    def _original_of(self, model: Any) -> Callable[..., Any]:
+        """The original forward, on the model that was called."""
+        if model is self.model or getattr(self._original, "__self__", None) is not self.model:
+            return self._original
+        return types.MethodType(self._original.__func__, model)  # type: ignore[attr-defined]
+
+    def _run_fused(
+        self,
+        model: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        labels: torch.Tensor,
+        codes: torch.Tensor,
+        step: Step,
+    ) -> Any:
+        """The model with its head asked for the loss; `None` if this model needs its logits."""
+        fused = self.fused
+        assert fused is not None
+        linear = fused.linear(model)
+        if linear is None:
+            return self._give_up_fused()
+        called = model.get_output_embeddings()
+        called = called if uncompiled(called) is linear else linear
+        call = LossForLogits(fused, linear, called, functools.partial(self._micro_batch, codes, labels, step))
+        with call.in_place():
+            output = self._original_of(model)(*args, **kwargs)
+        if call.calls != 1:
+            fused.obstacle = f"its forward calls its head {call.calls} times"
+        elif call.sampled is not None:
+            fused.check(call, output.logits)
+        if fused.obstacle is not None:
+            return self._give_up_fused()
+        step.result = call.result
+        output["logits"] = None
+        return output
+
+    def _give_up_fused(self) -> None:
+        """From now on the model's logits are used.
+
+        Raises:
+            WITConfigError: if the fused head was asked for by name.
+        """
+        assert self.fused is not None
+        reason = f"{type(self.model).__name__}: {self.fused.obstacle}"
+        if self.loss_impl == "fused":
+            raise WITConfigError(f"loss_impl = 'fused' cannot be used with {reason}; use loss_impl: auto")
+        logger.warning("the loss is computed from the logits, which takes more memory (%s)", reason)
+        self.fused = None
+
+    def _micro_batch(
+        self,
+        codes: torch.Tensor,
+        labels: torch.Tensor,
+        step: Step,
+        num_logits: int,
+        device: torch.device,
+        alone: bool = False,
+    ) -> MicroBatch:
+        """The micro-batch of a call; `alone`, its tokens as they are, for nobody's strategies."""
+        codes, spans = self._align(codes, labels, num_logits, step.shifted).to(device), None if alone else step.spans
+        if spans is not None:
+            spans = torch.nn.functional.pad(spans.to(device), (codes.shape[1] - spans.shape[1], 0))
+        batch = MicroBatch(
+            codes,
+            ActiveStrategies({}) if alone else self.strategies,
+            spans=spans,
+            normalization=self.normalization,
+            num_items=step.num_items,
+            every_role=not step.training,
+            response_metrics=self.adapter.response_metrics,
+            drawing=(step.number, step.seed) if step.training else None,
+            group_factors=None if alone else step.group_factors,
+            shifted=step.shifted,
+        )
+        if not alone and self._reference_nll is not None:
+            batch.compare(self._reference_nll.to(device))
+        if not alone and step.scores is not None:
+            scores = step.scores.to(device)
+            batch.look_up(torch.nn.functional.pad(scores, (codes.shape[1] - scores.shape[1], 0)))
+        if not alone and self.attention is not None:
+            batch.attend(self.attention)
+        return batch
+
+    def _align(self, codes: torch.Tensor, labels: torch.Tensor, num_logits: int, shifted: bool) -> torch.Tensor:
+        """Put virtual tokens (prompt-learning PEFT) in front of the codes, where PEFT has put them before the labels.
+
+        Raises:
+            WeightsNotAppliedError: if codes, labels and logits do not belong together.
+        """
+        codes = codes.to(labels.device)
+        if labels.shape[1] > codes.shape[1] and not shifted:
+            virtual = labels.shape[1] - codes.shape[1]
+            codes = torch.nn.functional.pad(codes, (virtual, 0), value=IGNORE_INDEX)
+        # Comparing values makes the device wait, so once is enough: the first batch of a run.
+        same = codes.shape == labels.shape and num_logits == labels.shape[1]
+        if same and not self._aligned:
+            expected, seen = framework_labels(codes), labels.clone()
+            seen[codes == IGNORE_INDEX] = IGNORE_INDEX
+            same = bool(torch.equal(expected, seen))
+            self._aligned = bool((codes != IGNORE_INDEX).any())  # a batch without a token says nothing
+        if not same:
+            raise WeightsNotAppliedError(
+                f"weights of shape {tuple(codes.shape)} cannot be aligned with labels of shape {tuple(labels.shape)} "
+                f"and logits of length {num_logits}: something between the collator and the model (a PEFT method that "
+                "inserts tokens, sequence or context parallelism) changes the labels; train without it"
+            )
+        return codes
+
+
+def _forward_like(original: Callable[..., Any], attribute: str) -> Callable[..., Any]:
+    """A forward for a model, to be bound to it. It holds no model, so that a copy's is the copy's own."""
+
+    def forward(
+        self: Any,
+        *args: Any,
+        labels: Any = None,
+        weighted_labels: Any = None,
+        weighted_spans: Any = None,
+        num_items_in_batch: Any = None,
+        **rest: Any,
+    ) -> Any:
+        head: WeightedHead = self.__dict__[attribute]
+        return head.forward(self, args, rest, labels, weighted_labels, weighted_spans, num_items_in_batch)
+
+    # Trainers read off the signature which columns a model takes.
+    signature = inspect.signature(original)
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore[attr-defined]
+    forward.__doc__ = original.__doc__
+    return forward
+
+
+def _check_model(model: Any) -> None:
+    name = type(model).__name__
+    config: Any = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_output_embeddings"):
+        raise WITConfigError(f"{name} is not a transformers model; weights need a causal language model")
+    if getattr(config, "is_encoder_decoder", False) or model.get_output_embeddings() is None:
+        raise WITConfigError(f"{name} is not a causal language model; weights need one (AutoModelForCausalLM)")
+    if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
+        raise WITConfigError(
+            f"{name} is a vision or audio language model, which is not supported yet; train its text model alone"
+        )
+    vocab_size = config.get_text_config().vocab_size
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise WITConfigError(f"{name} has a vocabulary of {vocab_size}, more than the {MAX_VOCAB_SIZE} ids supported")

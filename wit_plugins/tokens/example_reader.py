@@ -1,0 +1,156 @@
+"""How one trainer's examples are read: the framework's own view of a row, and what no row may hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from wit_plugins.errors import BadExampleError, WITConfigError
+from wit_plugins.tokens.codes import MAX_VOCAB_SIZE
+from wit_plugins.tokens.roles import IGNORE_INDEX, NEITHER, example_roles, token_array
+from wit_plugins.tokens.weighted_labels import read_prepared
+
+_PADDING_RUN = 2  # one masked pad id may be an end of text; a run of them is padding
+
+
+class ReadExample(NamedTuple):
+    """What one example of `T` tokens says.
+
+    Attributes:
+        targets (`np.ndarray`): int64 `[T]`, see [`example_roles`].
+        roles (`np.ndarray`): uint8 `[T]`.
+        starts (`np.ndarray`): int64, the first token of each document.
+        labels (`np.ndarray`): int64 `[T]`, the framework's own.
+        data_weights (`np.ndarray | None`): float32 `[T]`, those that stand in the data; `None` if none do.
+        input_ids (`np.ndarray`): int64 `[T]`, what the model reads.
+        groups (`np.ndarray | None`): uint8 `[T]`, the number of each token's group; `None` if there are no groups.
+    """
+
+    targets: np.ndarray
+    roles: np.ndarray
+    starts: np.ndarray
+    labels: np.ndarray
+    data_weights: np.ndarray | None
+    input_ids: np.ndarray
+    groups: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class ExampleReader:
+    """Reads examples as a trainer trains on them, and refuses rows that no model can be trained on.
+
+    Picklable, since data-loader workers read too.
+
+    Args:
+        vocab_size (`int`): how many ids the model has; other ids are refused.
+        pad_token_id (`int`, *optional*): what padding looks like in rows that have no `attention_mask`.
+        cuts_documents (`bool`): rows begin and end anywhere in a document, so that padding may be in their middle.
+        columns (`frozenset[str]`, *optional*): those that the trainer keeps; by default all. The others are not read,
+            since they never reach training.
+        own_view (`Callable`, *optional*): turns an example into what the framework makes of it, see
+            [`TrainerAdapter.read_example`].
+        fingerprint (`int`, *optional*): of the settings that weights in the data are read with, see
+            `wit_plugins.tokens.weighted_labels`; documents that were prepared with others are refused.
+        needs_prepared (`bool`): whether documents must say what they were prepared with.
+        needs_groups (`bool`): whether each token must say of which group its document is.
+    """
+
+    vocab_size: int = MAX_VOCAB_SIZE
+    pad_token_id: int | None = None
+    cuts_documents: bool = False
+    columns: frozenset[str] | None = None
+    own_view: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    fingerprint: int | None = None
+    needs_prepared: bool = False
+    needs_groups: bool = False
+
+    def view(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
+        """An example as it comes to training: with the columns that the trainer keeps, as its framework reads them."""
+        if self.columns is not None:
+            example = {name: value for name, value in example.items() if name in self.columns}
+        return example if self.own_view is None else self.own_view(example)
+
+    def __call__(self, example: Mapping[str, Any]) -> ReadExample:
+        """What one example says.
+
+        Raises:
+            BadExampleError: if its columns do not fit each other, hold ids that the model does not have, or hold
+                padding that nothing tells from prompt.
+            WITConfigError: if it was prepared with other settings of weights in the data than this run's.
+        """
+        example = self.view(example)
+        input_ids, labels = token_array(example["input_ids"]), token_array(example["labels"])
+        prepared = read_prepared(labels)
+        if prepared is not None:
+            labels = prepared.labels
+        self._check_fingerprints(() if prepared is None else prepared.fingerprints.tolist())
+        targets, roles, starts = example_roles({**example, "input_ids": input_ids, "labels": labels})
+        self._check_ids("input_ids", input_ids)
+        self._check_ids("labels", labels)
+        if self.pad_token_id is not None and example.get("attention_mask") is None:
+            self._check_padding((input_ids == self.pad_token_id) & (labels == IGNORE_INDEX), starts)
+        weights, groups = (None, None) if prepared is None else (prepared.weights, prepared.groups)
+        if self.needs_groups and (groups is None or not groups[roles != NEITHER].all()):
+            raise WITConfigError(
+                "a strategy asks for the group of each sample, but this data was tokenised without groups; have it "
+                "tokenised with the same settings (docs/data-weights.md)"
+            )
+        return ReadExample(targets, roles, starts, labels, weights, input_ids, groups if self.needs_groups else None)
+
+    def _check_fingerprints(self, found: Sequence[int]) -> None:
+        if any(fingerprint != self.fingerprint for fingerprint in found):
+            raise WITConfigError(
+                "the tokenised data carries weights that were read from it with other settings than this run's "
+                "(message_weight_keys, sample_weight_key, groups, strategies that read raw examples, or their code) or "
+                "by another version of this package; tokenise it again: delete the cache or the prepared dataset, or "
+                "name another folder for it"
+            )
+        if self.needs_prepared and not found and not self.cuts_documents:
+            raise WITConfigError(
+                "a strategy reads the examples as they were before tokenisation (raw_example), but this data was "
+                "tokenised without it; have it prepared with the same settings (docs/data-weights.md)"
+            )
+
+    def _check_ids(self, column: str, ids: np.ndarray) -> None:
+        wrong = (ids < 0) | (ids >= self.vocab_size)
+        if column == "labels":
+            wrong &= ids != IGNORE_INDEX
+        if not wrong.any():
+            return
+        at = int(np.argmax(wrong))
+        masked = f", or {IGNORE_INDEX} where a token is masked" if column == "labels" else ""
+        raise BadExampleError(
+            f"{column} has {int(ids[at])} at position {at}; the model knows 0 to {self.vocab_size - 1:,}{masked}; "
+            "tokenise with the model's own tokenizer, or resize the model's embeddings to the tokenizer's"
+        )
+
+    def _check_padding(self, padding: np.ndarray, starts: np.ndarray) -> None:
+        """`padding` is true where a pad id is masked, bool `[T]`."""
+        if not padding.any():
+            return
+        ends = [*starts[1:], len(padding)]
+        if self.cuts_documents:
+            runs = [_longest_run(padding)]
+        else:
+            documents = [padding[start:end] for start, end in zip(starts, ends, strict=True)]
+            runs = [max(_leading(document), _leading(document[::-1])) for document in documents]
+        if max(runs) < _PADDING_RUN:
+            return
+        raise BadExampleError(
+            f"input_ids has {max(runs)} masked pad tokens ({self.pad_token_id}) in a row and no attention_mask that "
+            "tells them from prompt, so that they would be trained on; take the padding off (the trainer pads by "
+            "itself), or give unpacked examples an attention_mask"
+        )
+
+
+def _leading(flags: np.ndarray) -> int:
+    """How many are true before the first that is not."""
+    return int(np.argmin(flags)) if not flags.all() else len(flags)
+
+
+def _longest_run(flags: np.ndarray) -> int:
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], flags.astype(np.int8), [0]))))
+    return int((edges[1::2] - edges[::2]).max())
