@@ -129,7 +129,7 @@ def readme(text: str) -> str:
         if not versions:
             continue
         ends = [".".join(map(str, version)) for version in (versions[0], versions[-1])]
-        said = ends[0] if len(versions) == 1 else " and ".join(ends) if len(versions) == 2 else " to ".join(ends)
+        said = ends[0] if len(versions) == 1 else " to ".join(ends)
         text = re.sub(rf"\*\*{re.escape(title)}\*\* \([^)]*\)", f"**{title}** ({said})", text)
     return text
 

@@ -55,5 +55,5 @@ def test_the_readme_s_versions_are_those_that_ran(compatibility, tmp_path):
         left(tmp_path, environment, version, {})
     said = compatibility.readme(text)
     assert "**TRL** (1.16.0), in" in said
-    assert "**Axolotl** (0.19.0 and 0.21.0), in" in said
+    assert "**Axolotl** (0.19.0 to 0.21.0), in" in said
     assert "**LLaMA-Factory** (0.9.5), in" in said  # of which there is no record
