@@ -129,7 +129,16 @@ class _GradientInForward(torch.autograd.Function):
                 "backward ran a second time over one forward of weighted_linear_cross_entropy, whose gradients were "
                 "scaled in place by the first; run the forward again, or pass num_items so that nothing is to scale"
             )
-        late, *grads = ctx.saved_tensors
+        try:
+            late, *grads = ctx.saved_tensors
+        except RuntimeError as error:
+            if "inplace" not in str(error):  # the graph is freed, which autograd says well
+                raise
+            raise RuntimeError(
+                "backward ran again over one forward of weighted_linear_cross_entropy whose gradients were modified by "
+                "an inplace operation: the first backward gave them away as .grad, to which a second adds; run the "
+                "forward again"
+            ) from error
         factor = grad_loss if late is None else grad_loss / late
         # Looking at the value makes a GPU wait, but scaling for nothing would read and write a head-sized gradient.
         if factor.item() != 1:

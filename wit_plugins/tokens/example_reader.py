@@ -45,7 +45,9 @@ class ExampleReader:
     Picklable, since data-loader workers read too.
 
     Args:
-        vocab_size (`int`): how many ids the model has; other ids are refused.
+        vocab_size (`int`): how many ids the model can read; other ids are refused.
+        head_size (`int`, *optional*): how many ids the model can predict, if they are fewer: larger ids are refused where
+            a token is predicted.
         pad_token_id (`int`, *optional*): what padding looks like in rows that have no `attention_mask`.
         cuts_documents (`bool`): rows begin and end anywhere in a document, so that padding may be in their middle.
         columns (`frozenset[str]`, *optional*): those that the trainer keeps; by default all. The others are not read,
@@ -59,6 +61,7 @@ class ExampleReader:
     """
 
     vocab_size: int = MAX_VOCAB_SIZE
+    head_size: int | None = None
     pad_token_id: int | None = None
     cuts_documents: bool = False
     columns: frozenset[str] | None = None
@@ -90,6 +93,7 @@ class ExampleReader:
         targets, roles, starts = example_roles({**example, "input_ids": input_ids, "labels": labels})
         self._check_ids("input_ids", input_ids)
         self._check_ids("labels", labels)
+        self._check_predicted(targets, roles)
         if self.pad_token_id is not None and example.get("attention_mask") is None:
             self._check_padding((input_ids == self.pad_token_id) & (labels == IGNORE_INDEX), starts)
         weights, groups = (None, None) if prepared is None else (prepared.weights, prepared.groups)
@@ -126,6 +130,18 @@ class ExampleReader:
             f"{column} has {int(ids[at])} at position {at}; the model knows 0 to {self.vocab_size - 1:,}{masked}; "
             "tokenise with the model's own tokenizer, or resize the model's embeddings to the tokenizer's"
         )
+
+    def _check_predicted(self, targets: np.ndarray, roles: np.ndarray) -> None:
+        """`targets` int64 `[T]` and `roles` uint8 `[T]`."""
+        if self.head_size is None:
+            return
+        wrong = (targets >= self.head_size) & (roles != NEITHER)
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            raise BadExampleError(
+                f"input_ids has {int(targets[at])} at position {at}, which the model can read but not predict: its head "
+                f"has {self.head_size:,} rows; resize the head to the embedding, or leave such tokens out of the data"
+            )
 
     def _check_padding(self, padding: np.ndarray, starts: np.ndarray) -> None:
         """`padding` is true where a pad id is masked, bool `[T]`."""

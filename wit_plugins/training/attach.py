@@ -170,6 +170,7 @@ def example_reader(trainer: Trainer, adapter: TrainerAdapter) -> ExampleReader:
     vocab_size = max(model.config.get_text_config().vocab_size, embeddings)
     return ExampleReader(
         vocab_size=min(vocab_size, MAX_VOCAB_SIZE),
+        head_size=getattr(model.get_output_embeddings(), "out_features", None),
         pad_token_id=getattr(getattr(trainer, "processing_class", None), "pad_token_id", None),
         cuts_documents=adapter.cuts_documents,
         columns=_kept_columns(trainer),

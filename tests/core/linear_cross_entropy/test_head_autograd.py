@@ -124,6 +124,15 @@ def test_backward_twice():
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
+    # Leaves keep the first gradient as `.grad`, to which the second backward adds; the third has nothing to give.
+    hidden.grad = weight.grad = None
+    loss = weighted_linear_cross_entropy(hidden, weight, targets, token_weights, impl="torch")
+    for _ in range(2):
+        loss.backward(retain_graph=True)
+    assert_close(weight.grad, 2 * grad_weight, torch.float32)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation.*run the forward again"):
+        loss.backward()
+
     # Without retain_graph, autograd's own error.
     loss = weighted_linear_cross_entropy(hidden, weight, targets, token_weights, impl="torch")
     loss.backward()

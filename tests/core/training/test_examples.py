@@ -9,7 +9,7 @@ from support import (
 from trainkit import CONFIG, DOCS, EXAMPLES, GOOD, first_log, make_trainer, padded, tokenizer
 from transformers import DataCollatorForSeq2Seq
 
-from wit_plugins import WITConfig, WITConfigError, attach, hookimpl
+from wit_plugins import WITConfig, WITConfigError, attach, detach, hookimpl
 from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.data_weights.reader import fingerprint
 from wit_plugins.testing import registered
@@ -87,6 +87,17 @@ BAD_ROWS = [
     ({"input_ids": [5, 6, 0, 0], "labels": [-100, 6, -100, -100]}, "2 masked pad tokens.*take the padding off"),
     ({**GOOD, "position_ids": [0, 1]}, "position_ids have 2 entries"),
 ]
+
+
+def test_ids_that_the_model_reads_and_does_not_predict(tmp_path):
+    """An embedding with more rows than the head: the first token of a document is predicted by nothing."""
+    trainer = make_trainer(tmp_path, examples=[{"input_ids": [60, 6, 7], "labels": [-100, -100, 7]}, GOOD] * 4)
+    trainer.model.lm_head = torch.nn.Linear(trainer.model.config.hidden_size, 60, bias=False)
+    attach(trainer, CONFIG)
+    detach(trainer)
+    trainer.train_dataset = [GOOD, {"input_ids": [5, 60, 7], "labels": [-100, -100, 7]}]
+    with pytest.raises(WITConfigError, match=r"example 1 .*input_ids has 60 at position 1, .*its head has 60 rows"):
+        attach(trainer, CONFIG)
 
 
 class TestBadRows:
