@@ -293,7 +293,12 @@ def test_a_dry_run_of_a_search(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code, out, err = wit("sweep", "sft.yaml", *SEARCH, "--seeds", "2", "--dry-run", capsys=capsys)
     assert code == 0, err
-    assert "--prompt_weight=0.2 --response_weight=0.8 --output_dir=runs/p0.2_r0.8/model" in out
+    for folder in ("p0_r1", "p0.2_r0.8"):
+        assert f"-m wit_trl sft --config {tmp_path / 'runs' / folder / 'config.yaml'}" in out
+    lines = [line.removeprefix("#   ") for line in out.splitlines() if line.startswith("#   ")]
+    read = yaml.safe_load("\n".join(lines))
+    assert (read["prompt_weight"], read["response_weight"]) == (0, 1)  # the first cell's alone
+    assert read["output_dir"] == str(tmp_path / "runs" / "p0_r1" / "model")
     assert "# and 1 more, the ratios 0.03 first" in out
     assert "then what the search chooses" not in out
     assert not (tmp_path / "runs").exists()

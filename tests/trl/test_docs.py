@@ -247,23 +247,28 @@ def test_the_documented_inputs_are_masked_thought(tmp_path, registered):
 
 
 def test_the_documented_groups_are_mftcoder(tmp_path, registered):
-    """The one example's groups, weighed by the other's: alike before the first evaluation, by its losses behind it."""
+    """The one example's groups, weighed by the other's: by the losses of the evaluation before the first step.
+
+    `mftcoder` with these losses as its groups' weights takes the same first step, and another second one.
+    """
     names = list(literature.TASKS)
-    module = as_module(complete_plugins()[5] + complete_plugins()[6], "sources")
-    registered(module, "sources")
-    found = []
-    for strategies in (
-        {"sources": {"sources": names}},
-        {"mftcoder": {"groups": dict.fromkeys(names, 1.0), "key": "source"}},
-    ):
+    registered(as_module(complete_plugins()[5] + complete_plugins()[6], "sources"), "sources")
+    losses: dict[str, float] = {}
+
+    def train(strategies: dict[str, Any]) -> list[float]:
         data = test_groups.prepared(test_groups.rows(column="source"), strategies)
         evaluation = {"trainer_kwargs": {"eval_dataset": data}, "eval_strategy": "steps", "eval_steps": 1}
         trainer = sft_trainer(tmp_path, data, num_train_epochs=2, **evaluation)
         trainer.add_callback(WITCallback(trainer, prompt_weight=0.3, strategies=strategies))
         trainer.train()
-        found.append(logs(trainer))
-    assert found[0][0] == found[1][0]
-    assert found[0][1] != pytest.approx(found[1][1], rel=1e-3)
+        first = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
+        losses.update({name: first[f"eval_response_loss/{name}"] for name in names})
+        return logs(trainer)
+
+    sources = train({"sources": {"sources": names}})
+    fixed = train({"mftcoder": {"groups": dict(losses), "key": "source"}})
+    assert sources[0] == pytest.approx(fixed[0], rel=1e-6)
+    assert sources[1] != pytest.approx(fixed[1], rel=1e-3)
 
 
 def test_what_the_table_of_methods_says_to_paste_trains(tmp_path):

@@ -46,8 +46,8 @@ class ExampleReader:
 
     Args:
         vocab_size (`int`): how many ids the model can read; other ids are refused.
-        head_size (`int`, *optional*): how many ids the model can predict, if they are fewer: larger ids are refused where
-            a token is predicted.
+        head_size (`int`, *optional*): how many ids the model can predict, if they are fewer; where a token is
+            predicted, larger ids are refused.
         pad_token_id (`int`, *optional*): what padding looks like in rows that have no `attention_mask`.
         cuts_documents (`bool`): rows begin and end anywhere in a document, so that padding may be in their middle.
         columns (`frozenset[str]`, *optional*): those that the trainer keeps; by default all. The others are not read,
@@ -139,8 +139,8 @@ class ExampleReader:
         if wrong.any():
             at = int(np.argmax(wrong))
             raise BadExampleError(
-                f"input_ids has {int(targets[at])} at position {at}, which the model can read but not predict: its head "
-                f"has {self.head_size:,} rows; resize the head to the embedding, or leave such tokens out of the data"
+                f"input_ids has {int(targets[at])} at position {at}, which the model can read but not predict: its "
+                f"head has {self.head_size:,} rows; resize it to the embedding, or leave such tokens out of the data"
             )
 
     def _check_padding(self, padding: np.ndarray, starts: np.ndarray) -> None:

@@ -167,7 +167,7 @@ def _dry_run(
     known: Mapping[str, Mapping[str, Any]],
     options: SweepOptions,
 ) -> int:
-    """Print the command of each cell whose weights are known, and what would follow."""
+    """Print the command of each cell whose weights are known, the first one's file, and what would follow."""
     from rich.text import Text
 
     first = [notes for _, notes in plan.first(job, driver.block)][: options.trials]
@@ -184,8 +184,13 @@ def _dry_run(
         resume = last_checkpoint(model) if "begun" in before else None
         with quiet():  # a framework may print when it is imported
             command = driver.command(cell.job(job), model, resume)
+            files = driver.files(cell.job(job), model, resume) if left == 1 else {}
         out.print(Text(f"# {cell.label}: {f'goes on from {resume.name}' if resume else 'from the start'}"))
         out.print(Text(visible(shlex.join(command))), soft_wrap=True)
+        for path, text in files.items():  # the others differ in the weights and the folder alone
+            out.print(Text(f"# which reads {visible(str(path))}:"), soft_wrap=True)
+            for line in text.splitlines():
+                out.print(Text(visible(f"#   {line}")), soft_wrap=True)
     if isinstance(plan, Grid):
         side_by_side = f", {options.jobs} side by side" if options.jobs > 1 else ""
         out.print(Text(f"# {left} of {len(given)} cells would be run{side_by_side}"))
