@@ -114,8 +114,8 @@ def test_preprocess_writes_what_axolotl_alone_would(place, tmp_path):
 
 
 def test_evaluate_is_axolotl_s_own(place, tmp_path):
-    """`axolotl evaluate` builds its trainer past the plugins; its loss is the response's, whatever the weights."""
-    weighted = [{**row, "weight": 0.5 * index} for index, row in enumerate(rows("chat", 6))]
+    """`axolotl evaluate` builds its trainer past the plugins; its loss is the response's, whatever weights above 0."""
+    weighted = [{**row, "weight": 0.5 + index} for index, row in enumerate(rows("chat", 6))]
     (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in weighted))
     held_out = {"path": str(tmp_path / "held_out.jsonl"), "ds_type": "json", "split": "train", **CHAT}
     settings = {"test_datasets": [held_out], "eval_batch_size": 6, "micro_batch_size": 6}
