@@ -74,7 +74,7 @@ def check_own_loss(model: nn.Module, forward: Callable[..., Any], codes: torch.T
         with _same_random_numbers(device):
             try:
                 own = forward(**inputs, labels=labels, return_dict=True)["loss"]
-            except (RuntimeError, TypeError, KeyError, NotImplementedError) as error:
+            except Exception as error:  # a kernel inside the model may raise any error, and the run does not need it
                 logger.warning(
                     "%s cannot be asked for its own loss (%s: %s), so nobody knows whether it adds something to it",
                     *(type(model).__name__, type(error).__name__, error),
