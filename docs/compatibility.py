@@ -97,7 +97,7 @@ def page() -> str:
     lines = [
         "# What ran where",
         "",
-        "Written by `docs/generate.py` from the records in [compatibility](compatibility), which sessions of nox leave",
+        "Written by `docs/generate.py` from the records in `docs/compatibility/`, which sessions of nox leave",
         "with `WIT_RECORD=1`. A newer framework than these runs, and a line says so, as long as the code of it that is",
         "relied on is as it was ([adapters.md](authors/adapters.md)).",
         "",
