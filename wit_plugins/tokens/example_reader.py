@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from wit_plugins.tokens.codes import MAX_VOCAB_SIZE
 from wit_plugins.tokens.roles import IGNORE_INDEX, NEITHER, example_roles, token_array
 from wit_plugins.tokens.weighted_labels import read_prepared
 
+_SHOWN_TOKENS = 16  # of a refused example
 _PADDING_RUN = 2  # one masked pad id may be an end of text; a run of them is padding
 
 
@@ -58,6 +60,8 @@ class ExampleReader:
             `wit_plugins.tokens.weighted_labels`; documents that were prepared with others are refused.
         needs_prepared (`bool`): whether documents must say what they were prepared with.
         needs_groups (`bool`): whether each token must say of which group its document is.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): writes the beginning of a refused example, by which it is
+            found in a file whose rows a framework has shuffled.
     """
 
     vocab_size: int = MAX_VOCAB_SIZE
@@ -69,6 +73,7 @@ class ExampleReader:
     fingerprint: int | None = None
     needs_prepared: bool = False
     needs_groups: bool = False
+    tokenizer: Any = field(default=None, compare=False, repr=False)
 
     def view(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
         """An example as it comes to training: with the columns that the trainer keeps, as its framework reads them."""
@@ -85,6 +90,21 @@ class ExampleReader:
             WITConfigError: if it was prepared with other settings of weights in the data than this run's.
         """
         example = self.view(example)
+        try:
+            return self._read(example)
+        except BadExampleError as error:
+            raise BadExampleError(f"{error}{self._beginning(example)}") from None
+
+    def _beginning(self, example: Mapping[str, Any]) -> str:
+        """The first words of a refused example, for the message; empty if they cannot be written."""
+        if self.tokenizer is None:
+            return ""
+        first = [int(token) for token in list(example["input_ids"])[:_SHOWN_TOKENS] if isinstance(token, Integral)]
+        known = [token for token in first if 0 <= token < self.vocab_size]
+        text = str(self.tokenizer.decode(known)).strip() if known else ""
+        return f" (the example begins {text!r})" if text else ""
+
+    def _read(self, example: Mapping[str, Any]) -> ReadExample:
         input_ids, labels = token_array(example["input_ids"]), token_array(example["labels"])
         prepared = read_prepared(labels)
         if prepared is not None:

@@ -175,6 +175,7 @@ def example_reader(trainer: Trainer, adapter: TrainerAdapter) -> ExampleReader:
         cuts_documents=adapter.cuts_documents,
         columns=_kept_columns(trainer),
         own_view=adapter.read_example,
+        tokenizer=getattr(trainer, "processing_class", None),
     )
 
 

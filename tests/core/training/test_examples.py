@@ -100,6 +100,13 @@ def test_ids_that_the_model_reads_and_does_not_predict(tmp_path):
         attach(trainer, CONFIG)
 
 
+def test_a_refused_example_is_shown(tmp_path):
+    """Its place is that in the trainer's dataset, which a framework may have shuffled."""
+    row = {"input_ids": np.array([5, 61, 7, 8]), "labels": [-100, -100, 7, 8]}
+    with pytest.raises(WITConfigError, match=r"61 at position 1.* \(the example begins 'w5 w7 w8'\)"):
+        attach(make_trainer(tmp_path, examples=[GOOD, row]), CONFIG)
+
+
 class TestBadRows:
     @pytest.mark.parametrize(("row", "message"), BAD_ROWS)
     @pytest.mark.parametrize("index", [3, 150])
