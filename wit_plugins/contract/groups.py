@@ -1,8 +1,8 @@
 """Groups of samples (tasks, sources): which one a sample is of, by its data, and what each group's loss weighs.
 
 A group's number is its place in the configuration, so that all processes agree. It travels in the prepared labels
-(`wit_plugins.tokens.weighted_labels`). In a batch it travels as the bit of a logged span, since a group's span is each of
-its documents as a whole.
+(`wit_plugins.tokens.weighted_labels`). In a batch it travels as the bit of a logged span, since a group's span is each
+of its documents as a whole.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import torch
 from wit_plugins.config import multiplied
 from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.errors import BadExampleError, WeightsNotAppliedError, WITConfigError
+from wit_plugins.foreign import Delegate
 from wit_plugins.tokens.codes import decode, encode, framework_labels, restore_codes, weighing
 from wit_plugins.tokens.example_reader import ExampleReader, ReadExample
 from wit_plugins.tokens.reference_scores import SCORES_KEY, Scores, scored_documents
@@ -42,7 +43,7 @@ class Explained:
     sources: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-class WeightedCollator:
+class WeightedCollator(Delegate, to="collator"):
     """Wraps a collator so that its batches carry every token's weight, target and role.
 
     The batch keeps what the wrapped collator made of it, with `labels` as the framework would have had them (int64,
@@ -50,6 +51,9 @@ class WeightedCollator:
     `wit_plugins.tokens.codes`). If strategies have spans to log, there is a third, `weighted_spans` (int64, see
     `wit_plugins.tokens.span_bits`). If strategies compare with scores in a folder, there is `weighted_scores` (the bits
     of float32 as int64, since frameworks round floats; see `wit_plugins.tokens.reference_scores`).
+
+    Frameworks read options off their collator (`padding_free`, `pad_to_multiple_of`, …), so its other attributes are
+    those of the wrapped collator.
 
     Args:
         collator (`Callable`): the framework's collator. It gets the examples as they are, labels exchanged: a list of
@@ -254,19 +258,6 @@ class WeightedCollator:
                 "attention_mask is 0 in the middle of a document, which "
                 f"{', '.join(self._locating)} (strategies) would take for two; take these tokens out of the example"
             )
-
-    def __getattr__(self, name: str) -> Any:
-        # Frameworks read options off their collator (`padding_free`, `pad_to_multiple_of`, …).
-        if name.startswith("__") or name in (
-            "collator",
-            "strategies",
-            "reader",
-            "_reading",
-            "_locating",
-            "_token_text",
-        ):
-            raise AttributeError(name)
-        return getattr(self.collator, name)
 
 
 class _Checksum:

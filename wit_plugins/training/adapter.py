@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from transformers.utils import ModelOutput
 
     from wit_plugins.config import WITConfig
+    from wit_plugins.foreign import Changes
     from wit_plugins.loss.loss_call import Step
     from wit_plugins.loss.micro_batch import WeightedLoss
-    from wit_plugins.training.changes import Changes
 
 
 class AuxLossSums(NamedTuple):

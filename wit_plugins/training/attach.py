@@ -14,6 +14,7 @@ from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.contract.plugins import plugin_manager
 from wit_plugins.data_weights.reader import fingerprint
 from wit_plugins.errors import WITConfigError
+from wit_plugins.foreign import Changes
 from wit_plugins.loss.model_patch import WeightedHead
 from wit_plugins.loss.peft import check_base_model
 from wit_plugins.tokens.codes import MAX_VOCAB_SIZE
@@ -21,7 +22,6 @@ from wit_plugins.tokens.collator import WeightedCollator
 from wit_plugins.tokens.example_reader import ExampleReader
 from wit_plugins.training.adapter import TrainerAdapter
 from wit_plugins.training.attachment import ATTRIBUTE, Attachment, claim, new_run, unwrapped
-from wit_plugins.training.changes import Changes
 from wit_plugins.training.dataset_check import (
     LeftOutWarning,
     can_be_read_again,

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers.trainer_utils import get_last_checkpoint
 
 from wit_plugins.errors import BadExampleError, WeightsNotAppliedError, WITConfigError
+from wit_plugins.foreign import exchanged
 from wit_plugins.loss.loss_call import Step
 from wit_plugins.loss.normalization import group_denominators, group_factors, step_denominator
 from wit_plugins.tokens.collator import CODES_KEY
@@ -65,18 +66,15 @@ class WeightedTrainerMixin(_Base):
         resumed = kwargs.get("resume_from_checkpoint")
         if groups is None or not groups.reads_losses or not resumed:
             return super()._inner_training_loop(*args, **kwargs)
-        evaluates_first, self.args.eval_on_start = self.args.eval_on_start, False  # the checkpoint's log has it
-        try:
+        with exchanged(self.args, "eval_on_start", False):  # the checkpoint's log has it
             return super()._inner_training_loop(*args, **kwargs)
-        finally:
-            self.args.eval_on_start = evaluates_first
 
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own; where DeepSpeed is to cut its rows, with codes that are shifted before."""
         parts = sp_size(self.accelerator)
         if parts == 1:
             return super().get_train_dataloader(*args, **kwargs)
-        with self._collator(ShiftingCollator(self.data_collator, parts)):
+        with exchanged(self, "data_collator", ShiftingCollator(self.data_collator, parts)):
             return super().get_train_dataloader(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -291,18 +289,8 @@ class WeightedTrainerMixin(_Base):
             yield  # and nothing is set back: Axolotl exchanges the collator itself
             return
         own: Any = self.data_collator
-        with self._collator(own.collator):
+        with exchanged(self, "data_collator", own.collator):
             yield
-
-    @contextmanager
-    def _collator(self, collator: Any) -> Iterator[None]:
-        """Have a data loader made with another collator."""
-        own = self.data_collator
-        self.data_collator = collator
-        try:
-            yield
-        finally:
-            self.data_collator = own
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own loop; its metrics gain the roles' losses under its prefix."""
