@@ -119,3 +119,8 @@ class Groups:
                 f"{', '.join(self.names)} it needs a finite number >= 0, and one above 0"
             )
         return made
+
+
+def weighed_groups(groups: Groups | None) -> Groups | None:
+    """The groups, if each has a denominator of its own."""
+    return groups if groups is not None and groups.weighs else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,12 +19,15 @@ from wit_plugins.errors import BadExampleError, WeightsNotAppliedError, WITConfi
 from wit_plugins.foreign import Delegate
 from wit_plugins.tokens.codes import decode, encode, framework_labels, restore_codes, weighing
 from wit_plugins.tokens.example_reader import ExampleReader, ReadExample
-from wit_plugins.tokens.reference_scores import SCORES_KEY, Scores, scored_documents
 from wit_plugins.tokens.roles import IGNORE_INDEX, NEITHER
 from wit_plugins.tokens.span_bits import SPANS_KEY, bits_in_batch, to_bits
-from wit_plugins.tokens.text import TokenText
+
+if TYPE_CHECKING:
+    from wit_plugins.tokens.reference_scores import Scores
+    from wit_plugins.tokens.text import TokenText
 
 CODES_KEY = "weighted_labels"
+SCORES_KEY = "weighted_scores"
 DATA = "the data"  # as a source of weights, beside the strategies
 
 
@@ -77,8 +80,16 @@ class WeightedCollator(Delegate, to="collator"):
         self.strategies = strategies
         self.reader = reader or ExampleReader()
         self._reading, self._locating = strategies.reading, strategies.locating
-        self.scores = None if strategies.reference is None else Scores(strategies.reference)
-        self._token_text = TokenText(tokenizer) if hasattr(tokenizer, "convert_ids_to_tokens") else None
+        self.scores: Scores | None = None
+        if strategies.reference is not None:
+            from wit_plugins.tokens.reference_scores import Scores
+
+            self.scores = Scores(strategies.reference)
+        self._token_text: TokenText | None = None
+        if self._reading and hasattr(tokenizer, "convert_ids_to_tokens"):
+            from wit_plugins.tokens.text import TokenText
+
+            self._token_text = TokenText(tokenizer)
         if self._reading and self._token_text is None:
             names = sorted({name for names in self._reading.values() for name in names})
             raise WITConfigError(
@@ -168,6 +179,8 @@ class WeightedCollator(Delegate, to="collator"):
             WITConfigError: if there are no complete scores in the folder.
             BadExampleError: if there are none of a document.
         """
+        from wit_plugins.tokens.reference_scores import scored_documents
+
         assert self.scores is not None
         read = self.reader(example)
         found = np.zeros(len(read.roles), dtype=np.float32)
@@ -245,7 +258,7 @@ class WeightedCollator(Delegate, to="collator"):
     def _document(self, input_ids: np.ndarray, roles: np.ndarray, example: Mapping[str, Any]) -> dict[str, Any]:
         """What is known of one document."""
         known: dict[str, Any] = {"input_ids": input_ids, "roles": roles, "example": example}
-        if self._token_text is not None and self._reading:
+        if self._token_text is not None:
             known["tokenizer"] = self._token_text.tokenizer
             if self._reading.keys() & {"text", "offsets"}:
                 known["text"], known["offsets"] = self._token_text.decode(input_ids.tolist())

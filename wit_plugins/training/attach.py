@@ -16,7 +16,6 @@ from wit_plugins.data_weights.reader import fingerprint
 from wit_plugins.errors import WITConfigError
 from wit_plugins.foreign import Changes
 from wit_plugins.loss.model_patch import WeightedHead
-from wit_plugins.loss.peft import check_base_model
 from wit_plugins.tokens.codes import MAX_VOCAB_SIZE
 from wit_plugins.tokens.collator import WeightedCollator
 from wit_plugins.tokens.example_reader import ExampleReader
@@ -30,7 +29,6 @@ from wit_plugins.training.dataset_check import (
     check_weighs,
     warn_of_unmatched_spans,
 )
-from wit_plugins.training.group_losses import check_evaluates
 from wit_plugins.training.parallelism import check_parallelism
 from wit_plugins.training.trainer_mixin import WeightedTrainerMixin
 
@@ -66,12 +64,17 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
     adapter.check(trainer)
     _check_trainer(trainer)
     strategies = ActiveStrategies(config.active_strategies())
-    check_evaluates(trainer, strategies.groups)
+    if strategies.groups is not None and strategies.groups.reads_losses:
+        from wit_plugins.training.group_losses import check_evaluates
+
+        check_evaluates(trainer, strategies.groups)
     adapter.check_data(trainer, config)
     model = causal_lm(trainer)
     claim(model, trainer)
     check_parallelism(trainer, adapter, strategies, model)
     if strategies.referring and strategies.reference is None:
+        from wit_plugins.loss.peft import check_base_model
+
         check_base_model(model, strategies.referring)
     aux_loss_sums = adapter.aux_loss_sums(trainer)  # before it is changed
     make_head = functools.partial(
