@@ -98,7 +98,10 @@ def train(folder: str) -> None:
 
 
 def count() -> dict[str, Any]:
-    """The numbers of one run: `modules`, `lines` in them, `files` with executed functions, `executed` lines."""
+    """The numbers of one run: `modules`, `lines` in them, `files` with executed functions, `executed` lines.
+
+    Beside them the executed lines `by_file`, and the names of the modules that are `loaded`.
+    """
     import wit_trl
 
     import wit_plugins
@@ -122,6 +125,7 @@ def count() -> dict[str, Any]:
         "files": len(by_file),
         "executed": sum(by_file.values()),
         "by_file": by_file,
+        "loaded": sorted(modules),
     }
 
 

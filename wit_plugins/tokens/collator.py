@@ -203,7 +203,8 @@ class WeightedCollator(Delegate, to="collator"):
                 bits[piece] = to_bits(self.strategies.find_spans(**document), logged, len(read.roles[piece]))
             if self._locating:
                 self._check_whole(read.roles[piece])
-        bits |= to_bits(self._groups(read), logged, len(bits))
+        if logged:
+            bits |= to_bits(self._groups(read), logged, len(bits))
         labelled = read.labels != IGNORE_INDEX
         if read.data_weights is None:
             return encode(read.targets, read.roles, weights, labelled), bits

@@ -104,3 +104,11 @@ class TrainerAdapter:
             loss = loss + step.aux_loss_coefficient * step.aux_loss_scale * output["aux_loss"].to(loss.device)
         # The loss comes first, where code that takes outputs[0] looks for it.
         return type(output)(**{"loss": loss, **{k: v for k, v in output.items() if k != "loss"}})
+
+
+def signature_columns(trainer: Any) -> list[str]:
+    """The columns that a trainer keeps for its model. Trainers find that out late; this one is left as it was."""
+    before = trainer._signature_columns
+    trainer._set_signature_columns_if_needed()
+    kept, trainer._signature_columns = trainer._signature_columns, before
+    return list(kept)

@@ -19,7 +19,7 @@ from wit_plugins.loss.model_patch import WeightedHead
 from wit_plugins.tokens.codes import MAX_VOCAB_SIZE
 from wit_plugins.tokens.collator import WeightedCollator
 from wit_plugins.tokens.example_reader import ExampleReader
-from wit_plugins.training.adapter import TrainerAdapter
+from wit_plugins.training.adapter import TrainerAdapter, signature_columns
 from wit_plugins.training.attachment import ATTRIBUTE, Attachment, claim, new_run, unwrapped
 from wit_plugins.training.dataset_check import (
     LeftOutWarning,
@@ -106,7 +106,8 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
             if getattr(trainer, name, None) is not None:
                 own = WeightedCollator(getattr(trainer, name), strategies, reader, tokenizer)
                 changes.set(trainer, name, own)
-        check_scores(_datasets(trainer), trainer.data_collator)  # type: ignore[arg-type]
+        if strategies.reference is not None:
+            check_scores(_datasets(trainer), trainer.data_collator)  # type: ignore[arg-type]
         # Otherwise the trainer would not count the step's denominator, but average its micro-batches one by one.
         changes.set(trainer, "model_accepts_loss_kwargs", True)
         if strategies.groups is not None and strategies.groups.reads_losses:
@@ -184,11 +185,8 @@ def _kept_columns(trainer: Any) -> frozenset[str] | None:
     """The columns of its datasets that a trainer gives to its collator; `None` for all of them."""
     if not trainer.args.remove_unused_columns:
         return None
-    before = trainer._signature_columns
-    trainer._set_signature_columns_if_needed()
-    kept, trainer._signature_columns = trainer._signature_columns, before
     # Adapters keep the mask, which tells padding from prompt, where a trainer would drop it.
-    return frozenset([*kept, "attention_mask"])
+    return frozenset([*signature_columns(trainer), "attention_mask"])
 
 
 def with_data_weights(reader: ExampleReader, config: WITConfig, strategies: ActiveStrategies) -> ExampleReader:
