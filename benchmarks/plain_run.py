@@ -64,10 +64,10 @@ def _is_top_level(code: CodeType) -> bool:
 def train(folder: str) -> None:
     """One step and one log of a small Llama in TRL, with the callback as the README has it."""
     from datasets import Dataset
+    from tiny_model import word_tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
     from wit_trl import WITCallback
-    from words import tokenizer
 
     config = LlamaConfig(
         vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
@@ -86,7 +86,10 @@ def train(folder: str) -> None:
         max_length=64,
     )
     trainer = SFTTrainer(
-        model=LlamaForCausalLM(config), args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer()
+        model=LlamaForCausalLM(config),
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=word_tokenizer({}),
     )
     trainer.add_callback(WITCallback(trainer, prompt_weight=0.2, response_weight=0.8))
     trainer.train()
@@ -95,7 +98,10 @@ def train(folder: str) -> None:
 
 
 def count() -> dict[str, Any]:
-    """The numbers of one run: `modules`, `lines` in them, `files` with executed functions, `executed` lines."""
+    """The numbers of one run: `modules`, `lines` in them, `files` with executed functions, `executed` lines.
+
+    Beside them the executed lines `by_file`, and the names of the modules that are `loaded`.
+    """
     import wit_trl
 
     import wit_plugins
@@ -119,6 +125,7 @@ def count() -> dict[str, Any]:
         "files": len(by_file),
         "executed": sum(by_file.values()),
         "by_file": by_file,
+        "loaded": sorted(modules),
     }
 
 
@@ -134,7 +141,7 @@ def main() -> None:
     parser.add_argument("--files", action="store_true", help="executed lines, file by file")
     parser.add_argument("--json", action="store_true", help="everything, as JSON on the last line")
     arguments = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "configs"))
     numbers = count()
     if arguments.files:
         for name, lines in sorted(numbers["by_file"].items(), key=lambda item: -item[1]):

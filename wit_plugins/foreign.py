@@ -1,9 +1,12 @@
-"""Foreign code: the versions that an adapter was tested with, and the pieces of source that it relies on.
+"""Foreign code: the versions that an adapter was tested with, the pieces of source that it relies on, and stand-ins.
 
 An adapter patches a framework, or reads what the framework hands it, so it relies on code that others may change. Each
 piece of it is named once, as a [`Piece`], and looked at before it is relied on. That makes a newer framework than the
 tested ones usable: where every piece is as it was, one line says that nobody has tested it; where one differs, the run
 stops.
+
+A patch is one of two things. An attribute is exchanged and put back ([`exchanged`], [`Changes`]), or an object
+stands in the place of a foreign one ([`Delegate`]).
 """
 
 from __future__ import annotations
@@ -167,12 +170,53 @@ class Framework:
 _PLACE = (NewerThanTestedWarning, "wit_plugins", 0)  # no line of source, so that the warning is one line
 
 
+class Changes:
+    """Attributes that were changed, and how to change them back."""
+
+    def __init__(self) -> None:
+        self._undo: list[tuple[Any, str, Any]] = []
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute and remember what it was."""
+        self._undo.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
+    def undo(self) -> None:
+        """Set everything back, the last change first."""
+        for owner, name, value in reversed(self._undo):
+            setattr(owner, name, value)
+        self._undo.clear()
+
+
 @contextlib.contextmanager
 def exchanged(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """For its length, the attribute `name` of a module or class is `value`."""
-    original = getattr(owner, name)
-    setattr(owner, name, value)
+    """For its length, the attribute `name` of a module, class or object is `value`."""
+    changes = Changes()
+    changes.set(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, original)
+        changes.undo()
+
+
+class Delegate:
+    """Stands in the place of a foreign object that it holds, and passes on the attributes that it does not have itself.
+
+    A subclass says which of its attributes holds that object: `class OwnCollator(Delegate, to="collator")`. Special
+    methods (`__len__`, `__call__`, …) are not passed on: those that are needed are written in the subclass.
+
+    `copy` and `pickle` ask an object for attributes before it has any. Such an object has nothing to pass on to, so an
+    attribute that it lacks is missing.
+    """
+
+    _holder: str
+
+    def __init_subclass__(cls, to: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if to is not None:
+            cls._holder = to
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or self._holder not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(vars(self)[self._holder], name)

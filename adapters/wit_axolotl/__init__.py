@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from wit_plugins import WITConfigError, user_errors
+from wit_plugins import WITConfigError
 
 if TYPE_CHECKING:
     from wit_axolotl.plugin import WITPlugin
@@ -16,6 +16,10 @@ class _NoSuchPlugin(WITConfigError, AttributeError):
 
 def __getattr__(name: str) -> Any:
     # Looked up late: the trainer's side (wit_axolotl.entry_point) is loaded where Axolotl is not installed.
+    if name.startswith("_"):
+        raise AttributeError(name)
+    from wit_plugins import user_errors
+
     if name == "WITPlugin":
         try:
             from wit_axolotl.plugin import WITPlugin
@@ -24,7 +28,5 @@ def __getattr__(name: str) -> Any:
             user_errors.install("wit_axolotl")
             raise WITConfigError(f"plugins: wit_axolotl.WITPlugin cannot be imported: {error}") from error
         return WITPlugin
-    if name.startswith("_"):
-        raise AttributeError(name)
     user_errors.install("wit_axolotl")
     raise _NoSuchPlugin(f"plugins: module {__name__!r} has no attribute {name!r}; the plugin is wit_axolotl.WITPlugin")

@@ -12,6 +12,7 @@ from wit_axolotl.row_weights import Conversation, read_conversation, without_wei
 from wit_plugins.data_weights.columns import NOT_MESSAGES, messages_of
 from wit_plugins.data_weights.reader import DataWeights
 from wit_plugins.errors import BadExampleError, WITConfigError
+from wit_plugins.foreign import Delegate
 
 _FULLY = 1000  # rows that are tokenised again to find the one that was refused
 
@@ -23,7 +24,7 @@ class _Said(NamedTuple):
     conversation: Conversation | None
 
 
-class WeighingStrategy:
+class WeighingStrategy(Delegate, to="strategy"):
     """One of Axolotl's strategies for tokenising a dataset; where a row has weights, its labels carry them.
 
     Everything but `tokenize_prompt` is the strategy's own. Picklable, for processes that tokenise.
@@ -36,11 +37,6 @@ class WeighingStrategy:
 
     def __init__(self, strategy: Any, weights: DataWeights, refusal: str | None = None) -> None:
         self.strategy, self.weights, self.refusal = strategy, weights, refusal
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("strategy", "weights", "refusal"):
-            raise AttributeError(name)
-        return getattr(self.strategy, name)
 
     def tokenize_prompt(self, prompt: Mapping[str, Any]) -> Any:
         """Tokenise a row, or a batch of them where the strategy takes batches.

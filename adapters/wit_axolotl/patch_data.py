@@ -31,7 +31,7 @@ from wit_plugins import WITConfig
 from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.data_weights.reader import DataWeights, fingerprint
 from wit_plugins.errors import BadExampleError
-from wit_plugins.foreign import missing_in
+from wit_plugins.foreign import exchanged, missing_in
 from wit_plugins.tokens.freshness import newer_file
 from wit_plugins.tokens.weighted_labels import is_prepared, read_prepared
 
@@ -199,11 +199,8 @@ def _weighing(weights: DataWeights, refusal: str | None) -> Iterator[list[Weighi
         used[-1].look_at_columns(dataset)
         return datasets.wrap_dataset_for_tokenized_prompt(used[-1], dataset, **kwargs)
 
-    wrappers.wrap_dataset_for_tokenized_prompt = wrap
-    try:
+    with exchanged(wrappers, "wrap_dataset_for_tokenized_prompt", wrap):
         yield used
-    finally:
-        wrappers.wrap_dataset_for_tokenized_prompt = datasets.wrap_dataset_for_tokenized_prompt
 
 
 def _config(cfg: Mapping[str, Any]) -> WITConfig | None:

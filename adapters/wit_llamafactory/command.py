@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from wit_llamafactory.refusals import check_arguments, check_version
 from wit_plugins import WITConfigError
 from wit_plugins.errors import WITError
+from wit_plugins.foreign import exchanged
 from wit_plugins.user_errors import report
 
 PROG = "llamafactory-wit"
@@ -77,14 +78,11 @@ def _weighted_launcher() -> Iterator[None]:
     from wit_llamafactory.versions import require
 
     require(launcher.launch, "file_name=__file__", "from .train.tuner import run_exp\n", "run_exp()")
-    file, run_exp = launcher.__file__, tuner.run_exp
+    run_exp = tuner.run_exp
 
     def weighted_run_exp() -> None:
-        tuner.run_exp = run_exp
-        train.train()
+        with exchanged(tuner, "run_exp", run_exp):
+            train.train()
 
-    launcher.__file__, tuner.run_exp = train.__file__, weighted_run_exp
-    try:
+    with exchanged(launcher, "__file__", train.__file__), exchanged(tuner, "run_exp", weighted_run_exp):
         yield
-    finally:
-        launcher.__file__, tuner.run_exp = file, run_exp

@@ -18,6 +18,7 @@ from wit_llamafactory.row_weights import BETWEEN_TOOL_RESPONSES, Part, Said
 from wit_plugins.data_weights.message_tokens import WeightedMessage
 from wit_plugins.data_weights.reader import DataWeights
 from wit_plugins.errors import BadExampleError
+from wit_plugins.foreign import Delegate, exchanged
 from wit_plugins.tokens.weighted_labels import read_prepared
 
 _WHOLE = 1 << 40  # a cutoff_len that cuts nothing
@@ -55,7 +56,7 @@ class _Writer:
         return _Token(token)
 
 
-class WeightedTemplate:
+class WeightedTemplate(Delegate, to="_template"):
     """One of LLaMA-Factory's templates, for one example whose messages weigh something.
 
     Args:
@@ -68,9 +69,6 @@ class WeightedTemplate:
         self._template, self._said, self._data = template, said, data
         self._pairs: list[tuple[list[_Id], list[_Id]]] | None = None
         self._end_factor = 1.0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._template, name)
 
     def encode_multiturn(
         self, tokenizer: Any, messages: list[dict[str, Any]], system: str | None, tools: str | None, *more: Any
@@ -245,26 +243,24 @@ class _Weighing(SupervisedDatasetProcessor):
         said = Said.read(prompt)
         if said is None:
             return super()._encode_data_example(prompt, response, *args, **kwargs)
-        own, data_args = self.template, self.data_args
-        self.template = template = WeightedTemplate(own, said, self.data)
+        template = WeightedTemplate(self.template, said, self.data)
         try:
-            if said.raw is not None:
-                self.data_args = copy.copy(data_args)
-                self.data_args.cutoff_len = _WHOLE
+            with exchanged(self, "template", template):
+                if said.raw is not None:
+                    uncut = copy.copy(self.data_args)
+                    uncut.cutoff_len = _WHOLE
+                    with exchanged(self, "data_args", uncut):
+                        input_ids, labels = super()._encode_data_example(prompt, response, *args, **kwargs)
+                    template.multiply(input_ids, self.data.raw_weights(input_ids, labels, said.raw))
                 input_ids, labels = super()._encode_data_example(prompt, response, *args, **kwargs)
-                template.multiply(input_ids, self.data.raw_weights(input_ids, labels, said.raw))
-                self.data_args = data_args
-            input_ids, labels = super()._encode_data_example(prompt, response, *args, **kwargs)
             if len(input_ids) != len(labels):
                 raise BadExampleError(
                     f"LLaMA-Factory makes {len(labels)} labels for its {len(input_ids)} tokens, since nothing is left "
-                    f"of a question within cutoff_len = {data_args.cutoff_len}; set a larger one"
+                    f"of a question within cutoff_len = {self.data_args.cutoff_len}; set a larger one"
                 )
             labels = self.data.carry(labels, template.weights(input_ids, labels), said.group)
         except BadExampleError as error:
             raise BadExampleError(f"the example that begins with {_beginning(prompt)}: {error}") from None
-        finally:
-            self.template, self.data_args = own, data_args
         return [int(token) for token in input_ids], labels
 
     def print_data_example(self, example: dict[str, list[int]]) -> None:

@@ -19,6 +19,7 @@ from packaging.version import Version
 from wit_llamafactory.refusals import check_arguments, check_model, check_version
 from wit_llamafactory.versions import FRAMEWORK, require
 from wit_plugins import WeightsNotAppliedError, WITConfig, WITConfigError
+from wit_plugins.foreign import exchanged
 from wit_plugins.training.records import add_to_model_card
 
 if TYPE_CHECKING:
@@ -111,19 +112,13 @@ def _weighted_trainer(workflow: Any, weights: CarriesWeights) -> Iterator[None]:
 
     class CustomSeq2SeqTrainer(original):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            weights.expected = True
-            try:
+            with exchanged(weights, "expected", True):
                 super().__init__(*args, **kwargs)
-            finally:
-                weights.expected = False
             weights.attach(self)
 
     weights.trainer = None  # that of an earlier run
-    workflow.CustomSeq2SeqTrainer = CustomSeq2SeqTrainer
-    try:
+    with exchanged(workflow, "CustomSeq2SeqTrainer", CustomSeq2SeqTrainer):
         yield
-    finally:
-        workflow.CustomSeq2SeqTrainer = original
 
 
 def _finish(weights: CarriesWeights, training_args: Any, finetuning_args: Any) -> None:

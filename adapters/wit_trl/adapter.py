@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from wit_plugins import WITConfig, WITConfigError
 from wit_plugins.errors import BadExampleError
 from wit_plugins.tokens.roles import token_array
-from wit_plugins.training.adapter import AuxLossSums, TrainerAdapter
+from wit_plugins.training.adapter import AuxLossSums, TrainerAdapter, signature_columns
 from wit_plugins.training.attach import causal_lm
 from wit_trl.row_weights import is_sealed, opened
 from wit_trl.versions import FRAMEWORK, FUSED_HEAD, FUSED_HEAD_SINCE
@@ -95,10 +95,7 @@ class TRLAdapter(TrainerAdapter):
 
     def prepare(self, trainer: Any, changes: Any) -> None:
         """Keep the column `attention_mask`, which tells padding from prompt, and say TRL's coefficient to the model."""
-        columns = trainer._signature_columns
-        trainer._set_signature_columns_if_needed()
-        kept, trainer._signature_columns = trainer._signature_columns, columns
-        changes.set(trainer, "_signature_columns", [*kept, "attention_mask"])
+        changes.set(trainer, "_signature_columns", [*signature_columns(trainer), "attention_mask"])
         # TRL weighs the auxiliary loss of a mixture of experts by its own option, and tells the configuration alone.
         model: Any = causal_lm(trainer)
         if hasattr(model, "router_aux_loss_coef") and (self.fused_head or self.loss_type == "chunked_nll"):

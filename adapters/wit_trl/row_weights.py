@@ -15,6 +15,7 @@ import numpy as np
 from wit_plugins.data_weights.message_tokens import WeightedMessage
 from wit_plugins.data_weights.reader import DataWeights
 from wit_plugins.errors import BadExampleError
+from wit_plugins.foreign import Delegate
 from wit_plugins.tokens.roles import IGNORE_INDEX, token_array
 from wit_plugins.tokens.weighted_labels import read_prepared
 
@@ -23,7 +24,7 @@ RAW = "wit_raw"  # a column, while TRL tokenises: the row as it was, for strateg
 _CONVERSATIONS = ("prompt", "completion", "messages", "conversations")  # columns that TRL reads as messages
 
 
-class Template:
+class Template(Delegate, to="tokenizer"):
     """A tokenizer whose chat template sees no weights, for TRL in the tokenizer's place.
 
     Parts of text become one text where the template does not write them so by itself (most take a text alone).
@@ -90,11 +91,6 @@ class Template:
         except Exception:  # whatever a template raises; one that takes no parts, or no tokenizer's at all
             return False
         return bool(text == parts)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "tokenizer":
-            raise AttributeError(name)
-        return getattr(self.tokenizer, name)
 
 
 class Weigh:

@@ -19,6 +19,7 @@ from packaging.version import Version
 from wit_plugins import WITConfig, WITConfigError
 from wit_plugins.config import did_you_mean
 from wit_plugins.errors import WITError
+from wit_plugins.foreign import exchanged
 from wit_plugins.user_errors import report, reported_by_worker
 from wit_trl.versions import FRAMEWORK, SCRIPT
 
@@ -209,11 +210,8 @@ def _weighted_trainer(config: WITConfig) -> Iterator[None]:
             self.add_callback(WITCallback(self, **config.model_dump()))
 
     setattr(SFTTrainer, CONFIG, config)  # weights that stand in its datasets are read while it tokenises them
-    trl.SFTTrainer = SFTTrainer
-    try:
+    with exchanged(trl, "SFTTrainer", SFTTrainer):
         yield
-    finally:
-        trl.SFTTrainer = original
 
 
 @contextmanager

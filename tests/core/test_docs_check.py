@@ -41,7 +41,7 @@ RIGHT = [
     "[a](../other.md#what-it-is), [b](../other.md#linked-twice), [c](../other.md#same-1)",
     "[a](https://example.com/none.md), [b](#page)",
     "`wit_plugins/loss.py`, `wit_plugins/loss`, wit_plugins/*.py",
-    "`wit_plugins.loss`, `wit_plugins.loss.micro_batch(…)`",
+    "`wit_plugins.loss`, `wit_plugins.loss.weighted(…)`",
     "`test_one.py`, `tests/test_one.py`, `test_a_thing`",
     "`nox -s lint`, `make quick`",
     "```\n[a](none.md)\n```",

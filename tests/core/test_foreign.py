@@ -1,13 +1,15 @@
 """Foreign code that is relied on: found, changed, gone; and versions that are older or newer than the tested ones."""
 
+import copy
 import json
+import pickle
 import warnings
 
 import pytest
 from packaging.version import Version
 
 from wit_plugins import WITConfigError, foreign
-from wit_plugins.foreign import Framework, NewerThanTestedWarning, Piece, exchanged, missing_in
+from wit_plugins.foreign import Changes, Delegate, Framework, NewerThanTestedWarning, Piece, exchanged, missing_in
 
 FRAMEWORK = Framework("Made Up", "madeup", oldest=Version("1.2"), newest=Version("1.4.1"))
 
@@ -83,3 +85,63 @@ def test_an_exchanged_attribute_is_put_back_after_an_error():
     with pytest.raises(TypeError), exchanged(json, "dumps", len):
         json.dumps(3)
     assert json.dumps is dumps
+
+
+def test_changes_are_undone_last_first():
+    class Owner:
+        name = "first"
+
+    owner, changes = Owner(), Changes()
+    for value in ("second", "third"):
+        changes.set(owner, "name", value)
+    assert owner.name == "third"
+    changes.undo()
+    assert owner.name == "first"
+    owner.name = "later"
+    changes.undo()  # nothing is left to be undone
+    assert owner.name == "later"
+
+
+class Collator:
+    padding_free = True
+
+    def __len__(self):
+        return 3
+
+
+class Wrapper(Delegate, to="collator"):
+    def __init__(self, collator, own):
+        self.collator, self.own = collator, own
+
+
+class Deeper(Wrapper):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Wrapper, Deeper])
+def test_a_delegate_has_the_attributes_of_what_it_holds(kind):
+    wrapper = kind(Collator(), own=1)
+    assert wrapper.padding_free
+    wrapper.collator.padding_free = False
+    assert not wrapper.padding_free
+    with pytest.raises(AttributeError, match="'Collator' object has no attribute 'other'"):
+        _ = wrapper.other
+    assert not hasattr(wrapper, "__len__")  # what it does not write is not passed on to another type's
+
+
+@pytest.mark.parametrize("kind", [Wrapper, Deeper])
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_delegate_can_be_copied_and_pickled(kind, again):
+    """Both make an object without attributes and ask it for some; a delegate has nothing to ask then."""
+    wrapper = kind(Collator(), own=1)
+    twin = again(wrapper)
+    assert type(twin) is kind
+    assert (twin.own, twin.padding_free) == (1, True)
+    assert (twin.collator is wrapper.collator) == (again is copy.copy)
+
+
+def test_a_delegate_without_what_it_holds_lacks_attributes():
+    empty = Wrapper.__new__(Wrapper)
+    for name in ("collator", "own", "padding_free"):
+        with pytest.raises(AttributeError, match=f"'Wrapper' object has no attribute '{name}'"):
+            getattr(empty, name)

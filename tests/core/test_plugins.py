@@ -13,7 +13,7 @@ import torch
 
 from wit_plugins import PROMPT, RESPONSE, WITConfigError, hookimpl, per_token, register
 from wit_plugins.contract.active import ActiveStrategies
-from wit_plugins.contract.plugins import plugin_manager, strategy_names
+from wit_plugins.contract.plugins import DEFAULT_STRATEGIES, HOOKS_OF_A_STRATEGY, plugin_manager, strategy_names
 
 ROLES = np.array([0, PROMPT, RESPONSE, RESPONSE], dtype=np.uint8)
 IDS = np.array([4, 5, 6, 7])
@@ -58,6 +58,46 @@ def registered():
 def test_built_in_strategies_are_registered_like_others():
     assert {"wit", "dft"} <= set(strategy_names())
     assert "trl" not in strategy_names()  # an adapter is a plugin, but no strategy
+
+
+def test_a_built_in_strategy_is_imported_when_it_is_named():
+    code = (
+        "import sys, wit_plugins.contract.plugins as p; from wit_plugins.contract.active import ActiveStrategies;"
+        "loaded = lambda: {m.split('.')[-1] for m in sys.modules if m.startswith('wit_plugins.strategies.')};"
+        "assert p.plugin_manager().has_plugin('dft') and set(p.DEFAULT_STRATEGIES) <= set(p.strategy_names());"
+        "assert not loaded(), loaded();"
+        "ActiveStrategies({'wit': {'prompt_weight': 0.2, 'response_weight': 0.8}, 'dft': {}});"
+        "assert loaded() == {'wit', 'dft'}, loaded()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", sorted(DEFAULT_STRATEGIES))
+def test_every_built_in_name_has_a_strategy(name):
+    plugin = plugin_manager().get_plugin(name)
+    assert plugin.__name__ == DEFAULT_STRATEGIES[name]
+    assert plugin_manager().get_name(plugin) == name
+    assert any(hasattr(plugin, hook) for hook in HOOKS_OF_A_STRATEGY)
+
+
+def test_a_built_in_name_cannot_be_taken():
+    """Whether or not its strategy was imported before."""
+    code = (
+        "import wit_plugins.contract.plugins as p; from wit_plugins import WITConfigError, hookimpl\n"
+        "class Mine:\n"
+        "    static_weights = hookimpl(lambda self, roles: None)\n"
+        "for _ in range(2):\n"
+        "    try: p.register(Mine(), 'dft')\n"
+        "    except WITConfigError as error: assert 'registered already' in str(error), error\n"
+        "    else: raise AssertionError('it was taken')\n"
+        "    assert p.plugin_manager().get_plugin('dft').__name__ == 'wit_plugins.strategies.dft'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_unknown_name_is_told_the_built_in_ones_alike():
+    with pytest.raises(WITConfigError, match="'masked_though' is not a registered strategy.*masked_thought"):
+        ActiveStrategies({"masked_though": {}})
 
 
 def test_importing_the_core_imports_no_framework():

@@ -1,8 +1,8 @@
 """Groups of samples (tasks, sources): which one a sample is of, by its data, and what each group's loss weighs.
 
 A group's number is its place in the configuration, so that all processes agree. It travels in the prepared labels
-(`wit_plugins.tokens.weighted_labels`). In a batch it travels as the bit of a logged span: the span of a group is all
-of each of its documents.
+(`wit_plugins.tokens.weighted_labels`). In a batch it travels as the bit of a logged span, since a group's span is each
+of its documents as a whole.
 """
 
 from __future__ import annotations
@@ -119,3 +119,8 @@ class Groups:
                 f"{', '.join(self.names)} it needs a finite number >= 0, and one above 0"
             )
         return made
+
+
+def weighed_groups(groups: Groups | None) -> Groups | None:
+    """The groups, if each has a denominator of its own."""
+    return groups if groups is not None and groups.weighs else None

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pluggy
 
@@ -17,12 +17,10 @@ from wit_plugins.config import did_you_mean
 from wit_plugins.contract import hookspecs
 from wit_plugins.errors import WITConfigError
 
-if TYPE_CHECKING:
-    pass
-
 ENTRY_POINT_GROUP = "wit_plugins"
 
-# Built-in strategies come in through the same door as everyone else's: a registered name.
+# Built-in strategies come in through the same door as everyone else's, a registered name. A module is imported when its
+# name is first asked for: most runs name one or two.
 DEFAULT_STRATEGIES = {
     "wit": "wit_plugins.strategies.wit",
     "dft": "wit_plugins.strategies.dft",
@@ -50,7 +48,22 @@ HOOKS_OF_A_STRATEGY = (
 
 
 class _Manager(pluggy.PluginManager):
-    """Looks at a plugin before it takes it: what pluggy passes over in silence is an error here."""
+    """Looks at a plugin before it takes it: what pluggy passes over in silence is an error here.
+
+    Built-in strategies are registered when they are first asked for by name.
+    """
+
+    def get_plugin(self, name: str) -> Any | None:
+        """The plugin of a name, or `None`."""
+        plugin = super().get_plugin(name)
+        if plugin is None and name in DEFAULT_STRATEGIES:
+            plugin = importlib.import_module(DEFAULT_STRATEGIES[name])
+            self.register(plugin, name=name)
+        return plugin
+
+    def has_plugin(self, name: str) -> bool:
+        """Whether a plugin has this name. Nothing is imported to say so."""
+        return name in DEFAULT_STRATEGIES or super().has_plugin(name)
 
     def register(self, plugin: Any, name: str | None = None) -> str | None:
         """Register a plugin.
@@ -99,8 +112,6 @@ def plugin_manager() -> pluggy.PluginManager:
     """
     manager = _Manager(hookspecs.PROJECT_NAME)
     manager.add_hookspecs(hookspecs)
-    for name, module in DEFAULT_STRATEGIES.items():
-        manager.register(importlib.import_module(module), name=name)
     for entry_point in entry_points(group=ENTRY_POINT_GROUP):
         where = f"wit_plugins: the plugin {entry_point.name!r} ({entry_point.value})"
         if manager.has_plugin(entry_point.name):
@@ -156,8 +167,9 @@ def register(plugin: Any, name: str) -> None:
 
 
 def strategy_names() -> list[str]:
-    """Names of all registered strategies, sorted."""
+    """Names of all strategies, built-in and registered, sorted."""
     manager = plugin_manager()
-    return sorted(
-        {impl.plugin_name for hook in HOOKS_OF_A_STRATEGY for impl in getattr(manager.hook, hook).get_hookimpls()}
-    )
+    registered = {
+        impl.plugin_name for hook in HOOKS_OF_A_STRATEGY for impl in getattr(manager.hook, hook).get_hookimpls()
+    }
+    return sorted(registered | DEFAULT_STRATEGIES.keys())

@@ -5,6 +5,7 @@ Used while a framework tokenises, the only moment at which a message, its weight
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -51,7 +52,6 @@ class DataWeights:
         strategies = ActiveStrategies(config.active_strategies())
         self.groups, self.strategies = strategies.groups, ActiveStrategies(strategies.reading_raw)
         self._fingerprint = fingerprint(keys, self.sample_key, strategies)
-        self._token_text = TokenText(tokenizer)
         self._warned: set[str] = set()
 
     @property
@@ -77,6 +77,10 @@ class DataWeights:
         """
         value = example.get(self.sample_key) if self.sample_key else None
         return 1.0 if value is None else _weight(value, str(self.sample_key))
+
+    @functools.cached_property
+    def _token_text(self) -> TokenText:
+        return TokenText(self.tokenizer)
 
     def message_weight(self, message: Mapping[str, Any], where: str, is_answer: bool = True) -> float:
         """What a message or a part of one is multiplied by; 1 if it says nothing.

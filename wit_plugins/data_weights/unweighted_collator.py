@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from wit_plugins.foreign import Delegate
 from wit_plugins.tokens.roles import IGNORE_INDEX
 from wit_plugins.tokens.weighted_labels import read_prepared
 
 
-class OwnLabelsCollator:
+class OwnLabelsCollator(Delegate, to="collator"):
     """Wraps a collator; what it is given are the labels that the framework made, without weights, -100
     where the data says 0.
+
+    Frameworks read options off their collator, so its attributes are the wrapped collator's.
 
     Codes of [`WeightedCollator`] pass as they are, so that a trainer may get weights later.
 
@@ -30,12 +33,6 @@ class OwnLabelsCollator:
     def __call__(self, features: list[Any], *args: Any, **kwargs: Any) -> Any:
         """Collate examples into a batch."""
         return self.collator([_own(item) for item in features], *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        # Frameworks read options off their collator.
-        if name.startswith("__") or name == "collator":
-            raise AttributeError(name)
-        return getattr(self.collator, name)
 
 
 def _own(item: Any) -> Any:

@@ -12,11 +12,9 @@ from typing import Any
 
 import torch
 
-from wit_plugins.linear_cross_entropy.full_logits import full_logits
 from wit_plugins.linear_cross_entropy.gradient_in_forward import score
 from wit_plugins.linear_cross_entropy.implementations import choose
 from wit_plugins.linear_cross_entropy.logit_sources import GivenLogits, HiddenStates
-from wit_plugins.linear_cross_entropy.sharded_softmax import ShardedSoftmax
 from wit_plugins.linear_cross_entropy.sharding import gathered
 from wit_plugins.linear_cross_entropy.softmax import TorchSoftmax
 from wit_plugins.linear_cross_entropy.types import Head, TokenNLL, Tokens, product_dtype
@@ -106,10 +104,14 @@ def linear_nll(hidden: torch.Tensor, head: Head, tokens: Tokens, impl: str = "au
         _check(hidden, head, tokens)
         softmax = _softmax(impl, hidden)
         if head.shard is not None:
+            from wit_plugins.linear_cross_entropy.sharded_softmax import ShardedSoftmax
+
             softmax = functools.partial(ShardedSoftmax, head.shard, softmax or TorchSoftmax)
         elif tokens.retarget is not None and softmax is not None:
             softmax = TorchSoftmax  # the kernel knows one target
         if softmax is None:
+            from wit_plugins.linear_cross_entropy.full_logits import full_logits
+
             return full_logits(hidden, head, tokens)
         return score(HiddenStates(hidden, head, tokens.rows, len(tokens.targets)), tokens, softmax)
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from wit_plugins.errors import WeightsNotAppliedError, WITConfigError
+from wit_plugins.foreign import Delegate, exchanged
 from wit_plugins.tokens.codes import decode, locate
 from wit_plugins.tokens.roles import RESPONSE
 
@@ -25,16 +26,13 @@ _ELEMENTS = 1 << 24  # of the weights that are held at a time
 _CHECKED_TOKENS = 64
 
 
-class _Watched:
+class _Watched(Delegate, to="own"):
     """A layer's configuration, by which it finds the function that looks at its queries and keys."""
 
     _attn_implementation = _NAME
 
     def __init__(self, own: Any, see: Callable[..., Any]) -> None:
         self.own, self.see = own, see
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.own, name)
 
 
 class PromptAttention:
@@ -81,12 +79,10 @@ class PromptAttention:
         Raises:
             WeightsNotAppliedError: if the layer computes something else, or nothing that can be looked at.
         """
-        self.weights, own = None, self._layer.config
-        self._layer.config = _Watched(own, lambda *arguments: self._see(codes, *arguments))
-        try:
+        self.weights = None
+        watched = _Watched(self._layer.config, lambda *arguments: self._see(codes, *arguments))
+        with exchanged(self._layer, "config", watched):
             yield
-        finally:
-            self._layer.config = own
 
     def of(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         """Those of some tokens, `[N]`.
@@ -159,8 +155,7 @@ class PromptAttention:
 def _watch(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **known: Any) -> Any:
     """What stands in the registry: looks, and calls the layer's own function with its own configuration."""
     watched: _Watched = module.config
-    module.config = watched.own
-    try:
+    with exchanged(module, "config", watched.own):
         check = watched.see(query, key, value, known)
         file = sys.modules[type(module).__module__]
         name = watched.own._attn_implementation
@@ -169,5 +164,3 @@ def _watch(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *
         with torch.no_grad():
             check(output)
         return output, weights
-    finally:
-        module.config = watched

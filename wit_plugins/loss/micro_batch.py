@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.linear_cross_entropy import Head, TokenNLL, Tokens, linear_nll, logits_nll
-from wit_plugins.loss.attention import PromptAttention
 from wit_plugins.loss.normalization import denominator, safe
 from wit_plugins.tokens.codes import decode, locate
 from wit_plugins.tokens.roles import PROMPT, RESPONSE
 from wit_plugins.tokens.span_bits import inside
-from wit_plugins.tokens.token_random import Chance
+
+if TYPE_CHECKING:
+    from wit_plugins.loss.attention import PromptAttention
 
 
 @dataclass
@@ -102,6 +104,8 @@ class MicroBatch:
         self.nll = self.weights.new_zeros(0)  # [N], once the loss was asked for
         self.column, self._chance = column + first, None
         if drawing is not None and strategies.draws_targets:
+            from wit_plugins.tokens.token_random import Chance
+
             self._chance = Chance(codes, *drawing)
 
     def from_hidden(self, hidden: torch.Tensor, head: Head) -> WeightedLoss:

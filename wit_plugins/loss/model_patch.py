@@ -22,19 +22,15 @@ from torch import nn
 
 from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.errors import WeightsNotAppliedError, WITConfigError
-from wit_plugins.loss.attention import PromptAttention
 from wit_plugins.loss.fused import FusedHead, LossForLogits, uncompiled
 from wit_plugins.loss.loss_call import OutputFormat, Step
 from wit_plugins.loss.micro_batch import MicroBatch
 from wit_plugins.loss.own_loss import aux_loss_coefficient, check_own_loss
-from wit_plugins.loss.peft import without_adapters
 from wit_plugins.loss.tensor_parallel import refuse_adapters
 from wit_plugins.tokens.codes import MAX_VOCAB_SIZE, decode, framework_labels
-from wit_plugins.tokens.collator import CODES_KEY
-from wit_plugins.tokens.reference_scores import SCORES_KEY
+from wit_plugins.tokens.collator import CODES_KEY, SCORES_KEY
 from wit_plugins.tokens.roles import IGNORE_INDEX
 from wit_plugins.tokens.span_bits import SPANS_KEY
-from wit_plugins.tokens.token_random import Chance
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +68,11 @@ class WeightedHead:
         self.normalization = normalization
         self.step: Step | None = None
         self._reference_nll: torch.Tensor | None = None
-        self.attention = PromptAttention(model, strategies.attending) if strategies.attending else None
+        self.attention: PromptAttention | None = None
+        if strategies.attending:
+            from wit_plugins.loss.attention import PromptAttention
+
+            self.attention = PromptAttention(model, strategies.attending)
         self._aligned = False
         self._is_own_loss = False  # whether the model was asked for its own loss, and computes this one at (0, 1)
         self.loss_impl = loss_impl
@@ -203,6 +203,8 @@ class WeightedHead:
         # Its own head is not the one that is trained instead of it, and an unchecked one may be no product.
         fused, called = self.fused, model.get_output_embeddings()
         linear = fused.linear(model) if fused is not None and fused.checked else None
+        from wit_plugins.loss.peft import without_adapters
+
         with torch.no_grad(), without_adapters(model):
             if fused is not None and linear is not None and uncompiled(called) is linear:
                 with LossForLogits(fused, linear, called, batch).in_place():
@@ -226,6 +228,8 @@ class WeightedHead:
         codes = codes.to(input_ids.device)
         vocab_size = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         progress = step.number / step.number_of_steps
+        from wit_plugins.tokens.token_random import Chance
+
         random = Chance(codes, step.number, step.seed)(1)[..., 0]
         return self.strategies.change_inputs(input_ids, decode(codes)[1], random, progress, vocab_size)
 

@@ -15,7 +15,6 @@ from torch import nn
 
 from wit_plugins.errors import WITConfigError
 from wit_plugins.linear_cross_entropy.sharding import split_by_tensor_parallelism
-from wit_plugins.loss.peft import adapter_layers
 
 
 def refuse_adapters(model: nn.Module) -> None:
@@ -30,7 +29,11 @@ def refuse_adapters(model: nn.Module) -> None:
     Raises:
         WITConfigError: if there is one.
     """
-    if adapter_layers(model) and any(split_by_tensor_parallelism(parameter) for parameter in model.parameters()):
+    if not any(split_by_tensor_parallelism(parameter) for parameter in model.parameters()):
+        return
+    from wit_plugins.loss.peft import adapter_layers
+
+    if adapter_layers(model):
         raise WITConfigError(
             "an adapter (PEFT) is trained beside a model that tensor parallelism (tp_plan) split over the ranks: PEFT "
             "gives each rank an adapter of its own and does not add up what they compute, so neither loss nor "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,14 +16,18 @@ import torch
 from wit_plugins.config import multiplied
 from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.errors import BadExampleError, WeightsNotAppliedError, WITConfigError
+from wit_plugins.foreign import Delegate
 from wit_plugins.tokens.codes import decode, encode, framework_labels, restore_codes, weighing
 from wit_plugins.tokens.example_reader import ExampleReader, ReadExample
-from wit_plugins.tokens.reference_scores import SCORES_KEY, Scores, scored_documents
 from wit_plugins.tokens.roles import IGNORE_INDEX, NEITHER
 from wit_plugins.tokens.span_bits import SPANS_KEY, bits_in_batch, to_bits
-from wit_plugins.tokens.text import TokenText
+
+if TYPE_CHECKING:
+    from wit_plugins.tokens.reference_scores import Scores
+    from wit_plugins.tokens.text import TokenText
 
 CODES_KEY = "weighted_labels"
+SCORES_KEY = "weighted_scores"
 DATA = "the data"  # as a source of weights, beside the strategies
 
 
@@ -42,7 +46,7 @@ class Explained:
     sources: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-class WeightedCollator:
+class WeightedCollator(Delegate, to="collator"):
     """Wraps a collator so that its batches carry every token's weight, target and role.
 
     The batch keeps what the wrapped collator made of it, with `labels` as the framework would have had them (int64,
@@ -50,6 +54,9 @@ class WeightedCollator:
     `wit_plugins.tokens.codes`). If strategies have spans to log, there is a third, `weighted_spans` (int64, see
     `wit_plugins.tokens.span_bits`). If strategies compare with scores in a folder, there is `weighted_scores` (the bits
     of float32 as int64, since frameworks round floats; see `wit_plugins.tokens.reference_scores`).
+
+    Frameworks read options off their collator (`padding_free`, `pad_to_multiple_of`, …), so its other attributes are
+    those of the wrapped collator.
 
     Args:
         collator (`Callable`): the framework's collator. It gets the examples as they are, labels exchanged: a list of
@@ -73,8 +80,16 @@ class WeightedCollator:
         self.strategies = strategies
         self.reader = reader or ExampleReader()
         self._reading, self._locating = strategies.reading, strategies.locating
-        self.scores = None if strategies.reference is None else Scores(strategies.reference)
-        self._token_text = TokenText(tokenizer) if hasattr(tokenizer, "convert_ids_to_tokens") else None
+        self.scores: Scores | None = None
+        if strategies.reference is not None:
+            from wit_plugins.tokens.reference_scores import Scores
+
+            self.scores = Scores(strategies.reference)
+        self._token_text: TokenText | None = None
+        if self._reading and hasattr(tokenizer, "convert_ids_to_tokens"):
+            from wit_plugins.tokens.text import TokenText
+
+            self._token_text = TokenText(tokenizer)
         if self._reading and self._token_text is None:
             names = sorted({name for names in self._reading.values() for name in names})
             raise WITConfigError(
@@ -164,6 +179,8 @@ class WeightedCollator:
             WITConfigError: if there are no complete scores in the folder.
             BadExampleError: if there are none of a document.
         """
+        from wit_plugins.tokens.reference_scores import scored_documents
+
         assert self.scores is not None
         read = self.reader(example)
         found = np.zeros(len(read.roles), dtype=np.float32)
@@ -186,7 +203,8 @@ class WeightedCollator:
                 bits[piece] = to_bits(self.strategies.find_spans(**document), logged, len(read.roles[piece]))
             if self._locating:
                 self._check_whole(read.roles[piece])
-        bits |= to_bits(self._groups(read), logged, len(bits))
+        if logged:
+            bits |= to_bits(self._groups(read), logged, len(bits))
         labelled = read.labels != IGNORE_INDEX
         if read.data_weights is None:
             return encode(read.targets, read.roles, weights, labelled), bits
@@ -241,7 +259,7 @@ class WeightedCollator:
     def _document(self, input_ids: np.ndarray, roles: np.ndarray, example: Mapping[str, Any]) -> dict[str, Any]:
         """What is known of one document."""
         known: dict[str, Any] = {"input_ids": input_ids, "roles": roles, "example": example}
-        if self._token_text is not None and self._reading:
+        if self._token_text is not None:
             known["tokenizer"] = self._token_text.tokenizer
             if self._reading.keys() & {"text", "offsets"}:
                 known["text"], known["offsets"] = self._token_text.decode(input_ids.tolist())
@@ -254,19 +272,6 @@ class WeightedCollator:
                 "attention_mask is 0 in the middle of a document, which "
                 f"{', '.join(self._locating)} (strategies) would take for two; take these tokens out of the example"
             )
-
-    def __getattr__(self, name: str) -> Any:
-        # Frameworks read options off their collator (`padding_free`, `pad_to_multiple_of`, …).
-        if name.startswith("__") or name in (
-            "collator",
-            "strategies",
-            "reader",
-            "_reading",
-            "_locating",
-            "_token_text",
-        ):
-            raise AttributeError(name)
-        return getattr(self.collator, name)
 
 
 class _Checksum:

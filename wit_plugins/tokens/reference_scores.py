@@ -28,7 +28,6 @@ from wit_plugins.errors import BadExampleError, WITConfigError
 from wit_plugins.runfiles import read_json, write_json
 from wit_plugins.tokens.example_reader import ReadExample
 
-SCORES_KEY = "weighted_scores"
 ABOUT_NAME, INDEX_NAME = "scores.json", "documents.npy"
 _ENTRY = np.dtype([("high", "<u8"), ("low", "<u8"), ("shard", "<i4"), ("length", "<i4"), ("start", "<i8")])
 _BEGIN = 8  # ids by which a document is named in a message

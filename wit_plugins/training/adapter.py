@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from transformers.utils import ModelOutput
 
     from wit_plugins.config import WITConfig
+    from wit_plugins.foreign import Changes
     from wit_plugins.loss.loss_call import Step
     from wit_plugins.loss.micro_batch import WeightedLoss
-    from wit_plugins.training.changes import Changes
 
 
 class AuxLossSums(NamedTuple):
@@ -104,3 +104,11 @@ class TrainerAdapter:
             loss = loss + step.aux_loss_coefficient * step.aux_loss_scale * output["aux_loss"].to(loss.device)
         # The loss comes first, where code that takes outputs[0] looks for it.
         return type(output)(**{"loss": loss, **{k: v for k, v in output.items() if k != "loss"}})
+
+
+def signature_columns(trainer: Any) -> list[str]:
+    """The columns that a trainer keeps for its model. Trainers find that out late; this one is left as it was."""
+    before = trainer._signature_columns
+    trainer._set_signature_columns_if_needed()
+    kept, trainer._signature_columns = trainer._signature_columns, before
+    return list(kept)

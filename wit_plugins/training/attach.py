@@ -14,14 +14,13 @@ from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.contract.plugins import plugin_manager
 from wit_plugins.data_weights.reader import fingerprint
 from wit_plugins.errors import WITConfigError
+from wit_plugins.foreign import Changes
 from wit_plugins.loss.model_patch import WeightedHead
-from wit_plugins.loss.peft import check_base_model
 from wit_plugins.tokens.codes import MAX_VOCAB_SIZE
 from wit_plugins.tokens.collator import WeightedCollator
 from wit_plugins.tokens.example_reader import ExampleReader
-from wit_plugins.training.adapter import TrainerAdapter
+from wit_plugins.training.adapter import TrainerAdapter, signature_columns
 from wit_plugins.training.attachment import ATTRIBUTE, Attachment, claim, new_run, unwrapped
-from wit_plugins.training.changes import Changes
 from wit_plugins.training.dataset_check import (
     LeftOutWarning,
     can_be_read_again,
@@ -30,7 +29,6 @@ from wit_plugins.training.dataset_check import (
     check_weighs,
     warn_of_unmatched_spans,
 )
-from wit_plugins.training.group_losses import check_evaluates
 from wit_plugins.training.parallelism import check_parallelism
 from wit_plugins.training.trainer_mixin import WeightedTrainerMixin
 
@@ -66,12 +64,17 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
     adapter.check(trainer)
     _check_trainer(trainer)
     strategies = ActiveStrategies(config.active_strategies())
-    check_evaluates(trainer, strategies.groups)
+    if strategies.groups is not None and strategies.groups.reads_losses:
+        from wit_plugins.training.group_losses import check_evaluates
+
+        check_evaluates(trainer, strategies.groups)
     adapter.check_data(trainer, config)
     model = causal_lm(trainer)
     claim(model, trainer)
     check_parallelism(trainer, adapter, strategies, model)
     if strategies.referring and strategies.reference is None:
+        from wit_plugins.loss.peft import check_base_model
+
         check_base_model(model, strategies.referring)
     aux_loss_sums = adapter.aux_loss_sums(trainer)  # before it is changed
     make_head = functools.partial(
@@ -103,7 +106,8 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
             if getattr(trainer, name, None) is not None:
                 own = WeightedCollator(getattr(trainer, name), strategies, reader, tokenizer)
                 changes.set(trainer, name, own)
-        check_scores(_datasets(trainer), trainer.data_collator)  # type: ignore[arg-type]
+        if strategies.reference is not None:
+            check_scores(_datasets(trainer), trainer.data_collator)  # type: ignore[arg-type]
         # Otherwise the trainer would not count the step's denominator, but average its micro-batches one by one.
         changes.set(trainer, "model_accepts_loss_kwargs", True)
         if strategies.groups is not None and strategies.groups.reads_losses:
@@ -183,11 +187,8 @@ def _kept_columns(trainer: Any) -> frozenset[str] | None:
     """The columns of its datasets that a trainer gives to its collator; `None` for all of them."""
     if not trainer.args.remove_unused_columns:
         return None
-    before = trainer._signature_columns
-    trainer._set_signature_columns_if_needed()
-    kept, trainer._signature_columns = trainer._signature_columns, before
     # Adapters keep the mask, which tells padding from prompt, where a trainer would drop it.
-    return frozenset([*kept, "attention_mask"])
+    return frozenset([*signature_columns(trainer), "attention_mask"])
 
 
 def with_data_weights(reader: ExampleReader, config: WITConfig, strategies: ActiveStrategies) -> ExampleReader:

@@ -14,10 +14,10 @@ from torch import nn
 from wit_plugins.config import WITConfig
 from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.errors import WITConfigError
+from wit_plugins.foreign import Changes
 from wit_plugins.loss.model_patch import WeightedHead
 from wit_plugins.tokens.example_reader import ExampleReader
 from wit_plugins.training.adapter import AuxLossSums, TrainerAdapter
-from wit_plugins.training.changes import Changes
 from wit_plugins.training.dataset_check import DatasetLook, StreamCheck
 from wit_plugins.training.metrics import RoleMetrics
 

@@ -33,12 +33,6 @@ _FILLING = {
 _EXPECTED = ("buffers", "buffer_seq_dims", "no_restore_buffers")
 
 
-def cp_size(accelerator: Any) -> int:
-    """Over how many ranks a row is cut; 1 without context parallelism."""
-    parallelism = getattr(accelerator, "parallelism_config", None)
-    return 1 if parallelism is None else parallelism.cp_size
-
-
 def lengthen_and_shift(inputs: MutableMapping[str, Any], multiple: int, setting: str) -> int:
     """Make a batch ready to be cut: rows of a length that can be, the codes where their tokens are predicted.
 

@@ -316,13 +316,12 @@ def check_scores(datasets: Mapping[str, Any], collator: WeightedCollator) -> Non
 
     Args:
         datasets (`Mapping[str, Any]`): by name, for the message.
-        collator ([`WeightedCollator`]): with the strategies, as it trains.
+        collator ([`WeightedCollator`]): with the strategies, as it trains. It has scores.
 
     Raises:
         WITConfigError: if there are none.
     """
-    if collator.scores is None:
-        return
+    assert collator.scores is not None
     try:
         collator.scores.open()
     except WITConfigError as error:

@@ -15,11 +15,6 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
-def weighed_groups(groups: Groups | None) -> Groups | None:
-    """The groups, if each has a denominator of its own."""
-    return groups if groups is not None and groups.weighs else None
-
-
 def group_weights(groups: Groups, log_history: Sequence[Mapping[str, Any]], device: torch.device) -> torch.Tensor:
     """What each group's mean weighs after the evaluations that a trainer has logged, `[G]`, float64 (float32 on MPS).
 
@@ -35,14 +30,12 @@ def group_weights(groups: Groups, log_history: Sequence[Mapping[str, Any]], devi
     return torch.tensor(groups.weights(losses), dtype=dtype, device=device)
 
 
-def check_evaluates(trainer: Trainer, groups: Groups | None) -> None:
-    """Make sure that there are losses to read, where groups are weighed by them.
+def check_evaluates(trainer: Trainer, groups: Groups) -> None:
+    """Make sure that there are losses to read. Call it where groups are weighed by them.
 
     Raises:
         WITConfigError: if the trainer does not evaluate while it trains, or several datasets under their own names.
     """
-    if groups is None or not groups.reads_losses:
-        return
     reason = f"strategies: {groups.strategy.name} weighs groups by their losses in evaluation, but "
     if getattr(trainer.args.eval_strategy, "value", trainer.args.eval_strategy) == "no" or trainer.eval_dataset is None:
         raise WITConfigError(

@@ -1,7 +1,9 @@
-"""Which ways of cutting rows over ranks are refused, and why."""
+"""Whether rows are cut over ranks, over how many, and which ways of it are refused."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import transformers
@@ -10,12 +12,46 @@ from packaging.version import Version
 from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.errors import WITConfigError
 from wit_plugins.training.adapter import TrainerAdapter
-from wit_plugins.training.ulysses import unknown_averaging
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 _SINCE = Version("5.16")  # of transformers: what is shown to be exact
+
+
+def sp_size(accelerator: Any) -> int:
+    """Over how many ranks DeepSpeed cuts the rows that are trained on; 1 without sequence parallelism."""
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    return 1 if parallelism is None else getattr(parallelism, "sp_size", 1)
+
+
+def cp_size(accelerator: Any) -> int:
+    """Over how many ranks a row is cut; 1 without context parallelism."""
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    return 1 if parallelism is None else parallelism.cp_size
+
+
+def is_cut(batch: Any) -> bool:
+    """Whether a micro-batch is a part of rows: DeepSpeed has put shifted labels in the place of the labels."""
+    return "shift_labels" in batch and "labels" not in batch
+
+
+@contextmanager
+def outputs_of(model: Any) -> Iterator[list[Any]]:
+    """What a model's forwards return meanwhile: as DeepSpeed's hooks leave it, who gather the parameters by it.
+
+    Args:
+        model (`nn.Module | None`): nothing, for nothing: a hook makes a compiled model compile anew.
+    """
+    outputs: list[Any] = []
+    if model is None:
+        yield outputs
+        return
+    handle = model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        handle.remove()
 
 
 def check_parallelism(trainer: Trainer, adapter: TrainerAdapter, strategies: ActiveStrategies, model: Any) -> None:
@@ -37,6 +73,8 @@ def check_parallelism(trainer: Trainer, adapter: TrainerAdapter, strategies: Act
     setting, size = ("sp_size", parallelism.sp_size) if deepspeed else ("cp_size", parallelism.cp_size)
     if size == 1:
         return
+    from wit_plugins.training.ulysses import unknown_averaging
+
     kind, backend = ("sequence", "deepspeed") if deepspeed else ("context", "torch")
     reason = None
     if not adapter.context_parallel:

@@ -19,17 +19,17 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 from transformers.trainer_utils import get_last_checkpoint
 
+from wit_plugins.contract.groups import weighed_groups
 from wit_plugins.errors import BadExampleError, WeightsNotAppliedError, WITConfigError
+from wit_plugins.foreign import exchanged
 from wit_plugins.loss.loss_call import Step
 from wit_plugins.loss.normalization import group_denominators, group_factors, step_denominator
+from wit_plugins.runfiles import RUN_FOLDER
 from wit_plugins.tokens.collator import CODES_KEY
 from wit_plugins.training import records
 from wit_plugins.training.attachment import Attachment, claim, unwrapped
-from wit_plugins.training.context_parallel import check_same_batch, cp_size, cut_too, lengthen_and_shift
 from wit_plugins.training.dataset_check import locate_bad_example
-from wit_plugins.training.group_losses import group_weights, weighed_groups
-from wit_plugins.training.recorder import RunRecorder, recorder
-from wit_plugins.training.ulysses import ShiftingCollator, is_cut, outputs_of, share_of_loss, sp_size, uses_losses
+from wit_plugins.training.parallelism import cp_size, is_cut, outputs_of, sp_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
@@ -65,18 +65,17 @@ class WeightedTrainerMixin(_Base):
         resumed = kwargs.get("resume_from_checkpoint")
         if groups is None or not groups.reads_losses or not resumed:
             return super()._inner_training_loop(*args, **kwargs)
-        evaluates_first, self.args.eval_on_start = self.args.eval_on_start, False  # the checkpoint's log has it
-        try:
+        with exchanged(self.args, "eval_on_start", False):  # the checkpoint's log has it
             return super()._inner_training_loop(*args, **kwargs)
-        finally:
-            self.args.eval_on_start = evaluates_first
 
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own; where DeepSpeed is to cut its rows, with codes that are shifted before."""
         parts = sp_size(self.accelerator)
         if parts == 1:
             return super().get_train_dataloader(*args, **kwargs)
-        with self._collator(ShiftingCollator(self.data_collator, parts)):
+        from wit_plugins.training.ulysses import ShiftingCollator
+
+        with exchanged(self, "data_collator", ShiftingCollator(self.data_collator, parts)):
             return super().get_train_dataloader(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -130,6 +129,8 @@ class WeightedTrainerMixin(_Base):
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             own = self.accelerator.gather(own[None]).sum(dim=0) / self._ranks_of_a_batch()
         if wit.run.group_weights is None:
+            from wit_plugins.training.group_losses import group_weights
+
             wit.run.group_weights = group_weights(groups, self.state.log_history, device)
         wit.run.group_factors = group_factors(wit.run.group_weights, own)
 
@@ -184,6 +185,8 @@ class WeightedTrainerMixin(_Base):
             if self.accelerator.is_local_main_process:
                 tqdm.write(f"WIT loss: {wit.head.chosen}")  # above the progress bar, which has begun
         if parts > 1:
+            from wit_plugins.training.ulysses import share_of_loss, uses_losses
+
             seen, *rest = loss if isinstance(loss, tuple) else (loss,)
             labels, own = inputs["shift_labels"], outputs[-1]["loss"]
             if not wit.run.verified:
@@ -207,6 +210,8 @@ class WeightedTrainerMixin(_Base):
         parts = cp_size(self.accelerator)
         if parts == 1 or CODES_KEY not in inputs:
             return super()._prepare_context_parallel_inputs(model, inputs)
+        from wit_plugins.training.context_parallel import check_same_batch, cut_too, lengthen_and_shift
+
         if not self._wit.run.begun:
             check_same_batch(inputs[CODES_KEY], self.accelerator, parts)
         # torch gives each rank two pieces, so that all have as much to attend to.
@@ -291,18 +296,8 @@ class WeightedTrainerMixin(_Base):
             yield  # and nothing is set back: Axolotl exchanges the collator itself
             return
         own: Any = self.data_collator
-        with self._collator(own.collator):
+        with exchanged(self, "data_collator", own.collator):
             yield
-
-    @contextmanager
-    def _collator(self, collator: Any) -> Iterator[None]:
-        """Have a data loader made with another collator."""
-        own = self.data_collator
-        self.data_collator = collator
-        try:
-            yield
-        finally:
-            self.data_collator = own
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own loop; its metrics gain the roles' losses under its prefix."""
@@ -348,14 +343,21 @@ class WeightedTrainerMixin(_Base):
             lines += self._wit.look.lines() + self._wit.look.left_out(config.prompt_weight, config.response_weight)
         self._print_ruled(lines)
         self._verify_same_settings()
-        callback = recorder()
-        if callback is not None and not any(isinstance(c, RunRecorder) for c in self.callback_handler.callbacks):
-            self.add_callback(callback)
+        if os.environ.get(RUN_FOLDER):
+            self._record_run()
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._wit.run.stream_check is not None:
             self._wit.run.stream_check.finish(gather_object([self._wit.run.stream_check.counts]))
         self._print_ruled(self._summary())
         return output
+
+    def _record_run(self) -> None:
+        """Tell the sweep that started this run how far it is, and what it logs."""
+        from wit_plugins.training.recorder import RunRecorder, recorder
+
+        callback = recorder()
+        if callback is not None and not any(isinstance(c, RunRecorder) for c in self.callback_handler.callbacks):
+            self.add_callback(callback)
 
     def _summary(self) -> list[str]:
         """What was trained, the roles' losses at both ends of the log, where the settings are."""

@@ -10,8 +10,6 @@ large under ZeRO-1 and 2) is looked at and left: each rank's share of the step's
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,12 +22,6 @@ from wit_plugins.training.context_parallel import lengthen_and_shift
 
 # Of DeepSpeed. None of its interfaces says what it divides gradients by, so a version is known or it is not.
 _FROM, _BEFORE = Version("0.19.8"), Version("0.20")
-
-
-def sp_size(accelerator: Any) -> int:
-    """Over how many ranks DeepSpeed cuts the rows that are trained on; 1 without sequence parallelism."""
-    parallelism = getattr(accelerator, "parallelism_config", None)
-    return 1 if parallelism is None else getattr(parallelism, "sp_size", 1)
 
 
 class ShiftingCollator:
@@ -78,29 +70,6 @@ def unknown_averaging(plugin: Any) -> str | None:
 def _divisor(engine: Any, ranks: int, parts: int) -> int:
     """What DeepSpeed divides the sum of all ranks' gradients by: stage 3 does not know of the groups, 1 and 2 do."""
     return ranks if engine.zero_optimization_stage() == 3 else ranks // parts
-
-
-def is_cut(batch: Any) -> bool:
-    """Whether a micro-batch is a part of rows: DeepSpeed has put shifted labels in the place of the labels."""
-    return "shift_labels" in batch and "labels" not in batch
-
-
-@contextmanager
-def outputs_of(model: Any) -> Iterator[list[Any]]:
-    """What a model's forwards return meanwhile: as DeepSpeed's hooks leave it, who gather the parameters by it.
-
-    Args:
-        model (`nn.Module | None`): nothing, for nothing: a hook makes a compiled model compile anew.
-    """
-    outputs: list[Any] = []
-    if model is None:
-        yield outputs
-        return
-    handle = model.register_forward_hook(lambda module, args, output: outputs.append(output))
-    try:
-        yield outputs
-    finally:
-        handle.remove()
 
 
 def uses_losses(own: torch.Tensor, trainers: torch.Tensor, labels: torch.Tensor, accelerator: Any, parts: int) -> bool:

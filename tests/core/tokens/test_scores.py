@@ -13,9 +13,9 @@ from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.contract.on_device import without_references
 from wit_plugins.testing import registered
 from wit_plugins.tokens.codes import decode, locate
-from wit_plugins.tokens.collator import CODES_KEY, WeightedCollator
+from wit_plugins.tokens.collator import CODES_KEY, SCORES_KEY, WeightedCollator
 from wit_plugins.tokens.example_reader import ExampleReader
-from wit_plugins.tokens.reference_scores import SCORES_KEY, Scores, ScoresWriter, scored_documents
+from wit_plugins.tokens.reference_scores import Scores, ScoresWriter, scored_documents
 
 
 class Compares:
