@@ -222,7 +222,7 @@ class _MessageReader:
         return self._weights.message_weight({k: said[k] for k in keys if k in said}, where, self._is_answer)
 
     def pieces(self, key: str, text: str) -> _Pieces:
-        """Of its content: parts, or a `train_detail`."""
+        """Character ranges of the content with their weights, from its parts or from `train_detail`."""
         parts, details = self.parts(key, text), self._details()
         if parts and details:
             raise BadExampleError(

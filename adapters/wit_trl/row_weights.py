@@ -175,17 +175,17 @@ class KeepsResponse:
 
 
 def seal(labels: Sequence[int]) -> list[str]:
-    """Labels, prepared or not, on which nobody trains who cannot open them."""
+    """Labels as strings, so that a collator which does not know them fails instead of training on codes."""
     return [str(label) for label in labels]
 
 
 def is_sealed(labels: Any) -> bool:
-    """Whether these are."""
+    """Whether labels are sealed: strings instead of integers."""
     return len(labels) > 0 and isinstance(labels[0], str)
 
 
 def opened(labels: Sequence[str]) -> np.ndarray:
-    """Sealed labels as they were, int64 `[T]`."""
+    """The integers in sealed labels, int64 `[T]`."""
     return np.fromiter(map(int, labels), dtype=np.int64, count=len(labels))
 
 

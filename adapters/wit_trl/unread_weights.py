@@ -32,7 +32,7 @@ class Look:
     data: DataWeights | None
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Nothing that changes.
+        """Check the row. Returns `{}`, so that `datasets.map` leaves the row as it is.
 
         Raises:
             WITConfigError: if weights were attached that do not read the row's, or not as it was prepared.

@@ -9,7 +9,7 @@ from wit_plugins.cli.console import console, print_messages
 from wit_plugins.cli.driver import FrameworkDriver, Job
 from wit_plugins.errors import WITConfigError
 
-_SHOWN = 10  # messages; who has more has one mistake many times
+_SHOWN = 10  # messages; more than ten are usually one mistake repeated
 
 
 def refuse(name: str, problems: list[str]) -> int:

@@ -112,7 +112,7 @@ def dynamic_weights(
 ) -> torch.Tensor | None:
     """Factors `[N]` ≥ 0 for the `N` predicted tokens of a micro-batch, from what is known of each, detached.
 
-    The tokens are those that are computed: with a weight other than 0, and what is reported beside them.
+    The tokens are those with a weight other than 0, and those of weight 0 that a metric needs.
     """
 
 

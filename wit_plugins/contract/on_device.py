@@ -113,8 +113,8 @@ class HooksOnDevice:
     def dynamic_weights(self, log_probs: torch.Tensor, roles: torch.Tensor, **known: Any) -> torch.Tensor | None:
         """The product of the strategies' factors, shaped like `log_probs` `[N]`, or `None` if there is none.
 
-        A token that is not selected has the factor 0, the others one over the share that is kept (1 where what is kept
-        is counted).
+        A token that is not selected gets the factor 0. Selected tokens get 1 / share. They get 1 if the
+        denominator counts only the tokens that are kept.
 
         Args:
             log_probs (`torch.Tensor`): detached log-probabilities of the targets, `[N]`, float32 or float64: all of a

@@ -237,7 +237,7 @@ def _token_ranges(
                     f"the tokens of messages {', '.join(map(str, around))} cannot be told from each other in this chat "
                     "template, and they have different weights; give them the same, or use the strategy spans"
                 )
-            stops = [*[low] * (len(turns) - 1), high, high]  # it does not matter whose they are
+            stops = [*[low] * (len(turns) - 1), high, high]  # all candidates weigh the same, so any split is right
         *stops, begin = stops
         for index, start, stop in zip(turns, [low, *stops], stops, strict=False):
             ranges[index] = [ranges[index][0] if index == left else start, stop]
@@ -253,7 +253,7 @@ def _stops(
 
     Args:
         turns: messages whose turns end between two contents.
-        cuts: behind the tokens that end a turn there.
+        cuts: the index after each end-of-turn token between the two contents.
         low, high (`int`): behind the one content, and where the other begins.
         is_whole (`bool`): whether the end of the one content is known.
         is_last (`bool`): whether there is no other content, but the end of the text.

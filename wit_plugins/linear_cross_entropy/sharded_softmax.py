@@ -113,7 +113,7 @@ class ShardedSoftmax:
             ids, coefficients (`torch.Tensor`): `[n, K]`: the targets, of the whole vocabulary.
         """
         whole = weights * coefficients.sum(dim=-1)
-        # What the inner softmax takes for a target is put right with the targets: the columns that are written anew.
+        # The inner softmax used a dummy target. That column and the real targets' columns are overwritten.
         ids, coefficients = ids - self.shard.start, coefficients.to(weights.dtype)
         mine = (ids >= 0) & (ids < logits.shape[1])
         ids = torch.cat([torch.where(mine, ids, peak[:, None]), peak[:, None]], dim=1)

@@ -81,7 +81,7 @@ class Scores:
         return ids, coefficients
 
     def look(self, logits: torch.Tensor, chunk: slice, logit_scale: float, softcap: float | None) -> None:
-        """Read off a chunk of logits `[n, V]`, before anything is done to them, what the softmax does not."""
+        """Compute the top-k entropies of a chunk of raw logits `[n, V]`, before the softmax overwrites them."""
         for k, entropy in self.top_entropies.items():
             entropy[chunk] = entropy_of_top(logits, k, logit_scale, softcap)
 

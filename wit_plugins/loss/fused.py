@@ -9,8 +9,8 @@ What the model does to the logits afterwards (a scale, a soft cap) is read off i
 first call the exchanged head returns the real logits of a few positions and, below them, rows of logits that are much
 larger. The model's own code post-processes all of them, and each row is compared with what the fused head computes for
 it. The large rows are there because a model's logits are small at first, and a soft cap hardly changes small logits.
-What is trained on the way from these logits to the model's output is found in the graph that autograd made of it,
-whatever its value is by now. If anything differs, the logits are used from then on.
+Trainable parameters after the head are detected in the autograd graph, even if they are still an identity.
+If anything differs, the logits are used from then on.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class LossForLogits:
     Args:
         head ([`FusedHead`]): whose head it stands for.
         linear (`nn.Linear`): that head.
-        called (`nn.Module`): what the model calls for it: the same, or what compiles it.
+        called (`nn.Module`): what the model calls: the linear layer, or its torch.compile wrapper.
         batch (`Callable`): the micro-batch for a number of positions L and a device.
 
     Attributes:

@@ -46,8 +46,8 @@ class WeightedLoss:
 class MicroBatch:
     """The predicted tokens of one micro-batch that are computed, `N` of them.
 
-    It is asked for its loss once, by hidden states (`from_hidden`) or by logits (`from_logits`); both compute the same.
-    To the head it is also who may rescale the weights (a `Rescale`).
+    Its loss is computed once, from hidden states (`from_hidden`) or from logits (`from_logits`). Both give the same. It
+    is also the `Rescale` callback that the linear loss calls for dynamic weights.
 
     Args:
         codes (`torch.Tensor`): int64 `[B, L]`, see `wit_plugins.tokens.codes`, on the device that computes. Token t

@@ -200,7 +200,8 @@ class WeightedHead:
             batches.append(self._micro_batch(codes, labels, step, num_logits, device, alone=True))
             return batches[-1]
 
-        # Its own head is not the one that is trained instead of it, and an unchecked one may be no product.
+        # With adapters off, the model may call another head than the trained copy. The fused loss is used only if that
+        # head was checked.
         fused, called = self.fused, model.get_output_embeddings()
         linear = fused.linear(model) if fused is not None and fused.checked else None
         from wit_plugins.loss.peft import without_adapters

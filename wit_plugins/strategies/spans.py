@@ -99,7 +99,7 @@ class _Document:
         text: str,
         offsets: np.ndarray,
     ) -> _Document:
-        """One that stays as it is: what it is made of is the caller's."""
+        """A document with copies of the arrays, because the caller may reuse them."""
         return cls(input_ids.copy(), roles.copy(), tokenizer, text, offsets.copy())
 
     def __eq__(self, other: object) -> bool:

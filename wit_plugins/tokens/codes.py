@@ -8,10 +8,13 @@ read back on the device, after every cast that could have rounded a float:
     bits 21-51  weight: the 31 bits of a non-negative float32
     bits 0-20   target: a token id below 2^21
 
-53 bits, because one framework's collator turns labels into float64 for a moment. -100 stays -100: neither prompt nor
-response, so a collator's own padding can never be mistaken for prompt. A token that has a label and is not predicted
-(the first one of a document) keeps it under a weight that no token can have, infinity; it is neither as well. So is,
-with the same weight and the other role, one that is left out within a document, since it weighs 0 in the data.
+53 bits, because one framework's collator turns labels into float64 for a moment. -100 stays -100, so a collator's own
+padding can never be mistaken for prompt. Infinity is a weight that no token can have. It marks two kinds of tokens that
+are neither prompt nor response:
+
+    -100                        padding, or a first token without a label
+    infinity, role bit 1        a first token of a document, which nothing predicts; it keeps its label as the target
+    infinity, role bit 0        a token inside a document that weighs 0 in the data
 """
 
 from __future__ import annotations

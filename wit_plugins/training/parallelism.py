@@ -38,10 +38,14 @@ def is_cut(batch: Any) -> bool:
 
 @contextmanager
 def outputs_of(model: Any) -> Iterator[list[Any]]:
-    """What a model's forwards return meanwhile: as DeepSpeed's hooks leave it, who gather the parameters by it.
+    """Collect the outputs of a model's forwards for the length of a `with`.
+
+    The outputs are those after DeepSpeed's hooks. The backward pass must go through these tensors, because the hooks
+    gather the parameters there.
 
     Args:
-        model (`nn.Module | None`): nothing, for nothing: a hook makes a compiled model compile anew.
+        model (`nn.Module | None`): `None` registers no hook and collects nothing, since a hook makes a compiled model
+            compile anew.
     """
     outputs: list[Any] = []
     if model is None:

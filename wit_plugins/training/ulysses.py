@@ -51,7 +51,7 @@ class ShiftingCollator:
 
 
 def unknown_averaging(plugin: Any) -> str | None:
-    """Why it is not known what DeepSpeed divides gradients by, as accelerate's `DeepSpeedPlugin` has it configured."""
+    """Why this DeepSpeed configuration (accelerate's `DeepSpeedPlugin`) is not supported, or `None`."""
     found = Version(importlib.metadata.version("deepspeed"))
     if not _FROM <= found < _BEFORE:
         return f"it is shown to be exact with DeepSpeed {_FROM}, and this is {found}; install that"

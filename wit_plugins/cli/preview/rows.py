@@ -105,7 +105,7 @@ def read(
 
 
 def _joined(parts: list[tuple[dict[str, np.ndarray], int]], without: np.ndarray) -> dict[str, np.ndarray]:
-    """What examples have under each name, one after another; `without` for each token of those that have it not."""
+    """Concatenate each named array over the examples. Tokens of an example without that name get `without`."""
     names = dict.fromkeys(name for own, _ in parts for name in own)
     return {
         name: np.concatenate([own.get(name, np.broadcast_to(without, size)) for own, size in parts]) for name in names

@@ -79,6 +79,6 @@ def luminance(colour: RGB) -> float:
 
 
 def _round(weight: float) -> float:
-    """The next number that is not below, of those whose quarters are short too."""
+    """Round up to 1, 1.2, 1.6, 2, 4, 6 or 8 × 10ⁿ, so that the ticks at its quarters have short labels."""
     power = 10.0 ** np.floor(np.log10(weight))
     return float(next(power * step for step in (1, 1.2, 1.6, 2, 4, 6, 8, 10) if power * step >= weight * (1 - 1e-6)))
