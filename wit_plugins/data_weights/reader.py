@@ -301,7 +301,7 @@ class DataWeights:
         return looks and key not in self.message_keys
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_warned": set()}
+        return {name: value for name, value in vars(self).items() if name != "_token_text"} | {"_warned": set()}
 
     def _look_at(self, message: Mapping[str, Any], where: str) -> None:
         """Warn of keys that look like weights and are not read, of each once."""
