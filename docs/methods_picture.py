@@ -89,14 +89,14 @@ def weighed(
     facts = [known(active, row, models, number, tokenizer) for number, row in enumerate(rows)]
     codes, probabilities, targets = facts[0].pop("codes"), facts[0].pop("probabilities"), facts[0].pop("targets")
     roles, weights = facts[0]["roles"], facts[0]["weights"]
-    if active.draws_targets:  # at β = 0 the coefficients' sum is the share of draws that were the data's token
+    if active.needs.draws_targets:  # at β = 0 the coefficients' sum is the share of draws that were the data's token
         random = Chance(codes, step=0, seed=42)
-        drawn = active.draw_targets(probabilities, targets, roles, lambda draws: random(draws)[0, 1:])
+        drawn = active.on_device.draw_targets(probabilities, targets, roles, lambda draws: random(draws)[0, 1:])
         assert drawn is not None
         return (weights * drawn[1].sum(dim=-1)).numpy()
-    entropies = {k: torch.cat([each["entropies"][k] for each in facts]) for k in active.entropies}
+    entropies = {k: torch.cat([each["entropies"][k] for each in facts]) for k in active.needs.entropies}
     names = facts[0].keys() - {"entropies"}
-    factors = active.dynamic_weights(
+    factors = active.on_device.dynamic_weights(
         **{name: torch.cat([each[name] for each in facts]) for name in names}, entropies=entropies
     )
     return (weights if factors is None else weights * factors[: len(weights)]).numpy()
@@ -129,7 +129,7 @@ def known(
         "prompt_attention": (attention * (decode(codes)[1][0] != RESPONSE)).sum(dim=-1)[1:],
         "documents": torch.full_like(targets, number),
         "positions": torch.arange(1, len(targets) + 1),
-        "entropies": {k: entropy_of_top(logits, k or logits.shape[-1], 1.0, None) for k in active.entropies},
+        "entropies": {k: entropy_of_top(logits, k or logits.shape[-1], 1.0, None) for k in active.needs.entropies},
     }
 
 

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, ClassVar
 
 from packaging.version import Version
 
@@ -202,19 +202,14 @@ def exchanged(owner: Any, name: str, value: Any) -> Iterator[None]:
 class Delegate:
     """Stands in the place of a foreign object that it holds, and passes on the attributes that it does not have itself.
 
-    A subclass says which of its attributes holds that object: `class OwnCollator(Delegate, to="collator")`. Special
-    methods (`__len__`, `__call__`, …) are not passed on: those that are needed are written in the subclass.
+    A subclass says in `_holder` which of its attributes holds that object. Special methods (`__len__`, `__call__`, …)
+    are not passed on: those that are needed are written in the subclass.
 
     `copy` and `pickle` ask an object for attributes before it has any. Such an object has nothing to pass on to, so an
     attribute that it lacks is missing.
     """
 
-    _holder: str
-
-    def __init_subclass__(cls, to: str | None = None, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if to is not None:
-            cls._holder = to
+    _holder: ClassVar[str] = ""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or self._holder not in vars(self):

@@ -124,7 +124,7 @@ def weigh(
     example = {**(columns or {}), "input_ids": input_ids}
     example["labels"] = [i if r == RESPONSE else -100 for i, r in zip(input_ids, roles, strict=True)]
     said: dict[str, Any] = {"tokenizer": tokenizer}
-    if active.reading.keys() & {"text", "offsets"}:
+    if active.needs.text.keys() & {"text", "offsets"}:
         said["text"], said["offsets"] = _words(texts) if tokenizer is None else TokenText(tokenizer).decode(input_ids)
     weights = active.static_weights(np.array(input_ids, dtype=np.int64), role_array, example, **said)
     if log_probs is not None:
@@ -132,20 +132,24 @@ def weigh(
             raise ValueError(
                 f"{len(log_probs)} log_probs for {len(input_ids)} tokens; give one for each token but the first"
             )
-        if active.referring:
-            raise ValueError(f"{', '.join(active.referring)} compares with a reference model, and there is none here")
-        if active.attending:
-            raise ValueError(f"{', '.join(active.attending)} asks for a model's attention, and there is none here")
-        if active.entropies and (entropies is None or len(entropies) != len(log_probs)):
+        if active.needs.references:
+            raise ValueError(
+                f"{', '.join(active.needs.references)} compares with a reference model, and there is none here"
+            )
+        if active.needs.prompt_attention:
+            raise ValueError(
+                f"{', '.join(active.needs.prompt_attention)} asks for a model's attention, and there is none here"
+            )
+        if active.needs.entropies and (entropies is None or len(entropies) != len(log_probs)):
             raise ValueError(
                 f"a strategy asks for the entropy; give entropies, as many as log_probs ({len(log_probs)})"
             )
         count = len(log_probs)
-        factors = active.dynamic_weights(
+        factors = active.on_device.dynamic_weights(
             torch.tensor(log_probs, dtype=torch.float32),
             torch.from_numpy(role_array[1:]),
             weights=torch.from_numpy(weights[1:].copy()),
-            entropies={k: torch.tensor(entropies, dtype=torch.float32) for k in active.entropies},
+            entropies={k: torch.tensor(entropies, dtype=torch.float32) for k in active.needs.entropies},
             documents=torch.zeros(count, dtype=torch.int64),
             positions=torch.arange(1, count + 1),
         )

@@ -24,7 +24,7 @@ class _Said(NamedTuple):
     conversation: Conversation | None
 
 
-class WeighingStrategy(Delegate, to="strategy"):
+class WeighingStrategy(Delegate):
     """One of Axolotl's strategies for tokenising a dataset; where a row has weights, its labels carry them.
 
     Everything but `tokenize_prompt` is the strategy's own. Picklable, for processes that tokenise.
@@ -34,6 +34,8 @@ class WeighingStrategy(Delegate, to="strategy"):
         weights ([`DataWeights`]): how weights are read.
         refusal (`str`, *optional*): why rows with weights cannot be trained on here.
     """
+
+    _holder = "strategy"
 
     def __init__(self, strategy: Any, weights: DataWeights, refusal: str | None = None) -> None:
         self.strategy, self.weights, self.refusal = strategy, weights, refusal

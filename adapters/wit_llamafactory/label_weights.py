@@ -56,7 +56,7 @@ class _Writer:
         return _Token(token)
 
 
-class WeightedTemplate(Delegate, to="_template"):
+class WeightedTemplate(Delegate):
     """One of LLaMA-Factory's templates, for one example whose messages weigh something.
 
     Args:
@@ -64,6 +64,8 @@ class WeightedTemplate(Delegate, to="_template"):
         said ([`Said`]): what the example says.
         data ([`DataWeights`]): locates the messages.
     """
+
+    _holder = "_template"
 
     def __init__(self, template: Any, said: Said, data: DataWeights) -> None:
         self._template, self._said, self._data = template, said, data

@@ -24,7 +24,7 @@ RAW = "wit_raw"  # a column, while TRL tokenises: the row as it was, for strateg
 _CONVERSATIONS = ("prompt", "completion", "messages", "conversations")  # columns that TRL reads as messages
 
 
-class Template(Delegate, to="tokenizer"):
+class Template(Delegate):
     """A tokenizer whose chat template sees no weights, for TRL in the tokenizer's place.
 
     Parts of text become one text where the template does not write them so by itself (most take a text alone).
@@ -34,6 +34,8 @@ class Template(Delegate, to="tokenizer"):
         keys (`Sequence[str]`): of messages and their parts, that are weights.
         chat_template (`str | None`): the template that TRL uses in the place of the tokenizer's.
     """
+
+    _holder = "tokenizer"
 
     def __init__(self, tokenizer: Any, keys: Sequence[str], chat_template: str | None = None) -> None:
         self.tokenizer, self.keys, self.chat_template = tokenizer, tuple(keys), chat_template

@@ -109,7 +109,9 @@ class Collator:
         return 3
 
 
-class Wrapper(Delegate, to="collator"):
+class Wrapper(Delegate):
+    _holder = "collator"
+
     def __init__(self, collator, own):
         self.collator, self.own = collator, own
 

@@ -1,5 +1,6 @@
 """Strategies: registered names, products, options, trust."""
 
+import dataclasses
 import importlib
 import os
 import pickle
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from wit_plugins import PROMPT, RESPONSE, WITConfigError, hookimpl, per_token, register
+from wit_plugins import PROMPT, RESPONSE, WITConfigError, entropy_of_top, hookimpl, per_token, register
 from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.contract.plugins import DEFAULT_STRATEGIES, HOOKS_OF_A_STRATEGY, plugin_manager, strategy_names
+from wit_plugins.contract.requirements import Requirements, without_references
 
 ROLES = np.array([0, PROMPT, RESPONSE, RESPONSE], dtype=np.uint8)
 IDS = np.array([4, 5, 6, 7])
@@ -126,6 +128,48 @@ def test_static_weights_multiply(registered):
     assert active.static_weights(IDS, ROLES, {"factor": 0.5}).tolist() == [0, 0.25, 0.5, 0.25]
 
 
+def test_what_strategies_need_is_found_out_once(registered):
+    class Asks:
+        @hookimpl
+        def static_weights(self, roles, text):
+            return None
+
+        @hookimpl
+        @entropy_of_top(5)
+        def dynamic_weights(self, log_probs, topk_entropy, reference_log_probs, documents):
+            return None
+
+    class Changes:
+        @hookimpl
+        def change_inputs(self, input_ids):
+            return None
+
+    registered(Asks(), "asks")
+    registered(Changes(), "changes")
+    active = ActiveStrategies({"wit": WIT, "asks": {}, "changes": {}})
+    assert active.needs == Requirements(
+        dynamic=("asks",),
+        entropies=(5,),
+        references=("asks",),
+        reference=None,
+        prompt_attention=(),
+        share_of_responses=None,
+        documents=("asks",),
+        per_token=False,
+        across_tokens=("asks", "changes"),
+        draws_targets=False,
+        changed_inputs=("changes",),
+        text={"text": ("asks",)},
+        spans=False,
+    )
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        active.needs.per_token = True
+    with without_references():
+        assert active.needs.references == ("asks",)  # of this run, whatever is asked for later
+        assert ActiveStrategies(active.options_by_name).needs.references == ()
+    assert pickle.loads(pickle.dumps(ActiveStrategies({"dft": {}}))).needs == ActiveStrategies({"dft": {}}).needs
+
+
 def test_dynamic_weights_multiply(registered):
     class Half:
         @hookimpl
@@ -135,10 +179,10 @@ def test_dynamic_weights_multiply(registered):
     registered(Half(), "half")
     log_probs = torch.tensor([0.1, 0.2, 0.4]).log()
     active = ActiveStrategies({"wit": WIT, "dft": {}, "half": {}})
-    assert active.has_dynamic_weights
-    factors = active.dynamic_weights(log_probs, torch.tensor([PROMPT, RESPONSE, RESPONSE], dtype=torch.uint8))
+    assert active.needs.dynamic
+    factors = active.on_device.dynamic_weights(log_probs, torch.tensor([PROMPT, RESPONSE, RESPONSE], dtype=torch.uint8))
     assert torch.allclose(factors, torch.tensor([0.05, 0.2, 0.4]))
-    assert not ActiveStrategies({"wit": WIT}).has_dynamic_weights
+    assert not ActiveStrategies({"wit": WIT}).needs.dynamic
 
 
 def test_only_named_strategies_are_called(registered):
@@ -197,7 +241,7 @@ def test_nobody_answers_in_the_place_of_a_strategy(registered):
     log_probs = torch.tensor([0.1, 0.2]).log()
     for active in (before, ActiveStrategies({"wit": WIT, "dft": {}})):
         assert active.static_weights(IDS, ROLES, {}).tolist() == [0, 0.25, 0.5, 0.5]
-        factors = active.dynamic_weights(log_probs, torch.tensor([PROMPT, RESPONSE], dtype=torch.uint8))
+        factors = active.on_device.dynamic_weights(log_probs, torch.tensor([PROMPT, RESPONSE], dtype=torch.uint8))
         assert torch.allclose(factors, log_probs.exp())
 
 
@@ -293,12 +337,12 @@ def test_per_token_is_a_promise_that_is_checked(registered):
     registered(Relative(), "relative")
     registered(SaysPerToken(), "says_per_token")
     log_probs, roles = torch.tensor([0.1, 0.4]).log(), torch.full((2,), RESPONSE, dtype=torch.uint8)
-    assert ActiveStrategies({"wit": WIT, "dft": {}}).per_token
+    assert ActiveStrategies({"wit": WIT, "dft": {}}).needs.per_token
     active = ActiveStrategies({"wit": WIT, "dft": {}, "relative": {}})
-    assert not active.per_token
-    assert torch.allclose(active.dynamic_weights(log_probs, roles), torch.tensor([0.1 * 0.4, 0.4 * 1.6]))
+    assert not active.needs.per_token
+    assert torch.allclose(active.on_device.dynamic_weights(log_probs, roles), torch.tensor([0.1 * 0.4, 0.4 * 1.6]))
     with pytest.raises(ValueError, match="'says_per_token' is marked per_token, but .* depends on other tokens"):
-        ActiveStrategies({"wit": WIT, "says_per_token": {}}).dynamic_weights(log_probs, roles)
+        ActiveStrategies({"wit": WIT, "says_per_token": {}}).on_device.dynamic_weights(log_probs, roles)
 
 
 def test_dynamic_weights_that_are_no_weights(registered):
@@ -309,7 +353,7 @@ def test_dynamic_weights_that_are_no_weights(registered):
 
     registered(Negative(), "negative")
     with pytest.raises(ValueError, match="'negative' returned factors that are negative or not finite"):
-        ActiveStrategies({"wit": WIT, "negative": {}}).dynamic_weights(
+        ActiveStrategies({"wit": WIT, "negative": {}}).on_device.dynamic_weights(
             torch.tensor([-0.5]), torch.tensor([RESPONSE], dtype=torch.uint8)
         )
 

@@ -17,7 +17,7 @@ from wit_plugins.cli.preview.command import prepare, progress, reasons
 from wit_plugins.cli.preview.rows import blocks, row_errors
 from wit_plugins.cli.safe_text import visible
 from wit_plugins.cli.silence import quiet
-from wit_plugins.contract.on_device import without_references
+from wit_plugins.contract.requirements import without_references
 from wit_plugins.errors import WITConfigError
 from wit_plugins.loss.document_scores import DocumentScorer
 from wit_plugins.tokens.reference_scores import ScoredDocument, ScoresWriter, scored_documents

@@ -12,6 +12,7 @@ from wit_plugins.config import did_you_mean, multiplied
 from wit_plugins.contract.groups import Groups
 from wit_plugins.contract.on_device import HooksOnDevice
 from wit_plugins.contract.plugins import plugin_manager, register, strategy_names
+from wit_plugins.contract.requirements import Requirements
 from wit_plugins.contract.strategy import Options, Strategy
 from wit_plugins.errors import WITConfigError
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 SPAN_NAME = r"[A-Za-z0-9_.-]{1,64}"  # in the keys of the log
 MAX_SPANS = 62  # that are logged; the batch has a bit for each
-TEXT_ARGUMENTS = frozenset({"tokenizer", "text", "offsets"})  # of hooks that are called with a document
 _ONE_AT_A_TIME = {  # hooks that only one strategy of a run may have, and why
     "select_tokens": "select tokens, each from what the other has left out",
     "draw_targets": "put other targets in the place of a token's own",
@@ -29,7 +29,7 @@ _ONE_AT_A_TIME = {  # hooks that only one strategy of a run may have, and why
 }
 
 
-class ActiveStrategies(HooksOnDevice):
+class ActiveStrategies:
     """The strategies of one run, each with its own options; their weights are multiplied.
 
     Picklable, so that a collator that holds it can go to spawned data-loader workers.
@@ -41,6 +41,8 @@ class ActiveStrategies(HooksOnDevice):
         logged_spans (`dict[str, str]`): the spans whose losses are logged, as [`ActiveStrategies.find_spans`] names
             them, in the order of their bits in a batch, and what the log calls them. Groups are among them.
         groups ([`Groups`] | None): the groups that samples are of.
+        needs ([`Requirements`]): what the strategies need.
+        on_device ([`HooksOnDevice`]): asks them where the model is.
 
     Raises:
         WITConfigError: for a name that is not registered, options that the strategy refuses, or spans that cannot be
@@ -61,7 +63,7 @@ class ActiveStrategies(HooksOnDevice):
             self._validate(strategy)
         self.groups = Groups.of(self._strategies)
         self.logged_spans = self._find_logged_spans()
-        _ = self.reference
+        self.needs = Requirements.of(self._strategies)
         for hook, reason in _ONE_AT_A_TIME.items():
             both = [strategy.name for strategy in self._strategies if strategy.has(hook)]
             if len(both) > 1:
@@ -87,7 +89,8 @@ class ActiveStrategies(HooksOnDevice):
         _ = strategy.top_k, strategy.share, strategy.reference  # which look at the options that they are read from
 
     def _bind(self) -> None:
-        self.bind([Strategy(name, options) for name, options in self.options_by_name.items()])
+        self._strategies = [Strategy(name, options) for name, options in self.options_by_name.items()]
+        self.on_device = HooksOnDevice(self._strategies)
 
     def _find_logged_spans(self) -> dict[str, str]:
         """The spans whose losses are logged.
@@ -125,7 +128,7 @@ class ActiveStrategies(HooksOnDevice):
     @property
     def looks_for_spans(self) -> bool:
         """Whether any strategy has [`ActiveStrategies.find_spans`] look for something, or there are groups."""
-        return self.groups is not None or any(strategy.has("find_spans") for strategy in self._strategies)
+        return self.groups is not None or self.needs.spans
 
     @property
     def prepares(self) -> bool:
@@ -137,13 +140,6 @@ class ActiveStrategies(HooksOnDevice):
         """Of each group, the number of the logged span that it is."""
         groups, logged = self.groups, list(self.logged_spans)
         return [] if groups is None else [logged.index(f"{groups.strategy.name}: {span}") for span in groups.spans]
-
-    @property
-    def reading(self) -> dict[str, list[str]]:
-        """Which of the arguments `tokenizer`, `text` and `offsets` the collator is asked for, by which strategies."""
-        asking = [strategy for strategy in self._strategies if not strategy.reads_raw]
-        by_argument = {a: [s.name for s in asking if s.asks_for(a)] for a in sorted(TEXT_ARGUMENTS)}
-        return {argument: names for argument, names in by_argument.items() if names}
 
     @property
     def reading_raw(self) -> dict[str, Options]:
@@ -201,7 +197,7 @@ class ActiveStrategies(HooksOnDevice):
             input_ids (`np.ndarray`): int64 `[T]`.
             roles (`np.ndarray`): uint8 `[T]`.
             example (`Mapping`): the columns of the example that the document is from.
-            tokenizer (*optional*): this and the other two are needed only if `reading` has them.
+            tokenizer (*optional*): this and the other two are needed only if `needs.text` has them.
             text (`str`, *optional*): the document's.
             offsets (`np.ndarray`, *optional*): int64 `[T, 2]`: which characters of it each token writes.
             raw_example (`Mapping`, *optional*): the example as it was before tokenisation.
@@ -259,3 +255,4 @@ class ActiveStrategies(HooksOnDevice):
                 register(importlib.import_module(plugin) if isinstance(plugin, str) else plugin, name)
         self._bind()
         self.groups = Groups.of(self._strategies)
+        self.needs = Requirements.of(self._strategies)

@@ -2,113 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from wit_plugins.contract.strategy import ON_TOKENS, Strategy
-from wit_plugins.errors import WITConfigError
 
 if TYPE_CHECKING:
     import torch
 
-_references: ContextVar[bool] = ContextVar("references", default=True)
-
-
-@contextmanager
-def without_references() -> Iterator[None]:
-    """For the length of a `with`, no strategy compares with a reference: where the scores of one are still made."""
-    token = _references.set(False)
-    try:
-        yield
-    finally:
-        _references.reset(token)
-
-
-_BY_DOCUMENT = ("documents", "positions", "random", "prompt_attention")  # arguments that tell documents apart
-
 
 class HooksOnDevice:
-    """That half of [`ActiveStrategies`]: factors, selections, other targets, other inputs."""
+    """Asks the strategies of one run for factors, selections, other targets and other inputs.
 
-    def bind(self, strategies: list[Strategy]) -> None:
-        """Set the strategies of the run."""
+    Args:
+        strategies (`Sequence[Strategy]`): of the run.
+    """
+
+    def __init__(self, strategies: Sequence[Strategy]) -> None:
         self._strategies = strategies
         self._dynamic = [s for s in strategies if any(s.has(hook) for hook in ON_TOKENS)]
         self._seen: set[str] = set()  # dynamic strategies whose first answer was looked at
         self._changing: set[str] = set()  # and those whose first change of the inputs was
-
-    @property
-    def has_dynamic_weights(self) -> bool:
-        """Whether any strategy rescales weights on the device, or selects tokens there."""
-        return bool(self._dynamic)
-
-    @property
-    def entropies(self) -> tuple[int, ...]:
-        """Which entropies are asked for: of the k most likely tokens, for each k; 0 stands for all tokens."""
-        top = {strategy.top_k for strategy in self._dynamic} - {None}
-        every = {0} if any(strategy.asks_for("entropy") for strategy in self._dynamic) else set()
-        return tuple(sorted(every | {k for k in top if k is not None}))
-
-    @property
-    def referring(self) -> list[str]:
-        """Which strategies compare with a reference's log-probabilities."""
-        if not _references.get():
-            return []
-        return [strategy.name for strategy in self._dynamic if strategy.asks_for("reference_log_probs")]
-
-    @property
-    def reference(self) -> str | None:
-        """The folder of scores that they compare with; `None` for the model without its adapter.
-
-        Raises:
-            WITConfigError: if they name different ones.
-        """
-        folders = {s.name: s.reference for s in self._dynamic if s.name in self.referring}
-        if len(set(folders.values())) > 1:
-            said = ", ".join(
-                f"{name} = {folder or 'the model without its adapter'}" for name, folder in folders.items()
-            )
-            raise WITConfigError(f"strategies: a run compares with one reference, not with several ({said}); name one")
-        return next(iter(folders.values()), None)
-
-    @property
-    def attending(self) -> list[str]:
-        """Which strategies ask how much a token attends to its prompt."""
-        return [strategy.name for strategy in self._dynamic if strategy.asks_for("prompt_attention")]
-
-    @property
-    def share_of_responses(self) -> float | None:
-        """The share of each document's response tokens that is kept, where it is a share of these."""
-        shares = [strategy.share for strategy in self._dynamic if strategy.shares_each_response]
-        return shares[0] if shares else None
-
-    @property
-    def locating(self) -> list[str]:
-        """Which strategies ask for the document of a token, or for something that takes finding it."""
-        return [s.name for s in self._strategies if s.shares_each_response or any(map(s.asks_for, _BY_DOCUMENT))]
-
-    @property
-    def per_token(self) -> bool:
-        """Whether every factor depends on its own token alone, so that they may be asked for piece by piece."""
-        return all(strategy.per_token for strategy in self._dynamic)
-
-    @property
-    def across_tokens(self) -> list[str]:
-        """Which strategies look at more than one token at a time, or at where it stands in the batch.
-
-        A reference's log-probabilities are counted among it: they come from a second pass over whole rows.
-        """
-        hooks = ("select_tokens", "draw_targets", "change_inputs")
-        arguments = (*_BY_DOCUMENT, "reference_log_probs")
-        return [
-            s.name
-            for s in self._strategies
-            if (s in self._dynamic and not s.per_token)
-            or any(s.has(hook) for hook in hooks)
-            or any(s.asks_for(argument) for argument in arguments)
-        ]
 
     def dynamic_weights(self, log_probs: torch.Tensor, roles: torch.Tensor, **known: Any) -> torch.Tensor | None:
         """The product of the strategies' factors, shaped like `log_probs` `[N]`, or `None` if there is none.
@@ -120,9 +34,9 @@ class HooksOnDevice:
             log_probs (`torch.Tensor`): detached log-probabilities of the targets, `[N]`, float32 or float64: all of a
                 micro-batch, or any of its tokens if `per_token`.
             roles (`torch.Tensor`): uint8 `[N]`.
-            known: what else strategies ask for: `weights` `[N]`, `entropies` (see the property; a mapping from k to
-                `[N]`), `documents` and `positions`, int64 `[N]`, if any of them is `locating`,
-                `reference_log_probs` `[N]`, if any is `referring`, and `prompt_attention` `[N]`, if any is `attending`.
+            known: what else strategies ask for, see [`Requirements`]: `weights` `[N]`, `entropies` (a mapping from k to
+                `[N]`), `documents` and `positions`, int64 `[N]`, `reference_log_probs` `[N]` and `prompt_attention`
+                `[N]`.
 
         Raises:
             ValueError: if a strategy returns the wrong shape, or, in its first answer, factors that are negative or
@@ -156,11 +70,6 @@ class HooksOnDevice:
                         self._seen.add(strategy.name)
                 product = factor if product is None else torch.mul(product, factor)
         return product
-
-    @property
-    def draws_targets(self) -> bool:
-        """Whether a strategy puts other targets in the place of a token's own."""
-        return any(strategy.has("draw_targets") for strategy in self._strategies)
 
     def draw_targets(
         self,
@@ -196,11 +105,6 @@ class HooksOnDevice:
                 f"{tuple(coefficients.shape)}; both are [{len(targets)}, K], the targets torch.int64"
             )
         return ids, coefficients
-
-    @property
-    def changes_inputs(self) -> list[str]:
-        """Which strategies change what the model reads."""
-        return [strategy.name for strategy in self._strategies if strategy.has("change_inputs")]
 
     def change_inputs(
         self, input_ids: torch.Tensor, roles: torch.Tensor, random: torch.Tensor, progress: float, vocab_size: int

@@ -168,8 +168,6 @@ def register(plugin: Any, name: str) -> None:
 
 def strategy_names() -> list[str]:
     """Names of all strategies, built-in and registered, sorted."""
-    manager = plugin_manager()
-    registered = {
-        impl.plugin_name for hook in HOOKS_OF_A_STRATEGY for impl in getattr(manager.hook, hook).get_hookimpls()
-    }
+    hooks = plugin_manager().hook
+    registered = {impl.plugin_name for name in HOOKS_OF_A_STRATEGY for impl in getattr(hooks, name).get_hookimpls()}
     return sorted(registered | DEFAULT_STRATEGIES.keys())

@@ -16,6 +16,7 @@ from wit_plugins.errors import WITConfigError
 
 Options = Mapping[str, Any] | Sequence[Any]
 RAW_ARGUMENT = "raw_example"  # of a `static_weights` that is called while the framework tokenises
+TEXT_ARGUMENTS = frozenset({"tokenizer", "text", "offsets"})  # of hooks that are called with a document
 ON_TOKENS = ("dynamic_weights", "select_tokens")  # called with the predicted tokens of a micro-batch
 
 

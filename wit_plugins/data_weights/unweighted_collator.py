@@ -15,7 +15,7 @@ from wit_plugins.tokens.roles import IGNORE_INDEX
 from wit_plugins.tokens.weighted_labels import read_prepared
 
 
-class OwnLabelsCollator(Delegate, to="collator"):
+class OwnLabelsCollator(Delegate):
     """Wraps a collator; what it is given are the labels that the framework made, without weights, -100
     where the data says 0.
 
@@ -26,6 +26,8 @@ class OwnLabelsCollator(Delegate, to="collator"):
     Args:
         collator (`Callable`): the framework's. It gets a list of examples, or a list of lists of examples.
     """
+
+    _holder = "collator"
 
     def __init__(self, collator: Callable[..., Any]) -> None:
         self.collator = collator

@@ -26,8 +26,10 @@ _ELEMENTS = 1 << 24  # of the weights that are held at a time
 _CHECKED_TOKENS = 64
 
 
-class _Watched(Delegate, to="own"):
+class _Watched(Delegate):
     """A layer's configuration, by which it finds the function that looks at its queries and keys."""
+
+    _holder = "own"
 
     _attn_implementation = _NAME
 

@@ -93,17 +93,17 @@ class MicroBatch:
         self.spans = None if spans is None else spans[:, first:][self.row, column]  # [N]
         self.labels_count = is_response.sum()
         if num_items is None:
-            num_items = denominator(codes, normalization, strategies.share_of_responses)
+            num_items = denominator(codes, normalization, strategies.needs.share_of_responses)
         self.denominator = safe(num_items.to(codes.device))
         self.strategies, self.every_role, self.metrics = strategies, every_role, response_metrics
         self._group_factors = None if group_factors is None else group_factors.to(codes.device)
         self._located: dict[str, torch.Tensor] = {}
-        if strategies.has_dynamic_weights and strategies.locating:
+        if strategies.needs.dynamic and strategies.needs.documents:
             located = zip(("documents", "positions"), locate(codes), strict=True)
             self._located = {name: values[:, first:][self.row, column] for name, values in located}
         self.nll = self.weights.new_zeros(0)  # [N], once the loss was asked for
         self.column, self._chance = column + first, None
-        if drawing is not None and strategies.draws_targets:
+        if drawing is not None and strategies.needs.draws_targets:
             from wit_plugins.tokens.token_random import Chance
 
             self._chance = Chance(codes, *drawing)
@@ -119,7 +119,7 @@ class MicroBatch:
     @property
     def per_token(self) -> bool:
         """Whether the dynamic weights of a token depend on nothing but this token."""
-        return self.strategies.per_token
+        return self.strategies.needs.per_token
 
     def __call__(
         self, log_probs: torch.Tensor, tokens: slice, entropies: Mapping[int, torch.Tensor]
@@ -127,13 +127,15 @@ class MicroBatch:
         """Dynamic weights: factors `[n]` for the tokens of a slice, from their detached log-probabilities `[n]`."""
         located = {name: values[tokens] for name, values in self._located.items()}
         roles, weights = self.roles[tokens], self.weights[tokens]
-        return self.strategies.dynamic_weights(log_probs, roles, weights=weights, entropies=entropies, **located)
+        return self.strategies.on_device.dynamic_weights(
+            log_probs, roles, weights=weights, entropies=entropies, **located
+        )
 
     def _draw(self, probabilities: torch.Tensor, tokens: slice) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Targets and coefficients `[n, K]` for the tokens of a slice, from probabilities `[n, V]`."""
         assert self._chance is not None
         random = functools.partial(self._chance, rows=self.row[tokens], columns=self.column[tokens])
-        return self.strategies.draw_targets(probabilities, self.targets[tokens], self.roles[tokens], random)
+        return self.strategies.on_device.draw_targets(probabilities, self.targets[tokens], self.roles[tokens], random)
 
     def _tokens(self) -> Tokens:
         return Tokens(
@@ -141,10 +143,10 @@ class MicroBatch:
             self._weights_in_groups(),
             rows=self.positions,
             num_items=self.denominator,
-            rescale=self if self.strategies.has_dynamic_weights else None,
+            rescale=self if self.strategies.needs.dynamic else None,
             with_correct=self.metrics,
             with_entropy=self.metrics,
-            entropies=self.strategies.entropies,
+            entropies=self.strategies.needs.entropies,
             retarget=None if self._chance is None else self._draw,
         )
 

@@ -69,10 +69,10 @@ class WeightedHead:
         self.step: Step | None = None
         self._reference_nll: torch.Tensor | None = None
         self.attention: PromptAttention | None = None
-        if strategies.attending:
+        if strategies.needs.prompt_attention:
             from wit_plugins.loss.attention import PromptAttention
 
-            self.attention = PromptAttention(model, strategies.attending)
+            self.attention = PromptAttention(model, strategies.needs.prompt_attention)
         self._aligned = False
         self._is_own_loss = False  # whether the model was asked for its own loss, and computes this one at (0, 1)
         self.loss_impl = loss_impl
@@ -142,7 +142,7 @@ class WeightedHead:
                 f"the model was called with {CODES_KEY} and without {SPANS_KEY}, by which spans are logged: something "
                 "between the collator and the model takes it out of the batch; leave it in"
             )
-        if scores is None and self.strategies.reference is not None:
+        if scores is None and self.strategies.needs.reference is not None:
             raise WeightsNotAppliedError(
                 f"the model was called with {CODES_KEY} and without {SCORES_KEY}, in which a reference's scores are: "
                 "something between the collator and the model takes it out of the batch; leave it in"
@@ -152,7 +152,7 @@ class WeightedHead:
             labels = self._shifted_labels(kwargs.pop("shift_labels", None), step)
         kwargs = {key: value for key, value in kwargs.items() if key not in self.adapter.head_kwargs}
         kwargs["return_dict"] = True
-        if step.training and self.strategies.changes_inputs:
+        if step.training and self.strategies.needs.changed_inputs:
             kwargs["input_ids"] = self._changed_inputs(kwargs.get("input_ids"), codes, step)
         if step.training and not step.shifted and not self._is_own_loss:
             check_own_loss(self.model, self._original_of(model), codes, labels.device)
@@ -192,7 +192,7 @@ class WeightedHead:
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Any, codes: Any, step: Step
     ) -> torch.Tensor | None:
         """The nll `[N]` of the step's tokens by the model without its adapters, if a strategy asks for it."""
-        if not self.strategies.referring or self.strategies.reference is not None:
+        if not self.strategies.needs.references or self.strategies.needs.reference is not None:
             return None
         batches: list[MicroBatch] = []
 
@@ -223,8 +223,8 @@ class WeightedHead:
         """
         if input_ids is None or input_ids.shape != codes.shape:
             raise WeightsNotAppliedError(
-                f"strategies: {', '.join(self.strategies.changes_inputs)} changes what the model reads, but the model "
-                "is not called with the batch's input_ids (a PEFT method that inserts tokens); train without it"
+                f"strategies: {', '.join(self.strategies.needs.changed_inputs)} changes what the model reads, but the "
+                "model is not called with the batch's input_ids (a PEFT method that inserts tokens); train without it"
             )
         codes = codes.to(input_ids.device)
         vocab_size = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
@@ -232,7 +232,7 @@ class WeightedHead:
         from wit_plugins.tokens.token_random import Chance
 
         random = Chance(codes, step.number, step.seed)(1)[..., 0]
-        return self.strategies.change_inputs(input_ids, decode(codes)[1], random, progress, vocab_size)
+        return self.strategies.on_device.change_inputs(input_ids, decode(codes)[1], random, progress, vocab_size)
 
     def _original_of(self, model: Any) -> Callable[..., Any]:
         """The original forward, on the model that was called."""

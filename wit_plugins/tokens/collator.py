@@ -46,7 +46,7 @@ class Explained:
     sources: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-class WeightedCollator(Delegate, to="collator"):
+class WeightedCollator(Delegate):
     """Wraps a collator so that its batches carry every token's weight, target and role.
 
     The batch keeps what the wrapped collator made of it, with `labels` as the framework would have had them (int64,
@@ -69,6 +69,8 @@ class WeightedCollator(Delegate, to="collator"):
         WITConfigError: if a strategy reads the text, and there is no tokenizer.
     """
 
+    _holder = "collator"
+
     def __init__(
         self,
         collator: Callable[..., Any],
@@ -79,12 +81,12 @@ class WeightedCollator(Delegate, to="collator"):
         self.collator = collator
         self.strategies = strategies
         self.reader = reader or ExampleReader()
-        self._reading, self._locating = strategies.reading, strategies.locating
+        self._reading, self._locating = strategies.needs.text, strategies.needs.documents
         self.scores: Scores | None = None
-        if strategies.reference is not None:
+        if strategies.needs.reference is not None:
             from wit_plugins.tokens.reference_scores import Scores
 
-            self.scores = Scores(strategies.reference)
+            self.scores = Scores(strategies.needs.reference)
         self._token_text: TokenText | None = None
         if self._reading and hasattr(tokenizer, "convert_ids_to_tokens"):
             from wit_plugins.tokens.text import TokenText

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -230,7 +230,8 @@ class TokenText:
         rules = self._rules
         if rules.byte_level:
             added = token_id in self._added
-            return bytes(_BYTE_OF[c] for c in token) if not added and _BYTE_OF.keys() >= set(token) else _utf8(token)
+            byte_of = _byte_level_alphabet()
+            return bytes(byte_of[c] for c in token) if not added and byte_of.keys() >= set(token) else _utf8(token)
         for old, new in rules.replaced:
             token = token.replace(old, new)
         byte = _BYTE.fullmatch(token) if rules.byte_fallback else None
@@ -320,11 +321,9 @@ def _decode(data: bytes) -> tuple[str, np.ndarray]:
     return "".join(parts), begins
 
 
+@cache
 def _byte_level_alphabet() -> dict[str, int]:
     """The character that byte-level tokenizers write each byte as: itself if it is printable, else one from 256 up."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-_BYTE_OF = _byte_level_alphabet()

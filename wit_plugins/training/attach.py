@@ -72,10 +72,10 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
     model = causal_lm(trainer)
     claim(model, trainer)
     check_parallelism(trainer, adapter, strategies, model)
-    if strategies.referring and strategies.reference is None:
+    if strategies.needs.references and strategies.needs.reference is None:
         from wit_plugins.loss.peft import check_base_model
 
-        check_base_model(model, strategies.referring)
+        check_base_model(model, strategies.needs.references)
     aux_loss_sums = adapter.aux_loss_sums(trainer)  # before it is changed
     make_head = functools.partial(
         WeightedHead,
@@ -106,7 +106,7 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
             if getattr(trainer, name, None) is not None:
                 own = WeightedCollator(getattr(trainer, name), strategies, reader, tokenizer)
                 changes.set(trainer, name, own)
-        if strategies.reference is not None:
+        if strategies.needs.reference is not None:
             check_scores(_datasets(trainer), trainer.data_collator)  # type: ignore[arg-type]
         # Otherwise the trainer would not count the step's denominator, but average its micro-batches one by one.
         changes.set(trainer, "model_accepts_loss_kwargs", True)

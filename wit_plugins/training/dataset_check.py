@@ -325,7 +325,7 @@ def check_scores(datasets: Mapping[str, Any], collator: WeightedCollator) -> Non
     try:
         collator.scores.open()
     except WITConfigError as error:
-        raise WITConfigError(f"strategies: {', '.join(collator.strategies.referring)}: {error}") from None
+        raise WITConfigError(f"strategies: {', '.join(collator.strategies.needs.references)}: {error}") from None
     for name, dataset in datasets.items():
         if not can_be_read_again(dataset):
             continue

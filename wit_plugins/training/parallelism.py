@@ -93,7 +93,7 @@ def check_parallelism(trainer: Trainer, adapter: TrainerAdapter, strategies: Act
         reason = "it needs FSDP2, which sums the gradients of the ranks that share a row"
     elif parallelism.tp_enabled:
         reason = f"it is not shown to be exact together with tp_size = {parallelism.tp_size}"
-    elif across := strategies.across_tokens:
+    elif across := strategies.needs.across_tokens:
         reason = f"strategies: {', '.join(across)} looks at more than one token at a time, and no rank has a whole row"
     elif strategies.groups:
         reason = "the denominators of groups are not shown to be exact with it"

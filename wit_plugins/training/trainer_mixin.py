@@ -103,7 +103,7 @@ class WeightedTrainerMixin(_Base):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | int | None:
         """The whole step's denominator: all micro-batches, all ranks."""
         counted = super()._get_num_items_in_batch(batch_samples, device)
-        share = self._wit.head.strategies.share_of_responses
+        share = self._wit.head.strategies.needs.share_of_responses
         cut = bool(batch_samples) and all(is_cut(batch) for batch in batch_samples)
         total = step_denominator(batch_samples, self._wit.config.normalization, device, share, shifted=cut)
         if (counted is None and not cut) or total is None:
@@ -124,7 +124,7 @@ class WeightedTrainerMixin(_Base):
             return  # without codes there is no step
         strategies = wit.head.strategies
         own = group_denominators(
-            batch_samples, wit.config.normalization, strategies.group_bits, device, strategies.share_of_responses
+            batch_samples, wit.config.normalization, strategies.group_bits, device, strategies.needs.share_of_responses
         )
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             own = self.accelerator.gather(own[None]).sum(dim=0) / self._ranks_of_a_batch()

@@ -118,13 +118,13 @@ class Selecting:
 def test_selections_that_cannot_be(monkeypatch):
     log_probs, roles = torch.tensor([-0.5, -2.0]), torch.tensor([2, 2], dtype=torch.uint8)
     with registered(Selecting(), "one"), registered(Selecting(), "two"):
-        assert ActiveStrategies({"wit": WIT, "one": {}}).dynamic_weights(log_probs, roles).tolist() == [0, 1]
-        assert not ActiveStrategies({"wit": WIT, "one": {}}).per_token
+        assert ActiveStrategies({"wit": WIT, "one": {}}).on_device.dynamic_weights(log_probs, roles).tolist() == [0, 1]
+        assert not ActiveStrategies({"wit": WIT, "one": {}}).needs.per_token
         with pytest.raises(WITConfigError, match="one and two both select tokens"):
             ActiveStrategies({"wit": WIT, "one": {}, "two": {}})
         monkeypatch.setattr(Selecting, "select_tokens", hookimpl(lambda self, log_probs: log_probs))
     with registered(Selecting(), "floats"), pytest.raises(ValueError, match="a selection of torch.float32, not"):
-        ActiveStrategies({"wit": WIT, "floats": {}}).dynamic_weights(log_probs, roles)
+        ActiveStrategies({"wit": WIT, "floats": {}}).on_device.dynamic_weights(log_probs, roles)
 
 
 def test_an_entropy_of_nobody_knows_how_many():

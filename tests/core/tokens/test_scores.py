@@ -10,7 +10,7 @@ from test_transport import FirstTokenMasked, FlatteningCollator, PaddingCollator
 
 from wit_plugins import WeightsNotAppliedError, WITConfigError, hookimpl, reference_in
 from wit_plugins.contract.active import ActiveStrategies
-from wit_plugins.contract.on_device import without_references
+from wit_plugins.contract.requirements import without_references
 from wit_plugins.testing import registered
 from wit_plugins.tokens.codes import decode, locate
 from wit_plugins.tokens.collator import CODES_KEY, SCORES_KEY, WeightedCollator
@@ -179,16 +179,16 @@ def test_a_folder_that_cannot_be_used(tmp_path):
 
 
 def test_one_reference_a_run(tmp_path):
-    assert strategies("a", **{"compares too": {"against": "a"}}).reference == "a"
+    assert strategies("a", **{"compares too": {"against": "a"}}).needs.reference == "a"
     for other in ({"against": "b"}, {}):
         with pytest.raises(WITConfigError, match="compares with one reference, not with several.*compares too = "):
             strategies("a", **{"compares too": other})
     with pytest.raises(WITConfigError, match=r"compares: against = 3: is the name of a folder"):
         strategies("a", compares={"against": 3})
     with without_references():
-        assert strategies("a").reference is None
-        assert strategies("a").referring == []
-    assert strategies("a").referring == ["compares"]
+        assert strategies("a").needs.reference is None
+        assert strategies("a").needs.references == ()
+    assert strategies("a").needs.references == ("compares",)
 
 
 def test_a_folder_of_something_else_is_not_written_to(tmp_path):

@@ -197,10 +197,12 @@ class Drawing:
 
 def test_drawn_targets_that_are_none():
     with registered(Drawing(lambda y: (y, y.float())), "flat"), pytest.raises(ValueError, match=r"both are \[2, K\]"):
-        ActiveStrategies({"wit": WIT, "flat": {}}).draw_targets(torch.ones(2, 3), torch.tensor([0, 1]), None, None)
+        ActiveStrategies({"wit": WIT, "flat": {}}).on_device.draw_targets(
+            torch.ones(2, 3), torch.tensor([0, 1]), None, None
+        )
     with registered(Drawing(lambda y: None), "none"):
         active = ActiveStrategies({"wit": WIT, "none": {}})
-        assert active.draw_targets(torch.ones(2, 3), torch.tensor([0, 1]), None, None) is None
+        assert active.on_device.draw_targets(torch.ones(2, 3), torch.tensor([0, 1]), None, None) is None
         both = {"wit": WIT, "none": {}, "otr": {"samples": 1, "beta": 0, "temperature": 1}}
         with pytest.raises(WITConfigError, match="none and otr both put other targets in the place"):
             ActiveStrategies(both)
