@@ -1,9 +1,12 @@
-"""Weights that stand in the data: TRL tokenises, and what messages and samples weigh gets into its labels.
+"""Has TRL tokenise a dataset, and writes the weights of messages and samples into the labels that TRL makes.
 
-`SFTTrainer._prepare_dataset` does all of the tokenising and masking, without truncation and packing. Its rows keep
-their columns, so that each is weighed beside its own tokens; `SFTTrainer` takes the result as prepared, and truncates
-and packs it as ever. That method has the one patch of a class of TRL. It weighs where the settings are known (in
-`wit_trl.sft`, in evaluation with weights attached), and else remembers the dataset for `wit_trl.unread_weights`.
+`SFTTrainer._prepare_dataset` tokenises and masks; here it is called without truncation and packing. The rows keep their
+columns, so each row's weights stand beside its tokens. Afterwards `SFTTrainer` takes the dataset as a prepared one, and
+truncates and packs it as always.
+
+This method of TRL is patched; no other class of TRL is. Where the settings are known (in `wit_trl.sft`, and in
+evaluation with weights attached), the patch writes the weights. Elsewhere it keeps the dataset for
+`wit_trl.unread_weights`.
 """
 
 from __future__ import annotations
@@ -83,17 +86,17 @@ def prepare_dataset(
 
 
 class _Ready(Exception):
-    """Leaves the constructor of a trainer that is about to tokenise."""
+    """Raised to leave the constructor of a trainer as soon as it would tokenise."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
 
 
 def _tokenising(dataset: Any, tokenizer: Any, args: Any, formatting_func: Any) -> tuple[Any, Any, Any]:
-    """A trainer that has decided how it tokenises, its tokenizer and its arguments.
+    """A trainer that has decided how it tokenises, with its tokenizer and its arguments.
 
-    TRL decides in its constructor, from the arguments, the tokenizer and the first example; so it is made, with the
-    smallest of models, up to that point.
+    TRL decides this in the trainer's constructor, from the arguments, the tokenizer and the first example. So a trainer
+    with a very small model is constructed up to that point.
     """
 
     class SFTTrainer(trl.SFTTrainer):
@@ -101,7 +104,7 @@ def _tokenising(dataset: Any, tokenizer: Any, args: Any, formatting_func: Any) -
             raise _Ready(self, processing_class, args)
 
     tokenizer, args = copy.deepcopy(tokenizer), copy.copy(args)
-    # What is said of the model, of truncation and of packing is for the real trainer.
+    # Settings of the model, of truncation and of packing concern the real trainer only.
     args.model_init_kwargs, args.dataset_kwargs, args.max_length = None, None, None
     args.packing, args.padding_free = False, False
     size = max(tokenizer.get_vocab().values(), default=0) + 1  # ids may have gaps
@@ -117,7 +120,7 @@ def _tokenising(dataset: Any, tokenizer: Any, args: Any, formatting_func: Any) -
 
 
 def _tokenised(trainer: Any, dataset: Any, processing_class: Any, args: Any, formatting_func: Any, name: str) -> Any:
-    """What TRL makes of a dataset before truncation, packing and shuffling."""
+    """A dataset as TRL tokenises it, before truncation, packing and shuffling."""
     whole = copy.copy(args)
     whole.max_length, whole.shuffle_dataset, whole.use_liger_kernel = None, False, False
     return _original(trainer, dataset, processing_class, whole, False, formatting_func, name)
@@ -126,7 +129,7 @@ def _tokenised(trainer: Any, dataset: Any, processing_class: Any, args: Any, for
 def _weighted(
     trainer: Any, dataset: Any, processing_class: Any, args: Any, formatting_func: Any, name: str, config: WITConfig
 ) -> Any:
-    """The same, with weights in the labels; `None` if there is nothing to weigh, or it has been done.
+    """The tokenised dataset with weights in its labels. `None` if the data has no weights, or they are in it already.
 
     Raises:
         BadExampleError: naming the row, the key and the value.
@@ -215,7 +218,7 @@ def check_trl() -> None:
 
 
 def _changed() -> str | None:
-    """What of TRL's method is not as this module relies on."""
+    """What has changed in the method of TRL that this module relies on; `None` if nothing has."""
     source, where = inspect.getsource(_original), f"{_original.__module__}.{_original.__qualname__}"
     arguments = list(inspect.signature(_original).parameters)
     if arguments != _ARGUMENTS:

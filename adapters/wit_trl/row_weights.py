@@ -1,7 +1,8 @@
-"""What TRL's rows say of weights, and their labels with the weights in them. Functions of `datasets.map`: picklable.
+"""Reads the weights that stand in TRL's rows, and writes them into the labels of these rows.
 
-The labels of prepared datasets are *sealed*: written as text, of which a collator without weights can make no tensor.
-TRL's head does not look (since 1.15) whether a label is in the vocabulary, and such a run would train on nonsense.
+`datasets.map` calls the classes here, so they pickle. The labels of a prepared dataset are *sealed*: they are strings,
+so that a collator without weights fails when it makes a tensor of them. TRL's head (since 1.15) does not check whether
+a label is in the vocabulary; without the seal such a run would train on nonsense.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ _CONVERSATIONS = ("prompt", "completion", "messages", "conversations")  # column
 
 
 class Template(Delegate):
-    """A tokenizer whose chat template sees no weights, for TRL in the tokenizer's place.
+    """Stands in the tokenizer's place while TRL tokenises, so that the chat template sees no weights.
 
-    Parts of text become one text where the template does not write them so by itself (most take a text alone).
+    Most templates take a content that is one text. For these, a content in parts is joined into one text.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the trainer's.
-        keys (`Sequence[str]`): of messages and their parts, that are weights.
+        keys (`Sequence[str]`): the keys of messages and of their parts that are weights.
         chat_template (`str | None`): the template that TRL uses in the place of the tokenizer's.
     """
 
@@ -46,7 +47,7 @@ class Template(Delegate):
         return self.tokenizer(*args, **kwargs)
 
     def apply_chat_template(self, messages: Sequence[Any], **kwargs: Any) -> Any:
-        """The tokenizer's own, without weights in the messages."""
+        """Call the tokenizer's own method with messages without weights."""
         return self.tokenizer.apply_chat_template(self.plain(messages), **kwargs)
 
     def plain(self, messages: Sequence[Any]) -> list[Any]:
@@ -54,7 +55,7 @@ class Template(Delegate):
         return [self._plain(message) for message in messages]
 
     def render(self, row: Mapping[str, Any], messages: Sequence[Any], contents: Sequence[str]) -> str:
-        """The text that TRL tokenises for a row's messages (plain ones), with these contents in the place of theirs."""
+        """The text that TRL would tokenise for a row if its messages (plain ones) had these contents."""
         tools = row.get("tools")
         made = []
         for message, text in zip(messages, contents, strict=True):
@@ -96,11 +97,11 @@ class Template(Delegate):
 
 
 class Weigh:
-    """The labels of rows that TRL has tokenised, whole, with their tokens' weights in them.
+    """Writes the weights of tokens into the labels of rows that TRL has tokenised and not truncated yet.
 
     Args:
         data ([`DataWeights`]): what is read from the data.
-        template ([`Template`]): what they were tokenised with.
+        template ([`Template`]): the rows were tokenised with it.
         name (`str`): the dataset's, for messages.
         assistant_only (`bool`): whether TRL trains on nothing but messages of the assistant.
         completion_only (`bool`): whether TRL trains on nothing but completions, where there are some.
@@ -118,7 +119,7 @@ class Weigh:
         self.assistant_only, self.completion_only = assistant_only, completion_only
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
-        """The columns that change.
+        """The columns of the row that change.
 
         Raises:
             BadExampleError: naming the row, the message, the key and the value.
@@ -159,20 +160,20 @@ class Weigh:
 
 
 class KeepsResponse:
-    """Whether TRL would keep a row: where it truncates, it drops those of which no label is left.
+    """Tells whether a prepared row keeps a label after truncation, so that a row without one can be dropped.
 
-    It looks for labels that are not -100, of which prepared ones say something else.
+    TRL drops such rows by itself, by labels that are not -100. It cannot read prepared labels.
 
     Args:
         max_length (`int`): how many tokens are kept.
-        truncation_mode (`str`): which.
+        truncation_mode (`str`): `keep_start` or `keep_end`.
     """
 
     def __init__(self, max_length: int, truncation_mode: str) -> None:
         self.kept = slice(-max_length, None) if truncation_mode == "keep_end" else slice(max_length)
 
     def __call__(self, row: Mapping[str, Any]) -> bool:
-        """See above; rows that are not prepared are left to TRL."""
+        """Whether a label is left. A row that is not prepared is kept here, since TRL looks at it itself."""
         return row.get(MARK) is None or bool((own_labels(row["labels"])[self.kept] != IGNORE_INDEX).any())
 
 
@@ -192,7 +193,7 @@ def opened(labels: Sequence[str]) -> np.ndarray:
 
 
 def own_labels(labels: Any) -> np.ndarray:
-    """TRL's own labels, int64 `[T]`, whatever has been made of them."""
+    """TRL's own labels, int64 `[T]`, from plain, prepared or sealed labels."""
     found = opened(labels) if is_sealed(labels) else token_array(labels)
     prepared = read_prepared(found)
     return found if prepared is None else prepared.labels
@@ -205,15 +206,15 @@ def conversations(row: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def says_something(row: Mapping[str, Any], data: DataWeights) -> bool:
-    """Whether any weight stands in a row."""
+    """Whether a row has any weight."""
     return data.says_something(row, [message for messages in conversations(row).values() for message in messages])
 
 
 def found_weights(dataset: Any, data: DataWeights) -> list[str] | None:
-    """Where weights stand in a dataset, in words; `None` if only the rows of a stream can tell.
+    """Where weights stand in a dataset, in words. `None` if only the rows of a stream can tell.
 
-    Columns and keys are told by its features, so that a large dataset is not read; a key that is there in any row is
-    there in all, mostly as `None`.
+    The dataset's features name its columns and keys, so a large dataset is not read. `datasets` gives every row each
+    key that any row has, mostly as `None`.
     """
     features = dataset.features
     if features is None:

@@ -1,7 +1,7 @@
-"""Weights that stand in the data and were not read: TRL tokenises before anything is attached, and drops the columns.
+"""Refuses a trainer whose data has weights that nobody has read.
 
-So each `SFTTrainer` that is made after this package was imported has its datasets as they were, and `check` looks at
-them when weights are attached.
+TRL tokenises, and drops the columns, before anything is attached. So each `SFTTrainer` that is made after this package
+was imported keeps its datasets as they were before. `check` looks at these datasets when weights are attached.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _WAY_OUT = (
 
 
 class Look:
-    """Looks at a stream's rows as they come by, since none may be lost, and only they can tell. Picklable."""
+    """Looks at the rows of a stream as they come by: no row may be lost, and only the rows can tell. It pickles."""
 
     def __init__(self, name: str) -> None:
         self.name, self.data = name, None
@@ -46,7 +46,7 @@ class Look:
 
 
 def note(trainer: Any, name: str, dataset: Any) -> Any:
-    """Keep a dataset in mind, as it was before TRL truncates and packs it; returns the one to go on with."""
+    """Keep a dataset as it was before TRL truncates and packs it. Returns the dataset that TRL goes on with."""
     kept = dataset
     if isinstance(dataset, IterableDataset) and dataset.features is None:
         kept = Look(name)
@@ -56,7 +56,7 @@ def note(trainer: Any, name: str, dataset: Any) -> Any:
 
 
 def check(trainer: Any, config: WITConfig) -> None:
-    """Refuse a trainer in whose data are weights that are not in its labels.
+    """Refuse a trainer whose data has weights that are not in its labels.
 
     Raises:
         WITConfigError: naming the dataset, where the weights stand, and the way out.
