@@ -17,8 +17,8 @@ from wit_plugins.foreign import Delegate
 _FULLY = 1000  # rows that are tokenised again to find the one that was refused
 
 
-class _Said(NamedTuple):
-    """What a row says: the weight of the whole of it, and those of its messages."""
+class _RowWeights(NamedTuple):
+    """The weights that stand in a row: that of the whole row, and those of its messages."""
 
     sample: float
     conversation: Conversation | None
@@ -47,10 +47,10 @@ class WeighingStrategy(Delegate):
             BadExampleError: if what a row says is no weight, or cannot be given to tokens.
         """
         if not self.strategy.supports_batched:
-            said = self.read(prompt)
+            row_weights = self.read(prompt)
             made = self.strategy.tokenize_prompt(prompt)
-            if said is not None:
-                made["labels"] = self._labels(said, prompt, made.get("input_ids"), made.get("labels"))
+            if row_weights is not None:
+                made["labels"] = self._labels(row_weights, prompt, made.get("input_ids"), made.get("labels"))
             return made
         rows = _rows(prompt)
         read = [self.read(row) for row in rows]
@@ -59,7 +59,7 @@ class WeighingStrategy(Delegate):
             plain = [without_weights(self.strategy, self.weights, row) for row in rows]
             prompt = {**prompt, column: [row[column] for row in plain]} if column in prompt else prompt
         made = self.strategy.tokenize_prompt(prompt)
-        if not any(said is not None for said in read):
+        if not any(row_weights is not None for row_weights in read):
             return made
         origin = self._origin(rows, made)
         made["labels"] = [
@@ -68,7 +68,7 @@ class WeighingStrategy(Delegate):
         ]
         return made
 
-    def read(self, row: Mapping[str, Any]) -> _Said | None:
+    def read(self, row: Mapping[str, Any]) -> _RowWeights | None:
         """What a row says; `None` if nothing.
 
         Raises:
@@ -85,7 +85,7 @@ class WeighingStrategy(Delegate):
             return None
         if self.refusal is not None:
             raise BadExampleError(self.refusal)
-        return _Said(sample, conversation)
+        return _RowWeights(sample, conversation)
 
     def _refuse_messages(self, name: str, value: Any) -> None:
         for index, message in enumerate(value if isinstance(value, list) and name != "tools" else ()):
@@ -112,14 +112,14 @@ class WeighingStrategy(Delegate):
             )
         return origin
 
-    def _labels(self, said: _Said | None, row: Mapping[str, Any], ids: Any, labels: Any) -> list[int]:
-        assert said is not None
+    def _labels(self, row_weights: _RowWeights | None, row: Mapping[str, Any], ids: Any, labels: Any) -> list[int]:
+        assert row_weights is not None
         if ids is None or labels is None:
             raise BadExampleError(f"{type(self.strategy).__name__} makes no labels, so that nothing can be weighted")
-        weights: np.ndarray | float = said.sample
-        if said.conversation is not None:
-            of_messages = said.conversation.token_weights(self.strategy, self.weights, ids)
-            weights = self.weights.times(of_messages, said.sample)
+        weights: np.ndarray | float = row_weights.sample
+        if row_weights.conversation is not None:
+            of_messages = row_weights.conversation.token_weights(self.strategy, self.weights, ids)
+            weights = self.weights.times(of_messages, row_weights.sample)
         return self.weights.labels(ids, labels, np.asarray(weights, dtype=np.float32), row)
 
     def refused_row(self, dataset: Iterable[Mapping[str, Any]], kind: type[Exception] = BadExampleError) -> int | None:
@@ -158,8 +158,8 @@ def refuse_unread(weights: DataWeights, dataset: Any, where: str) -> None:
     weighted = [name for name in columns if name == weights.sample_key]
     weighted += [name for name in columns if any(weights.weighted_columns(features, [name]))]
     for row in dataset.select_columns(weighted) if weighted else ():
-        said = [weights.message_weight(message, place) for place, message in messages_of(row, ("content",))]
-        if weights.sample_weight(row) != 1 or any(weight != 1 for weight in said):
+        message_weights = [weights.message_weight(message, place) for place, message in messages_of(row, ("content",))]
+        if weights.sample_weight(row) != 1 or any(weight != 1 for weight in message_weights):
             raise WITConfigError(
                 f"{where}: there are weights in {', '.join(weighted)}, but Axolotl does not tokenise this dataset row "
                 "by row (it is tokenised already, or its type makes a dataset of its own), so they cannot be read; use "

@@ -110,7 +110,7 @@ def read_conversation(
     if isinstance(prompt[prompter.field_messages], str):
         for message in said:
             weights.message_weight({k: v for k, v in message.items() if k not in weights.message_keys}, "messages")
-    if not any(_speaks(message, weights) for message in said):
+    if not any(has_weight_key(message, weights) for message in said):
         return None
     turns = strategy.get_conversation_thread(prompt)
     # Axolotl puts a system message of the row in front, or takes one out.
@@ -188,7 +188,7 @@ def without_weights(strategy: ChatTemplateStrategy, weights: DataWeights, row: M
     return {**row, prompter.field_messages: json.dumps(made) if is_text else made}
 
 
-def _speaks(message: Mapping[str, Any], weights: DataWeights) -> bool:
+def has_weight_key(message: Mapping[str, Any], weights: DataWeights) -> bool:
     """Whether a message or one of its parts has a key that is read."""
     parts = [part for value in message.values() if isinstance(value, list) for part in value]
     keys = set(weights.message_keys)

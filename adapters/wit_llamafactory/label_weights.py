@@ -14,7 +14,7 @@ import numpy as np
 from llamafactory.data.processor.supervised import PackedSupervisedDatasetProcessor, SupervisedDatasetProcessor
 from llamafactory.extras.constants import IGNORE_INDEX
 
-from wit_llamafactory.row_weights import BETWEEN_TOOL_RESPONSES, Part, Said
+from wit_llamafactory.row_weights import BETWEEN_TOOL_RESPONSES, Part, RowWeights
 from wit_plugins.data_weights.message_tokens import WeightedMessage
 from wit_plugins.data_weights.reader import DataWeights
 from wit_plugins.errors import BadExampleError
@@ -61,13 +61,13 @@ class WeightedTemplate(Delegate):
 
     Args:
         template (`Template`): LLaMA-Factory's.
-        said ([`Said`]): what the example says.
+        said ([`RowWeights`]): what the example says.
         data ([`DataWeights`]): locates the messages.
     """
 
     _holder = "_template"
 
-    def __init__(self, template: Any, said: Said, data: DataWeights) -> None:
+    def __init__(self, template: Any, said: RowWeights, data: DataWeights) -> None:
         self._template, self._said, self._data = template, said, data
         self._pairs: list[tuple[list[_Id], list[_Id]]] | None = None
         self._end_factor = 1.0
@@ -140,7 +140,7 @@ class _Conversation:
     def __init__(
         self,
         template: Any,
-        said: Said,
+        said: RowWeights,
         tokenizer: Any,
         messages: list[dict[str, Any]],
         system: str | None,
@@ -242,7 +242,7 @@ class _Weighing(SupervisedDatasetProcessor):
     def _encode_data_example(
         self, prompt: list[dict[str, Any]], response: list[dict[str, Any]], *args: Any, **kwargs: Any
     ) -> tuple[list[int], list[int]]:
-        said = Said.read(prompt)
+        said = RowWeights.read(prompt)
         if said is None:
             return super()._encode_data_example(prompt, response, *args, **kwargs)
         template = WeightedTemplate(self.template, said, self.data)

@@ -41,7 +41,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Said:
+class RowWeights:
     """What one example of the data says of weights.
 
     Attributes:
@@ -60,7 +60,7 @@ class Said:
     group: int = 0
 
     @classmethod
-    def read(cls, messages: Sequence[Mapping[str, Any]]) -> Said | None:
+    def read(cls, messages: Sequence[Mapping[str, Any]]) -> RowWeights | None:
         """From aligned messages; `None` if everything weighs 1."""
         text = messages[0].get(KEY) if messages else None
         if not text:

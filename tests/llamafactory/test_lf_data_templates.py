@@ -6,7 +6,7 @@ import pytest
 from llamafactory.data.template import TEMPLATES, Llama2Template, ReasoningTemplate
 from support import byte_tokenizer
 from wit_llamafactory.label_weights import WeightedTemplate
-from wit_llamafactory.row_weights import Part, Said
+from wit_llamafactory.row_weights import Part, RowWeights
 
 from wit_plugins import WITConfig
 from wit_plugins.data_weights.reader import DataWeights
@@ -78,7 +78,7 @@ def reference(template, tokenizer):
 def test_every_template(name):
     template = TEMPLATES[name]
     tokenizer = tokenizer_for(template)
-    said = Said(1.0, Part(len(TEXTS[0]), WEIGHTS[0], ()), tuple((Part(0, w, ()),) for w in WEIGHTS[1:]), None)
+    said = RowWeights(1.0, Part(len(TEXTS[0]), WEIGHTS[0], ()), tuple((Part(0, w, ()),) for w in WEIGHTS[1:]), None)
     roles = ["user", "assistant"] * 2
     messages = [{"role": role, "content": text} for role, text in zip(roles, TEXTS[1:], strict=True)]
     weighted = WeightedTemplate(template, said, DataWeights(WITConfig(prompt_weight=0.2), tokenizer))

@@ -66,7 +66,7 @@ class HooksOnDevice:
                 else:
                     factor = own.detach().to(log_probs.dtype)
                     if strategy.name not in self._seen and len(factor):  # once, since looking makes the device wait
-                        self._look_at(strategy, factor, facts)
+                        self._check_first_answer(strategy, factor, facts)
                         self._seen.add(strategy.name)
                 product = factor if product is None else torch.mul(product, factor)
         return product
@@ -143,7 +143,7 @@ class HooksOnDevice:
         return input_ids
 
     @staticmethod
-    def _look_at(strategy: Strategy, factor: torch.Tensor, facts: Mapping[str, Any]) -> None:
+    def _check_first_answer(strategy: Strategy, factor: torch.Tensor, facts: Mapping[str, Any]) -> None:
         import torch
 
         log_probs = facts["log_probs"]

@@ -100,7 +100,7 @@ class DataWeights:
         if len(said) > 1:
             both = " and ".join(f"{key} = {value!r}" for key, value in said.items())
             raise BadExampleError(f"{where} has two weights, {both}; keep one of them")
-        self._look_at(message, where)
+        self._find_unread_keys(message, where)
         for key, value in said.items():
             if is_answer or not isinstance(value, (bool, np.bool_)):
                 return _weight(value, f"{where}.{key}")
@@ -123,7 +123,7 @@ class DataWeights:
             content = message.get("content")
             for each in (message, *(content if isinstance(content, (list, tuple)) else ())):
                 if isinstance(each, Mapping):
-                    self._look_at(each, "messages")
+                    self._find_unread_keys(each, "messages")
                     found |= any(each.get(key) is not None for key in self.message_keys)
         return found
 
@@ -166,7 +166,7 @@ class DataWeights:
         rows = dataset.select_columns(columns)
         for index in evenly(len(rows)):
             for where, said in messages_of(rows[index], contents):
-                self._look_at(said, f"row {index} (from 0): {where}")
+                self._find_unread_keys(said, f"row {index} (from 0): {where}")
             if not unclear and wanted <= self._warned:
                 return
 
@@ -303,7 +303,7 @@ class DataWeights:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_token_text"} | {"_warned": set()}
 
-    def _look_at(self, message: Mapping[str, Any], where: str) -> None:
+    def _find_unread_keys(self, message: Mapping[str, Any], where: str) -> None:
         """Warn of keys that look like weights and are not read, of each once."""
         for key in message.keys() - self._warned:
             if message[key] is not None and self._is_unread(key):

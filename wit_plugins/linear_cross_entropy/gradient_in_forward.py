@@ -75,7 +75,7 @@ class Pass:
             self._walk((False,) * len(needs))
             scores.rescale_by(rescale, whole)
             if any(needs):
-                scores.settle()
+                scores.freeze_metrics()
                 self._walk(needs)
         self.gradients = self.source.gradients()  # by now the buffers are gone
         loss = weighted_sum(scores.weights, scores.losses)

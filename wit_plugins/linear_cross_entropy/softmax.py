@@ -85,8 +85,8 @@ class Scores:
         for k, entropy in self.top_entropies.items():
             entropy[chunk] = entropy_of_top(logits, k, logit_scale, softcap)
 
-    def settle(self) -> None:
-        """What was found out by now is not asked for again."""
+    def freeze_metrics(self) -> None:
+        """Keep the metrics of the first pass over the head: a second pass does not compute them again."""
         self.correct = self.entropy = None
         self.top_entropies = {}
 
