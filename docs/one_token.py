@@ -15,7 +15,7 @@ from transformers import DataCollatorForSeq2Seq
 
 from wit_plugins import PROMPT, RESPONSE, WITConfig
 from wit_plugins.contract.active import ActiveStrategies
-from wit_plugins.loss.loss_call import Step
+from wit_plugins.loss.loss_call import LossCall
 from wit_plugins.loss.model_patch import WeightedHead
 from wit_plugins.loss.normalization import denominator
 from wit_plugins.tokens.codes import decode
@@ -52,7 +52,7 @@ def rows() -> list[tuple[str, str, str]]:
     model = small_llama(11, 16, 2, initializer_range=0.4)
     total = denominator(batch[CODES_KEY], CONFIG.normalization)
     head = WeightedHead(model, strategies, TrainerAdapter(), CONFIG.normalization)
-    head.step = Step(total, training=True)
+    head.begin(LossCall(total, training=True))
     loss = model(**batch).loss.item()
     head.remove()
     with torch.no_grad():

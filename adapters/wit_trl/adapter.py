@@ -122,17 +122,18 @@ class TRLAdapter(TrainerAdapter):
         """Averaged since TRL 1.15, which adds it by itself; before, what `transformers.Trainer` does."""
         return AuxLossSums(False, False) if self.fused_head else super().aux_loss_sums(trainer)
 
-    def reads_logits(self, step: Any) -> bool:
+    def reads_logits(self, call: Any) -> bool:
         """TRL recomputes logits by itself since 1.15; before that `loss_type="nll"` takes its metrics from them."""
         if self.fused_head or self.loss_type == "chunked_nll":
             return False
-        return super().reads_logits(step) or not self.use_liger_kernel
+        return super().reads_logits(call) or not self.use_liger_kernel
 
-    def output(self, output: Any, result: Any, step: Any) -> Any:
+    def output(self, output: Any, outcome: Any, call: Any) -> Any:
         """The output with the fields that this version of `SFTTrainer.compute_loss` reads."""
+        result = outcome.result
         if self.fused_head:
-            return self._fused_output(output, result, step)
-        output = super().output(output, result, step)
+            return self._fused_output(output, result, call)
+        output = super().output(output, outcome, call)
         if self.use_liger_kernel:
             return _HeadOutput(**output, token_accuracy=result.correct / result.labels_count.clamp(min=1))
         if self.loss_type == "chunked_nll":
@@ -145,7 +146,7 @@ class TRLAdapter(TrainerAdapter):
             )
         return output
 
-    def _fused_output(self, output: Any, result: Any, step: Any) -> Any:
+    def _fused_output(self, output: Any, result: Any, call: Any) -> Any:
         from trl.trainer.utils import FusedCausalLMOutput
 
         if self.aux_loss_coefficient and output.get("aux_loss") is None:
@@ -156,7 +157,7 @@ class TRLAdapter(TrainerAdapter):
         # The trainer sums every field over its tokens, and divides `-log_probs` by the step's denominator or, where it
         # has none (evaluation), by the number of labels, either of them at least 1. Sums do as well as tokens; the
         # loss is divided by its denominator already, so that the trainer's own division is undone, clamp and all.
-        divisor = torch.as_tensor(result.labels_count if step.num_items is None else step.num_items).clamp(min=1)
+        divisor = torch.as_tensor(result.labels_count if call.num_items is None else call.num_items).clamp(min=1)
         log_probs = -result.loss * divisor.to(result.loss.device)
         return FusedCausalLMOutput(
             loss=result.loss,

@@ -17,7 +17,7 @@ from support import all_relative_error, documents, llama, reference_step
 from wit_plugins.training.adapter import TrainerAdapter
 from wit_plugins.tokens.collator import WeightedCollator
 from wit_plugins.loss.model_patch import WeightedHead
-from wit_plugins.loss.loss_call import Step
+from wit_plugins.loss.loss_call import LossCall
 from wit_plugins.contract.active import ActiveStrategies
 
 deepspeed.init_distributed("gloo")
@@ -54,9 +54,9 @@ def collate(rows):
 own = torch.zeros(())
 batch = WeightedCollator(collate, strategies)([d.example() for d in docs[rank::world]])
 count = sum(len(d.input_ids) - 1 for d in docs)
-head.step = Step(torch.tensor(count), True)
+head.begin(LossCall(torch.tensor(count), True))
 output = engine(**batch)
-own += head.step.result.loss.detach()
+own += head.outcome.result.loss.detach()
 torch.distributed.all_reduce(own)
 engine.backward(output.loss * world)  # the ranks' gradients are averaged
 engine.step()

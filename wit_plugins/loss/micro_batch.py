@@ -61,6 +61,10 @@ class MicroBatch:
         response_metrics (`bool`): sum token accuracy and entropy over all response tokens, whatever their weights.
         drawing (`tuple[int, int]`, *optional*): the step's number and the run's seed, if targets may be drawn.
         group_factors (`torch.Tensor`, *optional*): `[G]`, what the tokens of each group are multiplied by.
+        reference_nll (`torch.Tensor`, *optional*): `[N]`, the same tokens' nll by a reference, for the strategies.
+        scores (`torch.Tensor`, *optional*): int64 `[B, L]`, the bits of each token's log-probability in float32 by a
+            reference in a folder, for the strategies.
+        attention ([`PromptAttention`], *optional*): how much tokens attend to the prompt, for the strategies.
     """
 
     def __init__(
@@ -76,6 +80,9 @@ class MicroBatch:
         drawing: tuple[int, int] | None = None,
         group_factors: torch.Tensor | None = None,
         shifted: bool = False,
+        reference_nll: torch.Tensor | None = None,
+        scores: torch.Tensor | None = None,
+        attention: PromptAttention | None = None,
     ) -> None:
         self.batch_size, length = codes.shape
         first = 0 if shifted else 1
@@ -101,6 +108,12 @@ class MicroBatch:
         if strategies.needs.dynamic and strategies.needs.documents:
             located = zip(("documents", "positions"), locate(codes), strict=True)
             self._located = {name: values[:, first:][self.row, column] for name, values in located}
+        if reference_nll is not None:
+            self._located["reference_log_probs"] = -reference_nll
+        if scores is not None:
+            self._located["reference_log_probs"] = scores[self.row, column + first].to(torch.int32).view(torch.float32)
+        if attention is not None:
+            self._located["prompt_attention"] = attention.of(self.row, column + first).to(self.weights.device)
         self.nll = self.weights.new_zeros(0)  # [N], once the loss was asked for
         self.column, self._chance = column + first, None
         if drawing is not None and strategies.needs.draws_targets:
@@ -158,19 +171,6 @@ class MicroBatch:
             for bit, factor in zip(self.strategies.group_bits, self._group_factors.unbind(), strict=True):
                 weights = torch.where(inside(self.spans, bit), (self.weights * factor).to(weights.dtype), weights)
         return weights
-
-    def compare(self, reference_nll: torch.Tensor) -> None:
-        """Take what a reference makes of the same `N` tokens, for the strategies."""
-        self._located["reference_log_probs"] = -reference_nll
-
-    def look_up(self, scores: torch.Tensor) -> None:
-        """Take what a reference makes of each token: int64 `[B, L]`, the bits of its log-probability in float32."""
-        bits = scores[self.row, self.column].to(torch.int32)
-        self._located["reference_log_probs"] = bits.view(torch.float32)
-
-    def attend(self, attention: PromptAttention) -> None:
-        """Take how much the `N` tokens attend to the prompt, for the strategies."""
-        self._located["prompt_attention"] = attention.of(self.row, self.column).to(self.weights.device)
 
     def _sum(self, tokens: TokenNLL) -> WeightedLoss:
         self.nll = tokens.nll

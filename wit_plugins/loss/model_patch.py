@@ -15,6 +15,7 @@ import logging
 import types
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ from torch import nn
 from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.errors import WeightsNotAppliedError, WITConfigError
 from wit_plugins.loss.fused import FusedHead, LossForLogits, uncompiled
-from wit_plugins.loss.loss_call import OutputFormat, Step
-from wit_plugins.loss.micro_batch import MicroBatch
+from wit_plugins.loss.loss_call import LossCall, LossOutcome, OutputFormat
+from wit_plugins.loss.micro_batch import MicroBatch, WeightedLoss
 from wit_plugins.loss.own_loss import aux_loss_coefficient, check_own_loss
 from wit_plugins.loss.tensor_parallel import refuse_adapters
 from wit_plugins.tokens.codes import MAX_VOCAB_SIZE, decode, framework_labels
@@ -37,8 +38,34 @@ logger = logging.getLogger(__name__)
 _ATTRIBUTE = "_wit_head"  # of the model; with a number behind it, since one patch may stay under another
 
 
+MakeMicroBatch = Callable[[int, torch.device], MicroBatch]  # for a number of positions L, on a device
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What the patched forward was called with.
+
+    Attributes:
+        model (`nn.Module`): the model that was called.
+        forward (`Callable`): its original forward, with the arguments of this call.
+        labels, codes (`torch.Tensor`): int64 `[B, L]`.
+        spans (`torch.Tensor | None`): int64 `[B, L]`, the logged spans that each token is in.
+        scores (`torch.Tensor | None`): int64 `[B, L]`, the bits of each token's log-probability by the reference in a
+            folder.
+        call ([`LossCall`]): what the trainer's `compute_loss` was given.
+    """
+
+    model: Any
+    forward: Callable[[], Any]
+    labels: torch.Tensor
+    codes: torch.Tensor
+    spans: torch.Tensor | None
+    scores: torch.Tensor | None
+    call: LossCall
+
+
 class WeightedHead:
-    """Patches one model. `step` must be set around every call that carries `weighted_labels`.
+    """Patches one model. Every forward that carries `weighted_labels` stands between `begin` and `end`.
 
     Args:
         model (`nn.Module`): the unwrapped causal language model.
@@ -66,8 +93,8 @@ class WeightedHead:
         self.strategies = strategies
         self.adapter = adapter
         self.normalization = normalization
-        self.step: Step | None = None
-        self._reference_nll: torch.Tensor | None = None
+        self.call: LossCall | None = None
+        self.outcome: LossOutcome | None = None
         self.attention: PromptAttention | None = None
         if strategies.needs.prompt_attention:
             from wit_plugins.loss.attention import PromptAttention
@@ -90,6 +117,15 @@ class WeightedHead:
     def chosen(self) -> str:
         """How the loss is computed by now: `fused` once a batch has shown that it can be, else `logits`."""
         return "fused" if self.fused is not None and self.fused.checked else "logits"
+
+    def begin(self, call: LossCall) -> None:
+        """Say what the next forward is for."""
+        self.call, self.outcome = call, None
+
+    def end(self) -> LossOutcome | None:
+        """What came out of it; `None` if the model was not asked for the weighted loss."""
+        outcome, self.call, self.outcome = self.outcome, None, None
+        return outcome
 
     def remove(self) -> None:
         """Take the patch off. If something was wrapped around it meanwhile (autocast), it lets every call through."""
@@ -121,7 +157,7 @@ class WeightedHead:
             labels (`torch.Tensor | None`): int64 `[B, L]`.
             codes (`torch.Tensor | None`): `weighted_labels`, int64 `[B, L]`.
             spans (`torch.Tensor | None`): `weighted_spans`, int64 `[B, L]`, if any are logged.
-            num_items (`torch.Tensor | None`): `num_items_in_batch`, which a weighted call gets by `step` instead.
+            num_items (`torch.Tensor | None`): `num_items_in_batch`, which a weighted call gets by `call` instead.
 
         Raises:
             WeightsNotAppliedError: if the weights do not belong to the labels, spans that are logged are missing, or
@@ -132,8 +168,8 @@ class WeightedHead:
             given = {"labels": labels, "num_items_in_batch": num_items}
             kwargs.update({key: value for key, value in given.items() if value is not None})
             return self._original_of(model)(*args, **kwargs)
-        step = self.step
-        if step is None:
+        call = self.call
+        if call is None:
             raise WeightsNotAppliedError(
                 f"the model was called with {CODES_KEY} outside the trainer's compute_loss; call it without"
             )
@@ -147,40 +183,40 @@ class WeightedHead:
                 f"the model was called with {CODES_KEY} and without {SCORES_KEY}, in which a reference's scores are: "
                 "something between the collator and the model takes it out of the batch; leave it in"
             )
-        step.spans, step.scores = spans, scores
-        if step.shifted:
-            labels = self._shifted_labels(kwargs.pop("shift_labels", None), step)
+        if call.shifted:
+            labels = self._shifted_labels(kwargs.pop("shift_labels", None), call)
         kwargs = {key: value for key, value in kwargs.items() if key not in self.adapter.head_kwargs}
         kwargs["return_dict"] = True
-        if step.training and self.strategies.needs.changed_inputs:
-            kwargs["input_ids"] = self._changed_inputs(kwargs.get("input_ids"), codes, step)
-        if step.training and not step.shifted and not self._is_own_loss:
+        if call.training and self.strategies.needs.changed_inputs:
+            kwargs["input_ids"] = self._changed_inputs(kwargs.get("input_ids"), codes, call)
+        forward = functools.partial(self._original_of(model), *args, **kwargs)
+        batch = _Batch(model, forward, labels, codes, spans, scores, call)
+        if call.training and not call.shifted and not self._is_own_loss:
             check_own_loss(self.model, self._original_of(model), codes, labels.device)
             self._is_own_loss = True
-        self._reference_nll = self._read_by_reference(model, args, kwargs, labels, codes, step)
-        output = None
+        make = functools.partial(self._micro_batch, batch, self._reference_nll(batch))
+        output, result = None, None
         with nullcontext() if self.attention is None else self.attention.watching(codes):
-            if self.fused is not None and not self.adapter.reads_logits(step):
-                output = self._run_fused(model, args, kwargs, labels, codes, step)
-            if output is None:
-                output = self._original_of(model)(*args, **kwargs)
-                batch = self._micro_batch(codes, labels, step, output.logits.shape[1], output.logits.device)
-                step.result = batch.from_logits(output.logits)
-        assert step.result is not None
+            if self.fused is not None and not self.adapter.reads_logits(call):
+                output, result = self._run_fused(batch, make)
+            if output is None or result is None:
+                output = forward()
+                result = make(output.logits.shape[1], output.logits.device).from_logits(output.logits)
         aux_loss = output.get("aux_loss")
-        if aux_loss is not None:
-            step.aux_loss = aux_loss.detach()
-            step.aux_loss_coefficient = aux_loss_coefficient(self.model)
-        return self.adapter.output(output, step.result, step)
+        if aux_loss is None:
+            self.outcome = LossOutcome(result)
+        else:
+            self.outcome = LossOutcome(result, aux_loss.detach(), aux_loss_coefficient(self.model))
+        return self.adapter.output(output, self.outcome, call)
 
     @staticmethod
-    def _shifted_labels(labels: torch.Tensor | None, step: Step) -> torch.Tensor:
+    def _shifted_labels(labels: torch.Tensor | None, call: LossCall) -> torch.Tensor:
         """The labels `[B, L]` that were shifted and cut as the codes were.
 
         Raises:
             WeightsNotAppliedError: if there are none, or nobody has counted the denominator of the whole rows.
         """
-        if labels is None or step.num_items is None:
+        if labels is None or call.num_items is None:
             missing = "shift_labels" if labels is None else "num_items_in_batch"
             raise WeightsNotAppliedError(
                 f"the trainer has cut its rows over ranks and calls the model without {missing}; set cp_size "
@@ -188,34 +224,32 @@ class WeightedHead:
             )
         return labels
 
-    def _read_by_reference(
-        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Any, codes: Any, step: Step
-    ) -> torch.Tensor | None:
-        """The nll `[N]` of the step's tokens by the model without its adapters, if a strategy asks for it."""
+    def _reference_nll(self, batch: _Batch) -> torch.Tensor | None:
+        """The nll `[N]` of the batch's tokens by the model without its adapters, if a strategy asks for it."""
         if not self.strategies.needs.references or self.strategies.needs.reference is not None:
             return None
-        batches: list[MicroBatch] = []
+        made: list[MicroBatch] = []
 
-        def batch(num_logits: int, device: torch.device) -> MicroBatch:
-            batches.append(self._micro_batch(codes, labels, step, num_logits, device, alone=True))
-            return batches[-1]
+        def make(num_logits: int, device: torch.device) -> MicroBatch:
+            made.append(self._plain_micro_batch(batch, num_logits, device))
+            return made[-1]
 
         # With adapters off, the model may call another head than the trained copy. The fused loss is used only if that
         # head was checked.
-        fused, called = self.fused, model.get_output_embeddings()
-        linear = fused.linear(model) if fused is not None and fused.checked else None
+        fused, called = self.fused, batch.model.get_output_embeddings()
+        linear = fused.linear(batch.model) if fused is not None and fused.checked else None
         from wit_plugins.loss.peft import without_adapters
 
-        with torch.no_grad(), without_adapters(model):
+        with torch.no_grad(), without_adapters(batch.model):
             if fused is not None and linear is not None and uncompiled(called) is linear:
-                with LossForLogits(fused, linear, called, batch).in_place():
-                    self._original_of(model)(*args, **kwargs)
+                with LossForLogits(fused, linear, called, make).in_place():
+                    batch.forward()
             else:
-                logits = self._original_of(model)(*args, **kwargs).logits
-                batch(logits.shape[1], logits.device).from_logits(logits)
-        return batches[-1].nll
+                logits = batch.forward().logits
+                make(logits.shape[1], logits.device).from_logits(logits)
+        return made[-1].nll
 
-    def _changed_inputs(self, input_ids: torch.Tensor | None, codes: torch.Tensor, step: Step) -> torch.Tensor:
+    def _changed_inputs(self, input_ids: torch.Tensor | None, codes: torch.Tensor, call: LossCall) -> torch.Tensor:
         """What strategies have the model read instead of `input_ids` `[B, L]`.
 
         Raises:
@@ -228,10 +262,10 @@ class WeightedHead:
             )
         codes = codes.to(input_ids.device)
         vocab_size = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        progress = step.number / step.number_of_steps
+        progress = call.number / call.number_of_steps
         from wit_plugins.tokens.token_random import Chance
 
-        random = Chance(codes, step.number, step.seed)(1)[..., 0]
+        random = Chance(codes, call.number, call.seed)(1)[..., 0]
         return self.strategies.on_device.change_inputs(input_ids, decode(codes)[1], random, progress, vocab_size)
 
     def _original_of(self, model: Any) -> Callable[..., Any]:
@@ -240,38 +274,29 @@ class WeightedHead:
             return self._original
         return types.MethodType(self._original.__func__, model)  # type: ignore[attr-defined]
 
-    def _run_fused(
-        self,
-        model: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        labels: torch.Tensor,
-        codes: torch.Tensor,
-        step: Step,
-    ) -> Any:
-        """The model with its head asked for the loss; `None` if this model needs its logits."""
-        fused = self.fused
+    def _run_fused(self, batch: _Batch, make: MakeMicroBatch) -> tuple[Any, WeightedLoss | None]:
+        """The model's output with its head asked for the loss, and that loss; two `None` if it needs its logits."""
+        fused, model = self.fused, batch.model
         assert fused is not None
         linear = fused.linear(model)
         if linear is None:
             return self._give_up_fused()
         called = model.get_output_embeddings()
         called = called if uncompiled(called) is linear else linear
-        call = LossForLogits(fused, linear, called, functools.partial(self._micro_batch, codes, labels, step))
-        with call.in_place():
-            output = self._original_of(model)(*args, **kwargs)
-        if call.calls != 1:
-            fused.obstacle = f"its forward calls its head {call.calls} times"
-        elif call.sampled is not None:
-            fused.check(call, output.logits)
+        head = LossForLogits(fused, linear, called, make)
+        with head.in_place():
+            output = batch.forward()
+        if head.calls != 1:
+            fused.obstacle = f"its forward calls its head {head.calls} times"
+        elif head.sampled is not None:
+            fused.check(head, output.logits)
         if fused.obstacle is not None:
             return self._give_up_fused()
-        step.result = call.result
         output["logits"] = None
-        return output
+        return output, head.result
 
-    def _give_up_fused(self) -> None:
-        """From now on the model's logits are used.
+    def _give_up_fused(self) -> tuple[None, None]:
+        """From now on the model's logits are used: there is no fused output, and no fused loss.
 
         Raises:
             WITConfigError: if the fused head was asked for by name.
@@ -282,40 +307,48 @@ class WeightedHead:
             raise WITConfigError(f"loss_impl = 'fused' cannot be used with {reason}; use loss_impl: auto")
         logger.warning("the loss is computed from the logits, which takes more memory (%s)", reason)
         self.fused = None
+        return None, None
 
     def _micro_batch(
-        self,
-        codes: torch.Tensor,
-        labels: torch.Tensor,
-        step: Step,
-        num_logits: int,
-        device: torch.device,
-        alone: bool = False,
+        self, batch: _Batch, reference_nll: torch.Tensor | None, num_logits: int, device: torch.device
     ) -> MicroBatch:
-        """The micro-batch of a call; `alone`, its tokens as they are, for nobody's strategies."""
-        codes, spans = self._align(codes, labels, num_logits, step.shifted).to(device), None if alone else step.spans
-        if spans is not None:
-            spans = torch.nn.functional.pad(spans.to(device), (codes.shape[1] - spans.shape[1], 0))
-        batch = MicroBatch(
+        """The micro-batch of a call, with all facts that the strategies ask for."""
+        call = batch.call
+        codes = self._align(batch.codes, batch.labels, num_logits, call.shifted).to(device)
+
+        def aligned(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            if tensor is None:
+                return None
+            return torch.nn.functional.pad(tensor.to(device), (codes.shape[1] - tensor.shape[1], 0))
+
+        return MicroBatch(
             codes,
-            ActiveStrategies({}) if alone else self.strategies,
-            spans=spans,
+            self.strategies,
+            spans=aligned(batch.spans),
             normalization=self.normalization,
-            num_items=step.num_items,
-            every_role=not step.training,
+            num_items=call.num_items,
+            every_role=not call.training,
             response_metrics=self.adapter.response_metrics,
-            drawing=(step.number, step.seed) if step.training else None,
-            group_factors=None if alone else step.group_factors,
-            shifted=step.shifted,
+            drawing=(call.number, call.seed) if call.training else None,
+            group_factors=call.group_factors,
+            shifted=call.shifted,
+            reference_nll=None if reference_nll is None else reference_nll.to(device),
+            scores=aligned(batch.scores),
+            attention=self.attention,
         )
-        if not alone and self._reference_nll is not None:
-            batch.compare(self._reference_nll.to(device))
-        if not alone and step.scores is not None:
-            scores = step.scores.to(device)
-            batch.look_up(torch.nn.functional.pad(scores, (codes.shape[1] - scores.shape[1], 0)))
-        if not alone and self.attention is not None:
-            batch.attend(self.attention)
-        return batch
+
+    def _plain_micro_batch(self, batch: _Batch, num_logits: int, device: torch.device) -> MicroBatch:
+        """The same tokens without strategies: their nll is asked for, and no weights."""
+        call = batch.call
+        return MicroBatch(
+            self._align(batch.codes, batch.labels, num_logits, call.shifted).to(device),
+            ActiveStrategies({}),
+            normalization=self.normalization,
+            num_items=call.num_items,
+            every_role=not call.training,
+            response_metrics=self.adapter.response_metrics,
+            shifted=call.shifted,
+        )
 
     def _align(self, codes: torch.Tensor, labels: torch.Tensor, num_logits: int, shifted: bool) -> torch.Tensor:
         """Put virtual tokens (prompt-learning PEFT) in front of the codes, where PEFT has put them before the labels.

@@ -11,8 +11,7 @@ if TYPE_CHECKING:
 
     from wit_plugins.config import WITConfig
     from wit_plugins.foreign import Changes
-    from wit_plugins.loss.loss_call import Step
-    from wit_plugins.loss.micro_batch import WeightedLoss
+    from wit_plugins.loss.loss_call import LossCall, LossOutcome
 
 
 class AuxLossSums(NamedTuple):
@@ -87,21 +86,21 @@ class TrainerAdapter:
             ranks=counts and bool(trainer.args.average_tokens_across_devices),
         )
 
-    def reads_logits(self, step: Step) -> bool:
+    def reads_logits(self, call: LossCall) -> bool:
         """Whether the trainer reads the logits off the model's output in this call of `compute_loss`."""
-        return not step.training and not step.prediction_loss_only
+        return not call.training and not call.prediction_loss_only
 
-    def output(self, output: ModelOutput, result: WeightedLoss, step: Step) -> ModelOutput:
+    def output(self, output: ModelOutput, outcome: LossOutcome, call: LossCall) -> ModelOutput:
         """The model's output as this trainer expects it, with the loss set.
 
         Args:
             output: what the model returned without labels: logits, and `aux_loss` for a mixture of experts.
-            result ([`WeightedLoss`]): what the head computed.
-            step ([`Step`]): the call of `compute_loss` that this belongs to.
+            outcome ([`LossOutcome`]): the weighted loss and what belongs to it.
+            call ([`LossCall`]): what this call of `compute_loss` was given.
         """
-        loss = result.loss.clone()  # trainers multiply it in place by the number of processes
+        loss = outcome.result.loss.clone()  # trainers multiply it in place by the number of processes
         if output.get("aux_loss") is not None:
-            loss = loss + step.aux_loss_coefficient * step.aux_loss_scale * output["aux_loss"].to(loss.device)
+            loss = loss + outcome.aux_loss_coefficient * call.aux_loss_scale * output["aux_loss"].to(loss.device)
         # The loss comes first, where code that takes outputs[0] looks for it.
         return type(output)(**{"loss": loss, **{k: v for k, v in output.items() if k != "loss"}})
 

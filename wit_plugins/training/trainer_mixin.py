@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from wit_plugins.contract.groups import weighed_groups
 from wit_plugins.errors import BadExampleError, WeightsNotAppliedError, WITConfigError
 from wit_plugins.foreign import exchanged
-from wit_plugins.loss.loss_call import Step
+from wit_plugins.loss.loss_call import LossCall, LossOutcome
 from wit_plugins.loss.normalization import group_denominators, group_factors, step_denominator
 from wit_plugins.runfiles import RUN_FOLDER
 from wit_plugins.tokens.collator import CODES_KEY
@@ -145,37 +145,44 @@ class WeightedTrainerMixin(_Base):
                 f"the batch has no {CODES_KEY}: its examples carry no labels column, or the data loader does not use "
                 "the trainer's data_collator; prepare the dataset with labels that are -100 on the prompt"
             )
-        step = wit.head.step = Step(num_items_in_batch, training, wit.run.prediction_loss_only)
-        step.number, step.number_of_steps = self.state.global_step, max(1, self.state.max_steps)
-        step.seed = self.args.seed
-        if training and weighed_groups(wit.head.strategies.groups) is not None:
-            if num_items_in_batch is None:
-                raise WeightsNotAppliedError("the trainer counts no denominator, so groups have none; take them out")
-            step.group_factors = wit.run.group_factors
+        weighs_groups = training and weighed_groups(wit.head.strategies.groups) is not None
+        if weighs_groups and num_items_in_batch is None:
+            raise WeightsNotAppliedError("the trainer counts no denominator, so groups have none; take them out")
         parts = sp_size(self.accelerator) if training else 1  # DeepSpeed leaves the rows of an evaluation whole
-        step.shifted = wit.run.cut_to is not None or parts > 1
         if wit.run.cut_to is not None and inputs[CODES_KEY].shape[1] != wit.run.cut_to:
             raise WeightsNotAppliedError(
                 f"cp_size = {cp_size(self.accelerator)}: rows of {inputs[CODES_KEY].shape[1]} tokens reach the model "
                 f"where {wit.run.cut_to} are this rank's share, so they were not cut; set cp_size to 1"
             )
-        if num_items_in_batch is not None:  # else the trainer averages whole losses, as it does without weights
-            step.aux_loss_scale = self._aux_loss_scale(training) / self._loss_scale()
+        # Without a denominator the trainer averages whole losses, as it does without weights.
+        whole = num_items_in_batch is None
+        call = LossCall(
+            num_items_in_batch,
+            training,
+            wit.run.prediction_loss_only,
+            aux_loss_scale=1.0 if whole else self._aux_loss_scale(training) / self._loss_scale(),
+            group_factors=wit.run.group_factors if weighs_groups else None,
+            shifted=wit.run.cut_to is not None or parts > 1,
+            number=self.state.global_step,
+            number_of_steps=max(1, self.state.max_steps),
+            seed=self.args.seed,
+        )
+        wit.head.begin(call)
         try:
             with outputs_of(model if parts > 1 else None) as outputs:
                 loss = super().compute_loss(
                     model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
                 )
         except (TypeError, AttributeError) as error:
-            if step.result is None or wit.head.chosen != "fused" or not _reads_logits(error):
+            if wit.head.outcome is None or wit.head.chosen != "fused" or not _reads_logits(error):
                 raise
             raise WeightsNotAppliedError(
                 f"{type(self).__mro__[2].__name__}.compute_loss failed after the loss was computed, probably because "
                 "it reads the logits, which the fused head never holds; set loss_impl: logits"
             ) from error
         finally:
-            wit.head.step, wit.run.cut_to = None, None
-        if step.result is None:
+            outcome, wit.run.cut_to = wit.head.end(), None
+        if outcome is None:
             raise WeightsNotAppliedError(
                 "the model's forward was called without the weights, so this run would train unweighted: something "
                 "replaced or wrapped the forward of the model after the weights were attached; attach them last"
@@ -194,15 +201,15 @@ class WeightedTrainerMixin(_Base):
             seen = share_of_loss(own, model, self.accelerator, parts)
             loss = (seen, *rest) if rest else seen
         elif training and not wit.run.verified:
-            wit.run.verified = self._verify(loss[0] if isinstance(loss, tuple) else loss, step)
+            wit.run.verified = self._verify(loss[0] if isinstance(loss, tuple) else loss, call, outcome)
         if training:
             wit.run.begun = True
-            wit.run.training.add(step.result)
+            wit.run.training.add(outcome.result)
         else:
             # A trainer that does not cut the rows of an evaluation computes all of them on every rank of a group.
             parts = cp_size(self.accelerator)
-            replicas = self.get_tp_size() * (1 if step.shifted else parts)
-            wit.run.evaluation.add_gathered(step.result, self.accelerator, replicas, parts if step.shifted else 1)
+            replicas = self.get_tp_size() * (1 if call.shifted else parts)
+            wit.run.evaluation.add_gathered(outcome.result, self.accelerator, replicas, parts if call.shifted else 1)
         return loss
 
     def _prepare_context_parallel_inputs(self, model: Any, inputs: Any) -> Any:
@@ -233,18 +240,17 @@ class WeightedTrainerMixin(_Base):
         ranks = self.accelerator.num_processes // self.get_tp_size() if sums.ranks else 1
         return ranks / (self.current_gradient_accumulation_steps if training and not sums.micro_batches else 1)
 
-    def _verify(self, loss: torch.Tensor, step: Step) -> bool:
+    def _verify(self, loss: torch.Tensor, call: LossCall, outcome: LossOutcome) -> bool:
         """Compare the trainer's loss of the first micro-batches with the head's, so that no trainer ignores it.
 
         Returns whether they had a loss: whatever a trainer makes of no token at all says nothing.
         """
-        assert step.result is not None
-        expected = step.result.loss.detach().float().to(loss.device)
-        if step.num_items is not None:
+        expected = outcome.result.loss.detach().float().to(loss.device)
+        if call.num_items is not None:
             expected = expected * self._loss_scale()
-        if step.aux_loss is not None:
-            aux_loss = step.aux_loss_coefficient * step.aux_loss.float().to(loss.device)
-            expected = expected + aux_loss * (self._aux_loss_scale(step.training) if step.num_items is not None else 1)
+        if outcome.aux_loss is not None:
+            aux_loss = outcome.aux_loss_coefficient * outcome.aux_loss.float().to(loss.device)
+            expected = expected + aux_loss * (self._aux_loss_scale(call.training) if call.num_items is not None else 1)
         loss = loss.detach().float()
         if not torch.allclose(loss, expected, rtol=1e-3, atol=1e-6, equal_nan=True):
             raise WeightsNotAppliedError(
@@ -252,7 +258,7 @@ class WeightedTrainerMixin(_Base):
                 f"{expected.item():.6g}: its compute_loss does not use the loss of the model, so the weights cannot "
                 "be applied; switch off the option that replaces the loss"
             )
-        return bool(step.result.loss != 0)
+        return bool(outcome.result.loss != 0)
 
     def _verify_same_settings(self) -> None:
         """Make sure that all ranks weigh alike: nodes can be started with different configurations."""

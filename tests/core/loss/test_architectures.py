@@ -11,7 +11,7 @@ from support import VOCAB_SIZE, all_relative_error, documents
 
 from wit_plugins import WITConfigError
 from wit_plugins.contract.active import ActiveStrategies
-from wit_plugins.loss.loss_call import Step
+from wit_plugins.loss.loss_call import LossCall
 from wit_plugins.loss.model_patch import WeightedHead
 from wit_plugins.tokens.collator import CODES_KEY, WeightedCollator
 from wit_plugins.training.adapter import TrainerAdapter
@@ -87,11 +87,11 @@ def run(model, loss_impl, training=True, calls=2, adapter=None, **kwargs):
     try:
         for _ in range(calls):
             model.zero_grad()
-            step = head.step = Step(None, training)
+            head.begin(LossCall(None, training))
             output = model(**batch, **kwargs)
             if training:
                 output.loss.backward()
-        return output, step, head, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        return output, head.outcome, head, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     finally:
         head.remove()
 
@@ -100,17 +100,17 @@ def run(model, loss_impl, training=True, calls=2, adapter=None, **kwargs):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_equal_to_its_own_logits(name, calls):
     model = build(name)
-    expected, expected_step, _, expected_grads = run(copy.deepcopy(model), "logits", calls=calls)
-    output, step, head, grads = run(model, "auto", calls=calls)
+    expected, expected_outcome, _, expected_grads = run(copy.deepcopy(model), "logits", calls=calls)
+    output, outcome, head, grads = run(model, "auto", calls=calls)
     assert head.chosen == "fused"
     assert type(output) is type(expected)
     assert output.logits is None
     assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
     assert all_relative_error(grads, expected_grads) < 1e-5
-    assert torch.allclose(step.result.role_sums, expected_step.result.role_sums, rtol=1e-5)
+    assert torch.allclose(outcome.result.role_sums, expected_outcome.result.role_sums, rtol=1e-5)
     if "router_aux_loss_coef" in ARCHITECTURES[name]:
         assert torch.allclose(output.aux_loss, expected.aux_loss)
-        assert output.loss.item() - step.result.loss.item() == pytest.approx(0.3 * output.aux_loss.item(), rel=1e-4)
+        assert output.loss.item() - outcome.result.loss.item() == pytest.approx(0.3 * output.aux_loss.item(), rel=1e-4)
     assert "forward" not in model.get_output_embeddings().__dict__
 
 
@@ -120,9 +120,9 @@ def test_metrics_come_out_of_the_same_pass():
 
     model = build("Gemma2")
     _, expected, *_ = run(copy.deepcopy(model), "logits", adapter=Metrics())
-    _, step, *_ = run(model, "auto", adapter=Metrics())
-    assert step.result.correct == expected.result.correct
-    assert torch.allclose(step.result.entropy, expected.result.entropy, rtol=1e-5)
+    _, outcome, *_ = run(model, "auto", adapter=Metrics())
+    assert outcome.result.correct == expected.result.correct
+    assert torch.allclose(outcome.result.entropy, expected.result.entropy, rtol=1e-5)
 
 
 def test_hidden_states_are_kept():

@@ -13,7 +13,7 @@ from test_architectures import collate, run
 from wit_plugins import PROMPT, WITConfigError, hookimpl, register
 from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.contract.plugins import plugin_manager
-from wit_plugins.loss.loss_call import Step
+from wit_plugins.loss.loss_call import LossCall
 from wit_plugins.loss.model_patch import WeightedHead
 from wit_plugins.tokens.collator import WeightedCollator
 from wit_plugins.training.adapter import TrainerAdapter
@@ -73,7 +73,7 @@ def test_a_head_with_a_forward_of_its_own_is_run(kind, caplog):
     for on in (False, True):
         model.lm_head.on = on
         model.zero_grad()
-        head.step = Step(None, True)
+        head.begin(LossCall(None, True))
         output = model(**batch)
         output.loss.backward()
     assert output.loss.item() == pytest.approx(loss, rel=1e-5)
@@ -128,11 +128,11 @@ def test_an_evaluation_before_training_does_not_count_as_the_check():
     strategies = ActiveStrategies({"wit": {"prompt_weight": 0.3, "response_weight": 0.7}})
     head = WeightedHead(model, strategies, TrainerAdapter(), "nonzero_tokens")
     batch = WeightedCollator(collate, strategies)([d.example() for d in DOCS])
-    head.step = Step(None, False)
+    head.begin(LossCall(None, False))
     with torch.no_grad():
         model(**batch)
     assert head.chosen == "fused"
-    head.step = Step(None, True)
+    head.begin(LossCall(None, True))
     model(**batch).loss.backward()
     assert head.chosen == "logits"
     assert model.scale.grad is not None
@@ -179,9 +179,9 @@ def test_a_patch_under_something_that_stays():
     assert torch.equal(model(input_ids=ids).logits, plain)
     second = patched(model)
     batch = WeightedCollator(collate, second.strategies)([d.example() for d in DOCS])
-    second.step = Step(None, True)
+    second.begin(LossCall(None, True))
     assert model(**batch).loss.item() == pytest.approx(expected(llama())[0], rel=1e-5)
-    assert first.step is None
+    assert first.call is None
 
 
 class Relative:
@@ -202,7 +202,7 @@ def test_dynamic_weights_do_not_depend_on_how_the_loss_is_computed(threads, monk
             model = llama()
             head = WeightedHead(model, ActiveStrategies(strategies), TrainerAdapter(), "nonzero_tokens", loss_impl)
             batch = WeightedCollator(collate, head.strategies)([d.example() for d in DOCS])
-            head.step = Step(None, True)
+            head.begin(LossCall(None, True))
             loss = model(**batch).loss
             loss.backward()
             results.append((loss, {n: p.grad for n, p in model.named_parameters()}))
