@@ -1,4 +1,4 @@
-"""The strategies that are active in one run, each with its own options; their weights are multiplied."""
+"""The strategies that are active in one run, each with its options. Their weights are multiplied."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SPAN_NAME = r"[A-Za-z0-9_.-]{1,64}"  # in the keys of the log
 MAX_SPANS = 62  # that are logged; the batch has a bit for each
-_ONE_AT_A_TIME = {  # hooks that only one strategy of a run may have, and why
+_ONE_AT_A_TIME = {  # hooks that only one strategy of a run may implement, and the error's words
     "select_tokens": "select tokens, each from what the other has left out",
     "draw_targets": "put other targets in the place of a token's own",
     "sample_groups": "sort the samples into groups",
@@ -30,23 +30,23 @@ _ONE_AT_A_TIME = {  # hooks that only one strategy of a run may have, and why
 
 
 class ActiveStrategies:
-    """The strategies of one run, each with its own options; their weights are multiplied.
+    """The strategies of one run, each with its options. Their weights are multiplied.
 
-    Picklable, so that a collator that holds it can go to spawned data-loader workers.
+    The object can be pickled, because spawned data-loader workers get the collator that holds it.
 
     Args:
-        options_by_name (`Mapping[str, Mapping | Sequence]`): registered name to options.
+        options_by_name (`Mapping[str, Mapping | Sequence]`): options by the strategy's registered name.
 
     Attributes:
-        logged_spans (`dict[str, str]`): the spans whose losses are logged, as [`ActiveStrategies.find_spans`] names
-            them, in the order of their bits in a batch, and what the log calls them. Groups are among them.
-        groups ([`Groups`] | None): the groups that samples are of.
+        logged_spans (`dict[str, str]`): the spans whose losses are logged. A span's key is its name in
+            [`ActiveStrategies.find_spans`], its value the name in the log. The order is that of the bits in a batch.
+            Groups are among the spans.
+        groups ([`Groups`] | None): the groups that samples belong to.
         needs ([`Requirements`]): what the strategies need.
-        on_device ([`HooksOnDevice`]): asks them where the model is.
+        on_device ([`HooksOnDevice`]): calls the hooks that work on the model's device.
 
     Raises:
-        WITConfigError: for a name that is not registered, options that the strategy refuses, or spans that cannot be
-            logged.
+        WITConfigError: if a name is not registered, a strategy refuses its options, or spans cannot be logged.
     """
 
     def __init__(self, options_by_name: Mapping[str, Options]):
@@ -72,7 +72,7 @@ class ActiveStrategies:
     @staticmethod
     def _validate(strategy: Strategy) -> None:
         options = strategy.options
-        # Most strategies have named options, and have never met a list.
+        # Most strategies have named options and were not written with a list in mind.
         no_list = (
             f"strategies: {strategy.name} = {options!r}: its options are a mapping such as {{name: value}}, no list"
         )
@@ -86,7 +86,7 @@ class ActiveStrategies:
             if isinstance(options, list):
                 raise WITConfigError(no_list) from error
             raise
-        _ = strategy.top_k, strategy.share, strategy.reference  # which look at the options that they are read from
+        _ = strategy.top_k, strategy.share, strategy.reference  # each of these checks the option that it reads
 
     def _bind(self) -> None:
         self._strategies = [Strategy(name, options) for name, options in self.options_by_name.items()]
@@ -96,15 +96,15 @@ class ActiveStrategies:
         """The spans whose losses are logged.
 
         Raises:
-            WITConfigError: if there are too many, or names that cannot be keys of the log.
+            WITConfigError: if there are too many, or a name cannot be a key of the log.
         """
-        found: dict[str, str] = {}
-        taken: dict[str, str] = {}  # who has a name
+        logged: dict[str, str] = {}
+        taken: dict[str, str] = {}  # the strategy that uses a name
         for strategy in self._strategies:
-            own: Mapping[str, str] = strategy.call("logged_spans") or {}
+            spans: Mapping[str, str] = strategy.call("logged_spans") or {}
             if self.groups is not None and self.groups.strategy is strategy:
-                own = {**own, **self.groups.spans}
-            for name, key in own.items():
+                spans = {**spans, **self.groups.spans}
+            for name, key in spans.items():
                 if not isinstance(key, str) or not re.fullmatch(SPAN_NAME, key):
                     raise WITConfigError(
                         f"strategies: {strategy.name}: the span {name!r} is to be logged as {key!r}; a name in the log "
@@ -116,39 +116,39 @@ class ActiveStrategies:
                         f"{taken[key]}; give one of them another name"
                     )
                 taken[key] = strategy.name
-                found[f"{strategy.name}: {name}"] = key
-        if len(found) > MAX_SPANS:
-            over = list(found)[MAX_SPANS:]
+                logged[f"{strategy.name}: {name}"] = key
+        if len(logged) > MAX_SPANS:
+            over = list(logged)[MAX_SPANS:]
             raise WITConfigError(
-                f"strategies: {len(found)} spans have their losses logged, and {MAX_SPANS} can; leave some out, "
+                f"strategies: {len(logged)} spans have their losses logged, and {MAX_SPANS} can; leave some out, "
                 f"or put several into one pattern (the last ones are {', '.join(over[:3])})"
             )
-        return found
+        return logged
 
     @property
     def looks_for_spans(self) -> bool:
-        """Whether any strategy has [`ActiveStrategies.find_spans`] look for something, or there are groups."""
+        """Whether a strategy implements `find_spans`, or there are groups."""
         return self.groups is not None or self.needs.spans
 
     @property
     def prepares(self) -> bool:
-        """Whether anything is to be read off the examples as they are before tokenisation, beside weights."""
+        """Whether something besides weights is read from the examples before they are tokenised."""
         return self.groups is not None or bool(self.reading_raw)
 
     @property
     def group_bits(self) -> list[int]:
-        """Of each group, the number of the logged span that it is."""
+        """For each group, the number of its logged span."""
         groups, logged = self.groups, list(self.logged_spans)
         return [] if groups is None else [logged.index(f"{groups.strategy.name}: {span}") for span in groups.spans]
 
     @property
     def reading_raw(self) -> dict[str, Options]:
-        """The strategies whose `static_weights` reads examples as they are before tokenisation, with their options."""
+        """The strategies whose `static_weights` reads examples before they are tokenised, with their options."""
         return {strategy.name: strategy.options for strategy in self._strategies if strategy.reads_raw}
 
     @property
     def code_reading_raw(self) -> dict[str, str]:
-        """The same strategies, each with a hash of its code."""
+        """The strategies of `reading_raw`, each with a hash of its code."""
         return {strategy.name: strategy.code for strategy in self._strategies if strategy.reads_raw}
 
     def find_spans(
@@ -160,9 +160,9 @@ class ActiveStrategies:
         text: str = "",
         offsets: np.ndarray | None = None,
     ) -> dict[str, np.ndarray]:
-        """The parts of one document that strategies look for, by strategy and name: bool `[T]`.
+        """The spans that strategies find in one document: bool `[T]` by `strategy: name`.
 
-        Takes what [`ActiveStrategies.static_weights`] takes.
+        The arguments are those of [`ActiveStrategies.static_weights`].
         """
         document = {
             "input_ids": input_ids,
@@ -188,40 +188,38 @@ class ActiveStrategies:
         offsets: np.ndarray | None = None,
         raw_example: Mapping[str, Any] | None = None,
     ) -> np.ndarray:
-        """The product of the strategies' static weights for one document, float32 `[T]`, 0 where the role is neither.
+        """The product of the strategies' static weights for one document, float32 `[T]`.
 
-        With `raw_example`, while the framework tokenises: of those that read it, and no others. Without it, in the
-        collator: of all others.
+        A token that is neither prompt nor response has weight 0. With `raw_example` (while the framework tokenises)
+        only strategies that read it are multiplied; without it (in the collator) only the others.
 
         Args:
             input_ids (`np.ndarray`): int64 `[T]`.
             roles (`np.ndarray`): uint8 `[T]`.
             example (`Mapping`): the columns of the example that the document is from.
-            tokenizer (*optional*): this and the other two are needed only if `needs.text` has them.
-            text (`str`, *optional*): the document's.
-            offsets (`np.ndarray`, *optional*): int64 `[T, 2]`: which characters of it each token writes.
-            raw_example (`Mapping`, *optional*): the example as it was before tokenisation.
+            tokenizer (*optional*): needed, as `text` and `offsets` are, only if `needs.text` has it.
+            text (`str`, *optional*): the document's text.
+            offsets (`np.ndarray`, *optional*): int64 `[T, 2]`: the first character of the text that each token writes,
+                and the one after its last.
+            raw_example (`Mapping`, *optional*): the example before tokenisation.
 
         Raises:
-            ValueError: if a strategy returns the wrong shape, or weights that are negative or not finite, or
-                if the product of the strategies' weights leaves float32.
+            ValueError: if a strategy returns a wrong shape, negative weights or weights that are not finite, or if the
+                product of the strategies' weights does not fit into float32.
         """
         import numpy as np
 
         weights = (roles != 0).astype(np.float32)
         document = {"input_ids": input_ids, "example": example, "tokenizer": tokenizer, "text": text}
         factors = self.static_factors(roles, offsets=offsets, raw_example=raw_example, **document)
-        for name, own in factors.items():
-            weights = multiplied(weights, own, f"strategies: {name}")
+        for name, factor in factors.items():
+            weights = multiplied(weights, factor, f"strategies: {name}")
         return weights
 
     def static_factors(self, roles: np.ndarray, **document: Any) -> dict[str, np.ndarray]:
-        """The static weights of each strategy that gives some, by its name: float32 `[T]` each.
+        """The static weights of each strategy that returns some: float32 `[T]` by the strategy's name.
 
-        Takes what [`ActiveStrategies.static_weights`] takes.
-
-        Raises:
-            ValueError: as there.
+        The arguments and the errors are those of [`ActiveStrategies.static_weights`].
         """
         import numpy as np
 
@@ -229,28 +227,28 @@ class ActiveStrategies:
         for strategy in self._strategies:
             if strategy.reads_raw != (document.get("raw_example") is not None):
                 continue
-            own = strategy.call("static_weights", roles=roles, **document)
-            if own is None:
+            returned = strategy.call("static_weights", roles=roles, **document)
+            if returned is None:
                 continue
-            own = np.asarray(own, dtype=np.float32)
-            if own.shape != roles.shape:
+            weights = np.asarray(returned, dtype=np.float32)
+            if weights.shape != roles.shape:
                 raise ValueError(
-                    f"strategy {strategy.name!r} returned weights of shape {own.shape} for {len(roles)} tokens"
+                    f"strategy {strategy.name!r} returned weights of shape {weights.shape} for {len(roles)} tokens"
                 )
-            if not np.isfinite(own).all() or (own < 0).any():
+            if not np.isfinite(weights).all() or (weights < 0).any():
                 raise ValueError(f"strategy {strategy.name!r} returned weights that are negative or not finite")
-            factors[strategy.name] = own
+            factors[strategy.name] = weights
         return factors
 
     def __getstate__(self) -> dict[str, Any]:
-        # Modules do not pickle; their names do.
+        # A module cannot be pickled, so its name is.
         refs = {s.name: s.plugin.__name__ if inspect.ismodule(s.plugin) else s.plugin for s in self._strategies}
         return {"options_by_name": self.options_by_name, "plugins": refs, "logged_spans": self.logged_spans}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.options_by_name, self.logged_spans = state["options_by_name"], state["logged_spans"]
         for name, plugin in state["plugins"].items():
-            # A spawned worker has the entry points, but not what the parent registered by hand.
+            # A spawned worker has the entry points, but not the plugins that the parent registered in code.
             if not plugin_manager().has_plugin(name):
                 register(importlib.import_module(plugin) if isinstance(plugin, str) else plugin, name)
         self._bind()

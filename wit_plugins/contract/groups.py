@@ -1,8 +1,8 @@
-"""Groups of samples (tasks, sources): which one a sample is of, by its data, and what each group's loss weighs.
+"""Groups of samples (tasks, sources): which group a sample belongs to, and how much each group's loss weighs.
 
-A group's number is its place in the configuration, so that all processes agree. It travels in the prepared labels
-(`wit_plugins.tokens.weighted_labels`). In a batch it travels as the bit of a logged span, since a group's span is each
-of its documents as a whole.
+A group's number is its place in the configuration, so all processes agree on it. Prepared labels carry the number
+(`wit_plugins.tokens.weighted_labels`). In a batch, the bit of a logged span carries it: the span of a group covers all
+tokens of the group's documents.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Groups:
     """The groups of one run.
 
     Attributes:
-        strategy ([`Strategy`]): whose they are.
-        key (`str`): the column that says which group an example is of.
-        names (`tuple[str, ...]`): of all groups, in the order of their numbers.
+        strategy ([`Strategy`]): the strategy that declared the groups.
+        key (`str`): the column that names an example's group.
+        names (`tuple[str, ...]`): the names of all groups, in the order of their numbers.
     """
 
     strategy: Strategy
@@ -39,88 +39,88 @@ class Groups:
 
     @classmethod
     def of(cls, strategies: Sequence[Strategy]) -> Groups | None:
-        """Those of the strategy that has some.
+        """The groups of the strategy that declares some; `None` if no strategy does.
 
         Raises:
-            WITConfigError: if they are none, or a strategy weighs groups and has none.
+            WITConfigError: if the declaration is wrong, or a strategy weighs groups and declares none.
         """
-        found = None
+        groups = None
         for strategy in strategies:
             where = f"strategies: {strategy.name}"
-            said = strategy.call("sample_groups")
-            if said is None:
+            declared = strategy.call("sample_groups")
+            if declared is None:
                 if strategy.has("group_weights"):
                     raise WITConfigError(f"{where}: weighs groups and says of none (sample_groups)")
                 continue
-            key, names = said
+            key, names = declared
             names = tuple(names)
             if not (isinstance(key, str) and key and all(isinstance(name, str) and name for name in names)):
                 raise WITConfigError(f"{where}: groups {names!r} of the column {key!r}: all of these are texts")
             if not 0 < len(set(names)) == len(names) <= MAX_GROUPS:
                 raise WITConfigError(f"{where}: {len(names)} groups: 1 to {MAX_GROUPS} can be told apart, each once")
-            found = cls(strategy, key, names)
-        return found
+            groups = cls(strategy, key, names)
+        return groups
 
     @property
     def spans(self) -> dict[str, str]:
-        """What the log calls each group, by the name of its span."""
+        """For each group, its span's name and the name in the log's keys."""
         return {f"group {name}": re.sub(r"[^A-Za-z0-9_.-]", "_", name)[:64] for name in self.names}
 
     def masks(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        """The spans of tokens of these groups, uint8 `[T]`, bool `[T]` by the names of spans."""
+        """From each token's group number, uint8 `[T]`, one mask a span, bool `[T]`, by the span's name."""
         return {f"{self.strategy.name}: {span}": numbers == n for n, span in enumerate(self.spans, 1)}
 
     @property
     def weighs(self) -> bool:
-        """Whether each has a denominator of its own, and weighs something."""
+        """Whether each group has its own denominator and its own weight."""
         return self.strategy.has("group_weights")
 
     @property
     def reads_losses(self) -> bool:
-        """Whether their weights come from their losses in evaluation."""
+        """Whether the groups' weights are computed from their evaluation losses."""
         return self.strategy.asks_for("eval_losses")
 
     def number(self, example: Mapping[str, Any]) -> int:
-        """The group of an example as it stands in the data, from 1.
+        """The number of an example's group, from 1. The example is as it stands in the data.
 
         Raises:
-            BadExampleError: if it says none, or one that is not listed.
+            BadExampleError: if the example names no group, or one that is not listed.
         """
-        said = example.get(self.key)
-        if said is None:
+        value = example.get(self.key)
+        if value is None:
             raise BadExampleError(
                 f"{self.key} says no group, and strategies: {self.strategy.name} needs one of each sample "
                 f"({', '.join(self.names)})"
             )
-        name = said if isinstance(said, str) else str(said)
+        name = value if isinstance(value, str) else str(value)
         if name not in self.names:
             raise BadExampleError(
-                f"{self.key} = {said!r}: is not a group of strategies: {self.strategy.name}"
+                f"{self.key} = {value!r}: is not a group of strategies: {self.strategy.name}"
                 f"{did_you_mean(name, self.names)}; list it there, or take the sample out"
             )
         return self.names.index(name) + 1
 
     def weights(self, eval_losses: Mapping[str, Sequence[float]]) -> list[float]:
-        """What each group's mean loss weighs now, in the order of their numbers.
+        """How much each group's mean loss weighs now, in the order of the groups' numbers.
 
         Args:
-            eval_losses (`Mapping`): of each group its response loss at every evaluation so far.
+            eval_losses (`Mapping`): for each group, its response loss at every evaluation so far.
 
         Raises:
-            ValueError: if the strategy leaves a group out, or what it gives are no weights.
+            ValueError: if the strategy leaves a group out, or returns values that are no weights.
         """
         given = self.strategy.call("group_weights", eval_losses=eval_losses)
         if given is None:
             return [1.0] * len(self.names)
-        made = [float(given[name]) if name in given else math.nan for name in self.names]
-        if not all(math.isfinite(weight) and weight >= 0 for weight in made) or not any(made):
+        weights = [float(given[name]) if name in given else math.nan for name in self.names]
+        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
             raise ValueError(
                 f"strategy {self.strategy.name!r} returned group weights {dict(given)!r}; of each of "
                 f"{', '.join(self.names)} it needs a finite number >= 0, and one above 0"
             )
-        return made
+        return weights
 
 
 def weighed_groups(groups: Groups | None) -> Groups | None:
-    """The groups, if each has a denominator of its own."""
+    """The groups if each has its own denominator, else `None`."""
     return groups if groups is not None and groups.weighs else None

@@ -1,4 +1,4 @@
-"""The one plugin manager: who is registered, and what is looked at before."""
+"""The one plugin manager: which strategies and adapters are registered, and the checks before they are."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from wit_plugins.errors import WITConfigError
 
 ENTRY_POINT_GROUP = "wit_plugins"
 
-# Built-in strategies come in through the same door as everyone else's, a registered name. A module is imported when its
-# name is first asked for: most runs name one or two.
+# Built-in strategies are registered by name, as everybody's are. A module is imported when its name is first asked for,
+# since most runs name one or two.
 DEFAULT_STRATEGIES = {
     "wit": "wit_plugins.strategies.wit",
     "dft": "wit_plugins.strategies.dft",
@@ -48,7 +48,7 @@ HOOKS_OF_A_STRATEGY = (
 
 
 class _Manager(pluggy.PluginManager):
-    """Looks at a plugin before it takes it: what pluggy passes over in silence is an error here.
+    """Checks a plugin before it is registered: mistakes that pluggy ignores are errors here.
 
     Built-in strategies are registered when they are first asked for by name.
     """
@@ -62,25 +62,25 @@ class _Manager(pluggy.PluginManager):
         return plugin
 
     def has_plugin(self, name: str) -> bool:
-        """Whether a plugin has this name. Nothing is imported to say so."""
+        """Whether a plugin has this name. Nothing is imported to find out."""
         return name in DEFAULT_STRATEGIES or super().has_plugin(name)
 
     def register(self, plugin: Any, name: str | None = None) -> str | None:
         """Register a plugin.
 
         Raises:
-            pluggy.PluginValidationError: if it has no hook of ours, a misspelt one, one without `@hookimpl` or one
-                that asks for arguments that do not exist.
+            pluggy.PluginValidationError: if the plugin has no such hook, a misspelt one, one without `@hookimpl`,
+                or one that names arguments that do not exist.
         """
-        own = self._hooks_of(plugin)
+        implemented = self._hooks_of(plugin)
         known = [hook for hook in vars(hookspecs) if getattr(vars(hookspecs)[hook], f"{self.project_name}_spec", None)]
-        for hook, attribute in own.items():
+        for hook, attribute in implemented.items():
             if hook not in known:
                 self._refuse(plugin, f"{attribute} is marked as a hook, but there is none of this name", hook, known)
         for hook in known:
-            if hook not in own and callable(getattr(plugin, hook, None)):
+            if hook not in implemented and callable(getattr(plugin, hook, None)):
                 self._refuse(plugin, f"{hook} is not marked, so it would never be called; put @hookimpl above it")
-        if not own:
+        if not implemented:
             self._refuse(plugin, f"it implements no hook; the hooks are {', '.join(known)}")
         try:
             return super().register(plugin, name)
@@ -90,15 +90,15 @@ class _Manager(pluggy.PluginManager):
             raise
 
     def _hooks_of(self, plugin: Any) -> dict[str, str]:
-        """The names of the hooks that a plugin implements, and of its functions that do."""
-        found = {}
+        """The hooks that a plugin implements: the hook's name, and the name of the function that implements it."""
+        implemented = {}
         for attribute in dir(plugin):
             options = self.parse_hookimpl_opts(plugin, attribute)
             if options is not None:
                 if options["hookwrapper"] or options["wrapper"]:
                     self._refuse(plugin, f"{attribute} is a wrapper; strategies are called one by one, without any")
-                found[options["specname"] or attribute] = attribute
-        return found
+                implemented[options["specname"] or attribute] = attribute
+        return implemented
 
     def _refuse(self, plugin: Any, reason: str, name: str = "", known: Sequence[str] = ()) -> None:
         raise pluggy.PluginValidationError(plugin, reason + (did_you_mean(name, known) if name else ""))
@@ -118,7 +118,7 @@ def plugin_manager() -> pluggy.PluginManager:
             if entry_point.value != DEFAULT_STRATEGIES.get(entry_point.name):
                 warnings.warn(f"{where} is off: another plugin has its name", stacklevel=2)
             continue
-        # One broken package must not stop runs that do not name it; those that do are told that it is not registered.
+        # A broken package must not stop a run that does not name it. A run that does is told that it is not registered.
         try:
             plugin = entry_point.load()
         except Exception as error:
@@ -142,7 +142,7 @@ def traced() -> bool:
 
 
 def print_call(hook: str, plugins: Sequence[str], arguments: Mapping[str, Any]) -> None:
-    """Print a hook call, and who answers."""
+    """Print a hook call, and the plugins that are called."""
     print(f"wit_plugins: {hook}({', '.join(arguments)}) -> {', '.join(plugins) or 'nobody'}", file=sys.stderr)
 
 

@@ -1,1 +1,1 @@
-"""Weights that stand in the data: which keys say them, and which tokens they are about."""
+"""Weights that stand in the data: the keys that hold them, and the tokens that they apply to."""

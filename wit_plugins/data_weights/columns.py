@@ -1,4 +1,4 @@
-"""Which keys the messages of a dataset have: by its features, or, where they do not say, by its rows.
+"""Which keys the messages of a dataset have: read from its features, or from its rows where the features do not tell.
 
 `datasets` gives a column of messages one type. A key that some messages have is then in all of them, mostly as `None`.
 Newer versions keep such a column as `List(Json)`, whose features name no key at all.
@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-READ_AT_MOST = 10_000  # rows, where reading all of them would take too long
-NOT_MESSAGES = ("tools",)  # columns whose mappings are something else
+READ_AT_MOST = 10_000  # rows; reading all rows of a large dataset would take too long
+NOT_MESSAGES = ("tools",)  # columns that hold mappings which are no messages
 
 
 class Keys(NamedTuple):
     """The keys that a column's features name.
 
     Attributes:
-        of_messages (`frozenset[str]`): of its messages.
-        of_parts (`dict[str, frozenset[str]]`): of the parts of a message's contents, by the key of the content.
+        of_messages (`frozenset[str]`): the keys of its messages.
+        of_parts (`dict[str, frozenset[str]]`): the keys of a content's parts, by the key of the content.
         unclear (`bool`): whether rows may have keys that the features do not name.
     """
 
@@ -30,7 +30,7 @@ class Keys(NamedTuple):
 
 
 def keys_by_features(feature: Any) -> Keys:
-    """The keys of one column: a list of messages, whose contents may be lists of parts. Null columns are left out."""
+    """The keys of one column of messages, whose contents may be lists of parts. Keys of type null are left out."""
     message = _item(feature)
     if not isinstance(message, Mapping):
         return Keys(unclear=_is_json(message))
@@ -44,10 +44,10 @@ def keys_by_features(feature: Any) -> Keys:
 
 
 def messages_of(row: Mapping[str, Any], contents: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The messages of a row and the parts of their contents, each with its place in words.
+    """Yield the messages of a row and the parts of their contents, each with its place in words.
 
     Args:
-        row (`Mapping`): columns by name; those that hold no list of mappings are passed over.
+        row (`Mapping`): columns by name. A column that holds no list of mappings is skipped.
         contents (`Sequence[str]`): the keys under which a message may have parts.
     """
     for name, value in row.items():
@@ -63,7 +63,7 @@ def messages_of(row: Mapping[str, Any], contents: Sequence[str]) -> Iterator[tup
 
 
 def evenly(size: int, most: int | None = None) -> list[int]:
-    """Numbers of rows, from the first to the last, at even distances: at most 10,000, or `most`."""
+    """Row numbers from the first to the last at even distances, at most `most` of them (by default 10,000)."""
     most = READ_AT_MOST if most is None else most
     return np.unique(np.linspace(0, size - 1, min(size, most)).astype(np.int64)).tolist() if size else []
 
@@ -73,7 +73,7 @@ def _named(keys: Mapping[str, Any]) -> frozenset[str]:
 
 
 def _item(feature: Any) -> Any:
-    """What a list is of, by its feature; anything else is itself."""
+    """The feature of a list's items. A feature that is no list is returned as it is."""
     return feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", feature)
 
 

@@ -1,11 +1,12 @@
-"""Which tokens a message of a conversation became: for weights that stand at messages, or at parts of them.
+"""Find the tokens of each message of a conversation, for weights of messages or of parts of messages.
 
-A chat template says nothing of what it writes for whom. So it is asked twice, the second time with a mark in each
-message's content; where the marks come out is where the messages are. What belongs to a message beside its content:
+A chat template does not say which text it writes for which message. So it is rendered twice, the second time with a
+mark in each message's content. The places of the marks are the places of the messages. Besides its content, a message
+has:
 
-- the tokens that end its turn, with the line break behind them,
-- what the template writes in front of it, back to the end of the turn before (the header with its role),
-- where a template ends no turn between two messages, all that is between them belongs to the second.
+- the tokens that end its turn, with the line break after them,
+- what the template writes before the content, back to the end of the previous turn (the header with the role),
+- where a template ends no turn between two messages, all text between the two, which belongs to the second.
 """
 
 from __future__ import annotations
@@ -21,23 +22,26 @@ from wit_plugins.errors import BadExampleError
 from wit_plugins.tokens.text import TokenText, ends_a_turn
 
 Render = Callable[[Sequence[str]], str]
-"""The framework's own template: from the contents of all messages, one each, to the text that it tokenises."""
+"""The framework's template: takes the content of each message, returns the text that is tokenised."""
 
-_MARKS = (0xF0000, 0x100000)  # where private characters begin, of which a text has none or, by rare luck, some
-_CUTS = (0.5, 0.31, 0.73)  # where in a content the mark stands: templates look at beginnings and ends
+_MARKS = (
+    0xF0000,
+    0x100000,
+)  # starts of two ranges of private characters; if a text uses one, the other marks it
+_CUTS = (0.5, 0.31, 0.73)  # places of the mark in a content, away from its ends: templates strip and compare the ends
 
 
 @dataclass(frozen=True)
 class WeightedMessage:
-    """A message as far as weights are concerned.
+    """What the weights need to know of a message.
 
     Attributes:
-        content (`str`): its text, as the template is given it; empty for one that has none (tool calls).
-        weight (`float`): what all of its tokens are multiplied by.
-        pieces (`tuple`): begin and end (exclusive) of characters of the content, and what the tokens that write any of
-            them are multiplied by besides.
-        written (`tuple`, *optional*): begin and end of the characters of the rendered text that the framework says are
-            this message's, to the end of its turn. No mark is put into its content then, which may be left empty.
+        content (`str`): the text that the template gets; empty for a message without text (tool calls).
+        weight (`float`): multiplies all tokens of the message.
+        pieces (`tuple`): begin and end (exclusive) of characters of the content, and a weight that also multiplies each
+            token that writes any of them.
+        written (`tuple`, *optional*): begin and end of the message's characters in the rendered text, up to the end of
+            its turn, where the framework tells them. The content then gets no mark and may be empty.
     """
 
     content: str
@@ -54,16 +58,16 @@ def weigh_tokens(
     offsets: np.ndarray | None = None,
     ends: Collection[int] = (),
 ) -> np.ndarray:
-    """The weights of the tokens of a rendered conversation, float32 `[T]`; 1 for what belongs to no message.
+    """The weights of the tokens of a rendered conversation, float32 `[T]`; 1 for tokens of no message.
 
     Args:
-        messages: all of the conversation's, in order.
+        messages: all messages of the conversation, in order.
         render (`Callable`): see [`Render`].
-        input_ids: what the framework made of the rendered text, `T` of them: all of it, before it is cut.
-        token_text ([`TokenText`]): of the tokenizer.
-        offsets (`np.ndarray`, *optional*): int64 `[T, 2]`, which characters of the rendered text each token writes;
-            found by itself where a framework tokenises the whole text at once.
-        ends: ids that end a turn beside those that are known to, where the framework is told so.
+        input_ids: the `T` tokens of the rendered text, before truncation.
+        token_text ([`TokenText`]): decodes the tokenizer's tokens.
+        offsets (`np.ndarray`, *optional*): int64 `[T, 2]`, the characters of the rendered text that each token writes.
+            Not needed where the framework tokenises the whole text at once.
+        ends: more ids that end a turn, where the framework is configured with some.
 
     Raises:
         BadExampleError: if messages of different weights cannot be told apart.
@@ -119,15 +123,15 @@ class _Content:
     lead: int | None
 
     def after(self, lead: int) -> _Content:
-        """With so much more taken off."""
+        """The same content where the template stripped `lead` more characters."""
         return replace(self, lead=None if self.lead is None else self.lead + lead)
 
 
 def _located(texts: Sequence[str], render: Render) -> tuple[str, list[_Content | None]]:
-    """The rendered text, and where each content stands in it; `None` where it does not."""
+    """The rendered text, and the place of each content in it; `None` for a content without a place."""
     plain = render(texts)
     bare = [text.strip() for text in texts]
-    # A template that strips writes white space of its own where the content's was; the two look alike.
+    # A template that strips may write its own white space in the same place, and the two cannot be told apart.
     if bare != list(texts) and render(bare) == plain:
         plain, contents = _located(bare, render)
         leads = [len(text) - len(text.lstrip()) for text in texts]
@@ -144,13 +148,13 @@ def _located(texts: Sequence[str], render: Render) -> tuple[str, list[_Content |
                 for i, (text, (a, b)) in enumerate(zip(texts, halves, strict=True))
             ]
         )
-        found: dict[int, list[int]] = {}
+        places: dict[int, list[int]] = {}
         marks = re.compile(f"[{chr(first)}-{chr(first + len(texts) - 1)}]")
         if marks.sub("", marked) != plain:
             continue
         for before, mark in enumerate(marks.finditer(marked)):
-            found.setdefault(ord(mark[0]) - first, []).append(mark.start() - before)
-        contents = [_content(plain, halves[i], found.get(i, [])) for i in range(len(texts))]
+            places.setdefault(ord(mark[0]) - first, []).append(mark.start() - before)
+        contents = [_content(plain, halves[i], places.get(i, [])) for i in range(len(texts))]
         begins = [content.begin for content in contents if content is not None]
         if begins == sorted(begins):
             return plain, contents
@@ -162,16 +166,16 @@ def _located(texts: Sequence[str], render: Render) -> tuple[str, list[_Content |
 
 
 def _halves(text: str, cut: float) -> tuple[str, str]:
-    """A text in two, within what is not whitespace: templates strip."""
+    """A text cut in two between two characters that a stripping template keeps."""
     body = len(text.strip())
     at = len(text) - len(text.lstrip()) + max(min(1, body), int(body * cut))
     return text[:at], text[at:]
 
 
-def _content(plain: str, halves: tuple[str, str], found: Sequence[int]) -> _Content | None:
-    if len(found) != 1 or not any(half.strip() for half in halves):
+def _content(plain: str, halves: tuple[str, str], places: Sequence[int]) -> _Content | None:
+    if len(places) != 1 or not any(half.strip() for half in halves):
         return None
-    (at,) = found
+    (at,) = places
     before = next((b for b in (halves[0], halves[0].lstrip()) if plain.endswith(b, 0, at)), None)
     behind = next((b for b in (halves[1], halves[1].rstrip()) if plain.startswith(b, at)), None)
     if before is None or behind is None:
@@ -180,7 +184,7 @@ def _content(plain: str, halves: tuple[str, str], found: Sequence[int]) -> _Cont
 
 
 def token_offsets(text: str, input_ids: Sequence[int], token_text: TokenText) -> np.ndarray:
-    """Which characters of a text each of its `T` tokens writes, int64 `[T, 2]`.
+    """The characters of a text that each of its `T` tokens writes, int64 `[T, 2]`: begin and end (exclusive).
 
     Raises:
         BadExampleError: if the tokens are not those of the text.
@@ -188,12 +192,12 @@ def token_offsets(text: str, input_ids: Sequence[int], token_text: TokenText) ->
     tokenizer, input_ids = token_text.tokenizer, list(input_ids)
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        own = list(encoded["input_ids"])
-        # A framework may put a token in front, and some behind.
+        text_ids = list(encoded["input_ids"])
+        # A framework may put one token before the text, and some after it.
         for extra in (0, 1):
-            if own and input_ids[extra : extra + len(own)] == own:
+            if text_ids and input_ids[extra : extra + len(text_ids)] == text_ids:
                 inside = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-                behind = len(input_ids) - extra - len(own)
+                behind = len(input_ids) - extra - len(text_ids)
                 ends = np.full((behind, 2), len(text), dtype=np.int64)
                 return np.concatenate((np.zeros((extra, 2), dtype=np.int64), inside, ends))
     decoded, offsets = token_text.decode(input_ids)
@@ -212,7 +216,7 @@ def _token_ranges(
     offsets: np.ndarray,
     ends: Sequence[tuple[int, int]],
 ) -> list[tuple[int, int]]:
-    """Begin and end of each message's tokens; `ends` are the tokens that end a turn, see [`_ends`].
+    """Begin and end of each message's tokens. `ends` are the tokens that end a turn, see [`_ends`].
 
     Raises:
         BadExampleError: if messages of different weights cannot be told apart.
@@ -222,11 +226,12 @@ def _token_ranges(
     located = [index for index, content in enumerate(contents) if content is not None]
     for left, right in zip([None, *located], [*located, None], strict=True):
         low = 0 if left is None else _tokens_of(contents[left], offsets)[1]
-        if left is not None and messages[left].written:  # its turn's end is in it, and the line break may be behind it
+        # The characters that a framework tells include the end of the turn, but not a line break after it.
+        if left is not None and messages[left].written:
             low = max([low, *(behind for index, behind in ends if index < low < behind)])
         high = size if right is None else _tokens_of(contents[right], offsets)[0]
         cuts = [behind for index, behind in ends if low <= index < high]
-        # Whose turns end between the two: the left one's, and those of messages without content.
+        # The turns that end between the two contents: the left one's, and those of messages without content.
         between = range(0 if left is None else left + 1, len(messages) if right is None else right)
         turns = [*([] if left is None else [left]), *between]
         stops = _stops(turns, cuts, low, high, left is None or _is_known(contents[left]), right is None)
@@ -249,20 +254,21 @@ def _token_ranges(
 def _stops(
     turns: Sequence[int], cuts: Sequence[int], low: int, high: int, is_whole: bool, is_last: bool
 ) -> list[int] | None:
-    """Where each of these turns ends, and then where the next message begins; `None` if that cannot be told.
+    """The end of each of these turns, then the begin of the next message; `None` if they cannot be told.
 
     Args:
         turns: messages whose turns end between two contents.
         cuts: the index after each end-of-turn token between the two contents.
-        low, high (`int`): behind the one content, and where the other begins.
-        is_whole (`bool`): whether the end of the one content is known.
-        is_last (`bool`): whether there is no other content, but the end of the text.
+        low, high (`int`): the index after the first content, and the index at which the second begins.
+        is_whole (`bool`): whether the end of the first content is known.
+        is_last (`bool`): whether the text ends after the first content.
     """
     if is_last and len(cuts) >= len(turns) - 1:
         return [*cuts[: len(turns) - 1], *([high] if turns else []), high]
     if not turns:
         return [cuts[-1] if cuts else 0]
-    if len(cuts) == len(turns) or (len(turns) == 1 and cuts):  # with more, the template has turns of its own there
+    # With more cuts than turns, the template writes turns of its own between the two contents.
+    if len(cuts) == len(turns) or (len(turns) == 1 and cuts):
         return [*cuts[: len(turns)], cuts[-1]]
     if len(turns) == 1 and is_whole and not is_last:
         return [low, low]
@@ -274,7 +280,7 @@ def _is_known(content: _Content | None) -> bool:
 
 
 def _tokens_of(content: _Content | None, offsets: np.ndarray) -> tuple[int, int]:
-    """The first token that writes any of a content, and the one behind the last."""
+    """The first token that writes any character of a content, and the index after the last such token."""
     assert content is not None
     inside = np.flatnonzero((offsets[:, 1] > content.begin) & (offsets[:, 0] < content.end))
     return (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0)
@@ -283,7 +289,7 @@ def _tokens_of(content: _Content | None, offsets: np.ndarray) -> tuple[int, int]
 def _behind_all(
     contents: Sequence[_Content | None], offsets: np.ndarray, input_ids: Sequence[int], token_text: TokenText
 ) -> set[int]:
-    """The special token that stands right behind each content, the last one's too: it ends turns, whatever it is."""
+    """The special token that follows every content, the last one included. Such a token ends turns."""
     known = [content for content in contents if _is_known(content)]
     behind = {_tokens_of(content, offsets)[1] for content in known}
     ids = {input_ids[index] if index < len(input_ids) else -1 for index in behind}
@@ -291,8 +297,8 @@ def _behind_all(
 
 
 def _ends(input_ids: Sequence[int], token_text: TokenText, more: Collection[int]) -> list[tuple[int, int]]:
-    """Each token that ends a turn, and the one behind it and the white space that follows."""
-    made = []
+    """Each token that ends a turn, with the index after it and after the white space that follows."""
+    turn_ends = []
     ending = ends_a_turn(input_ids, token_text) | np.isin(input_ids, list(more))
     for index in np.flatnonzero(ending).tolist():
         after = index + 1
@@ -302,5 +308,5 @@ def _ends(input_ids: Sequence[int], token_text: TokenText, more: Collection[int]
             and not token_text(input_ids[after]).strip()
         ):
             after += 1
-        made.append((index, after))
-    return made
+        turn_ends.append((index, after))
+    return turn_ends

@@ -1,6 +1,6 @@
-"""The framework's own labels back, for a trainer without weights that gets data with prepared labels.
+"""Give a trainer without weights the framework's own labels, where the data has prepared labels.
 
-What weighs 0 in the data is masked, as it is left out where there are weights.
+A token of weight 0 in the data is masked, since it does not count with weights either.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from wit_plugins.tokens.weighted_labels import read_prepared
 
 
 class OwnLabelsCollator(Delegate):
-    """Wraps a collator; what it is given are the labels that the framework made, without weights, -100
-    where the data says 0.
+    """Wraps a collator. The wrapped collator gets the framework's labels without weights, -100 where the data says 0.
 
-    Frameworks read options off their collator, so its attributes are the wrapped collator's.
+    Frameworks read options from their collator, so every attribute is the wrapped collator's.
 
-    Codes of [`WeightedCollator`] pass as they are, so that a trainer may get weights later.
+    Codes of [`WeightedCollator`] are left as they are, so that a trainer may be given weights later.
 
     Args:
-        collator (`Callable`): the framework's. It gets a list of examples, or a list of lists of examples.
+        collator (`Callable`): the framework's collator. It gets a list of examples, or a list of lists of examples.
     """
 
     _holder = "collator"
