@@ -1,7 +1,8 @@
 """Entropy-Adaptive Fine-Tuning: a token weighs more where the model is undecided (arXiv:2601.02151).
 
-factor = (H_k / divisor)^alpha, where H_k is the entropy of the k most likely tokens, renormalised, in nats. Where the
-model is sure of itself and the data says otherwise, little is learnt. As in LLaMA-Factory, whose code is the authors'.
+factor = (H_k / divisor)^alpha, where H_k is the entropy of the k most likely tokens, renormalised, in nats. A token of
+which the model is certain has a small factor, so data that contradicts a certain model changes little. Computed as in
+LLaMA-Factory, whose code is the authors'.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _DEFAULTS = {"alpha": 1.0, "top_k": 20, "divisor": 3.0}
 
 @hookimpl
 def validate_options(options: Mapping[str, Any]) -> None:
-    """`alpha` ≥ 0 (1), `divisor` > 0 (3), and `top_k` (20)."""
+    """The options are `alpha` ≥ 0 (default 1), `divisor` > 0 (3) and `top_k` (20)."""
     for name, value in options.items():
         if name not in _DEFAULTS:
             raise ValueError(f"there is no option {name!r}{did_you_mean(str(name), _DEFAULTS)}")

@@ -1,10 +1,10 @@
-"""FAIT: what tells a right answer from a similar wrong one weighs more (FGit, arXiv:2503.16913).
+"""FAIT: the tokens in which a right answer differs from a similar wrong one weigh more (FGit, arXiv:2503.16913).
 
-The wrong answer stands beside each example, in the column that `wrong_key` names. Of the lines in which the two differ
-the tokens that differ are error-sensitive and weigh `weight`; all others weigh 1, and all of an example without a wrong
-answer. Lines are told apart by difflib, as in the paper, and so are the words, spaces and marks within them, where the
-paper takes the Levenshtein distance. How it comes to its weight, a ratio that changes as training goes on, could not be
-confirmed: `weight` is required and stays what it is.
+Each example has a wrong answer in the column that `wrong_key` names. In the lines in which the two answers differ, the
+differing tokens are error-sensitive and weigh `weight`. All other tokens weigh 1, and so do all tokens of an example
+without a wrong answer. difflib compares the lines, as in the paper. It also compares the words, spaces and marks within
+lines, for which the paper uses the Levenshtein distance. The paper's weight is a ratio that changes during training;
+how it is computed could not be confirmed, so `weight` is required and constant.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _OPTIONS = ("wrong_key", "weight")
 
 @hookimpl
 def validate_options(options: Mapping[str, Any]) -> None:
-    """`wrong_key`, the column with the wrong answer, and `weight` ≥ 0; both are required."""
+    """`wrong_key` (the column with the wrong answer) and `weight` ≥ 0 are required."""
     for name in options:
         if name not in _OPTIONS:
             raise ValueError(f"there is no option {name!r}{did_you_mean(str(name), _OPTIONS)}")
@@ -51,7 +51,7 @@ def static_weights(
     raw_example: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> np.ndarray | None:
-    """What the error-sensitive tokens of the last answer weigh, and 1 for all others, float32 `[T]`."""
+    """`weight` for the error-sensitive tokens of the last answer and 1 for all others, float32 `[T]`."""
     wrong = _wrong_answer(raw_example, options["wrong_key"])
     response = np.flatnonzero(roles == RESPONSE)
     if not wrong or not len(response):
@@ -62,10 +62,10 @@ def static_weights(
     answer = answer[: ends.argmax()] if ends.any() else answer
     if not len(answer):
         return None
-    said = text[offsets[answer[0], 0] : offsets[answer[-1], 1]]
-    begin = offsets[answer[0], 0] + len(said) - len(said.lstrip())
-    before = np.zeros(len(text) + 1, dtype=np.int64)  # how many characters that differ come before each
-    for first, last in _differences(wrong.strip(), said.strip()):
+    right = text[offsets[answer[0], 0] : offsets[answer[-1], 1]]
+    begin = offsets[answer[0], 0] + len(right) - len(right.lstrip())
+    before = np.zeros(len(text) + 1, dtype=np.int64)  # for each character, the number of differing ones before it
+    for first, last in _differences(wrong.strip(), right.strip()):
         before[begin + first + 1 : begin + last + 1] = 1
     before = before.cumsum()
     sensitive = before[offsets[answer, 1]] > before[offsets[answer, 0]]
@@ -75,27 +75,27 @@ def static_weights(
 
 
 def _wrong_answer(example: Mapping[str, Any], key: str) -> str | None:
-    """A text, or the content of the last of several messages; `None` if there is no wrong answer."""
+    """The wrong answer: a text, or the content of the last of several messages; `None` if there is none."""
     if key not in example:
         raise BadExampleError(f"fait: wrong_key = {key!r}: the example has no such column, but {', '.join(example)}")
-    said = example[key]
-    if isinstance(said, (list, tuple)) and said and isinstance(said[-1], Mapping):
-        said = said[-1].get("content", said[-1].get("value"))
-    if said is not None and not isinstance(said, str):
-        raise BadExampleError(f"{key} = {said!r}: is the wrong answer's text, or messages that end with it")
-    return said
+    wrong = example[key]
+    if isinstance(wrong, (list, tuple)) and wrong and isinstance(wrong[-1], Mapping):
+        wrong = wrong[-1].get("content", wrong[-1].get("value"))
+    if wrong is not None and not isinstance(wrong, str):
+        raise BadExampleError(f"{key} = {wrong!r}: is the wrong answer's text, or messages that end with it")
+    return wrong
 
 
 def _differences(wrong: str, right: str) -> Iterator[tuple[int, int]]:
-    """From where to where the characters of `right` differ from `wrong`: line by line, and within lines by words."""
+    """Begin and end of the characters of `right` that differ from `wrong`: compared by line, within lines by word."""
     for wrong_lines, right_lines, at in _changed(wrong.splitlines(True), right.splitlines(True)):
         words = (re.findall(r"\w+|\s+|[^\w\s]", "".join(lines)) for lines in (wrong_lines, right_lines))
-        for _, own, place in _changed(*words):
-            yield at + place, at + place + len("".join(own))
+        for _, differing, place in _changed(*words):
+            yield at + place, at + place + len("".join(differing))
 
 
 def _changed(wrong: Sequence[str], right: Sequence[str]) -> Iterator[tuple[Sequence[str], Sequence[str], int]]:
-    """The pieces that were exchanged for others, these, and which character of `right` the latter begin with."""
+    """For each change: the pieces of `wrong`, those of `right` that replace them, and the first character of these."""
     for tag, a, b, c, d in SequenceMatcher(None, wrong, right, autojunk=False).get_opcodes():
         if tag in ("replace", "insert"):
             yield wrong[a:b], right[c:d], len("".join(right[:c]))

@@ -1,6 +1,6 @@
-"""Masked thought: some of the response's tokens are hidden from the model, which still has to write them.
+"""Masked thought: some response tokens are hidden from the model, which still has to predict them.
 
-arXiv:2403.02178. A change of what the model reads, not of the weights; the targets stay. Each response token is read as
+arXiv:2403.02178. It changes what the model reads. Weights and targets stay. Each response token is replaced by
 `mask_token_id` with a probability that rises from 0 to `probability` over the first `warmup` of the training's steps.
 """
 
@@ -21,7 +21,7 @@ _SHARES = {"probability": 0.2, "warmup": 0.0}  # MAmmoTH/run_mistral_mft.sh; the
 
 @hookimpl
 def validate_options(options: Mapping[str, Any]) -> None:
-    """`mask_token_id`, which is required, `probability` (0.2) and `warmup` (0), a share of the steps."""
+    """`mask_token_id` is required. `probability` defaults to 0.2, `warmup` (a share of the steps) to 0."""
     for name, value in options.items():
         if name == "mask_token_id":
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:

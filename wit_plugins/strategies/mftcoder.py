@@ -1,8 +1,8 @@
-"""MFTCoder: each task's loss is a mean of its own, so that large tasks do not drown small ones (arXiv:2311.02303).
+"""MFTCoder: each task has its own mean loss, so that large tasks do not outweigh small ones (arXiv:2311.02303).
 
-loss = Σ t·(Σ w·nll / N_task) / Σ t over the tasks that have a token in the step, as `case3` of its repository's
-`loss_func_mft` has it for a micro-batch; here N_task is over the whole optimizer step. `key` is the column that says a
-sample's task, `groups` lists the tasks with their t.
+loss = Σ t·(Σ w·nll / N_task) / Σ t over the tasks that have a token in the step. This is `case3` of `loss_func_mft` in
+the paper's repository, which computes it for a micro-batch; here N_task counts the whole optimizer step. `key` is the
+column that names a sample's task. `groups` maps each task to its t.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _OPTIONS = ("groups", "key")
 
 @hookimpl
 def validate_options(options: Mapping[str, Any]) -> None:
-    """`groups`, the tasks and what each one's mean weighs, is required; `key` is `task`."""
+    """`groups` (the tasks, and the weight of each task's mean) is required. `key` defaults to `task`."""
     for name in options:
         if name not in _OPTIONS:
             raise ValueError(f"there is no option {name!r}{did_you_mean(str(name), _OPTIONS)}")
@@ -42,5 +42,5 @@ def sample_groups(options: Mapping[str, Any]) -> tuple[str, Sequence[str]]:
 
 @hookimpl
 def group_weights(options: Mapping[str, Any]) -> Mapping[str, float]:
-    """t of each task."""
+    """The weight t of each task."""
     return options["groups"]

@@ -1,7 +1,7 @@
-"""One-Token Rollout: the model draws tokens of its own and is told which were right (arXiv:2509.26313).
+"""One-Token Rollout: the model draws tokens, and each drawn token gets a reward (arXiv:2509.26313).
 
-loss = -1/K Σ_k r_k log π(a_k) with a_k drawn from π at a temperature, r = 1 for the token that the data has and β for
-any other. At β = 0 and temperature 1 its expectation is Dynamic Fine-Tuning's. No value of the paper's could be
+loss = -1/K Σ_k r_k log π(a_k), with a_k drawn from π at a temperature. r is 1 for the token of the data and β for any
+other. At β = 0 and temperature 1 the expected loss is Dynamic Fine-Tuning's. None of the paper's values could be
 confirmed, so there are no defaults.
 """
 
@@ -22,7 +22,7 @@ _OPTIONS = ("samples", "beta", "temperature")
 
 @hookimpl
 def validate_options(options: Mapping[str, Any]) -> None:
-    """`samples` (K), `beta` and `temperature`, all required."""
+    """`samples` (K), `beta` and `temperature` are required."""
     for name, value in options.items():
         if name not in _OPTIONS:
             raise ValueError(f"there is no option {name!r}{did_you_mean(str(name), _OPTIONS)}")
@@ -44,13 +44,14 @@ def draw_targets(
     random: Callable[[int], torch.Tensor],
     options: Mapping[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`K` drawn tokens and their rewards over K, `[n, K]` each: each number in [0, 1) falls into one token's share."""
+    """`K` drawn tokens and their rewards divided by K, `[n, K]` each. A random number selects the token it falls on."""
     import torch
 
     ends = (probabilities ** (1 / options["temperature"])).cumsum(dim=-1)
     total = ends[:, -1:]
     drawn = (random(options["samples"]).to(ends.dtype) * total).contiguous()
     ids = torch.searchsorted(ends.contiguous(), drawn, right=True)
-    ids = ids.minimum((ends < total).sum(dim=-1, keepdim=True))  # where rounding met the end: the last that has a share
+    # Where rounding reaches the end, the last token with a probability above 0 is taken.
+    ids = ids.minimum((ends < total).sum(dim=-1, keepdim=True))
     rewards = (ids == targets[:, None]).to(ends.dtype) * (1 - options["beta"]) + options["beta"]
     return ids, rewards / options["samples"]

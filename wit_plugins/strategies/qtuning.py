@@ -1,12 +1,14 @@
-"""Q-Tuning: of the samples those that mislead the model or that it doubts, of the former their steady tokens.
+"""Q-Tuning: keep samples that the model is wrong or uncertain about, and of the wrong ones only the likelier tokens.
 
-arXiv:2509.23873. A micro-batch's samples are ranked by perplexity and by mean entropy. Q2 is high in the one and low in
-the other, Q4 low in the one and high in the other. The quantile that tells high from low moves inwards until as many as
-⌈r_sample · samples⌉ are in Q2 or Q4, each where it came first. In Q2 a token's score is (1 - λ) PPL_i + λ (PPL_{i-1} +
-PPL_{i+1}), PPL = 1 / p, and the ⌈r_token · T⌉ lowest are kept; Q4 is kept whole.
+arXiv:2509.23873. A micro-batch's samples are ranked by perplexity and by mean entropy. Q2 has high perplexity and low
+entropy, Q4 low perplexity and high entropy. The quantile between high and low moves inwards until ⌈r_sample · samples⌉
+samples are in Q2 or Q4; a sample stays in the one that it entered first. In Q2 a token's score is (1 - λ) PPL_i +
+λ (PPL_{i-1} + PPL_{i+1}) with PPL = 1 / p, and the ⌈r_token · T⌉ tokens with the lowest scores are kept. Q4 is kept
+whole.
 
-No code is published. The paper's shares could not be confirmed and are required; nor could what it does at a sample's
-ends, where a neighbour that is not trained on adds nothing here, and what it divides by: here r_sample · N.
+No code is published. The paper's shares could not be confirmed, so they are required. Two more things could not be
+confirmed: the neighbours at a sample's ends (here a neighbour that is not trained on adds nothing), and the divisor of
+the loss (here r_sample · N).
 """
 
 from __future__ import annotations
@@ -22,13 +24,13 @@ if TYPE_CHECKING:
     import torch
 
 _OPTIONS = ("r_sample", "r_token", "neighbour_weight")
-_MAX_NLL = 60.0  # whose PPL, and twice that, are still float32
+_MAX_NLL = 60.0  # its PPL, and twice its PPL, still fit into float32
 
 
 @hookimpl
 def validate_options(options: Mapping[str, Any]) -> None:
-    """`r_sample` and `r_token`, above 0 and at most 1, are required; `neighbour_weight`, λ, is 0.5."""
-    for name in options:  # first, since a required option that seems to be missing may be a mistyped one
+    """`r_sample` and `r_token` (above 0, at most 1) are required. `neighbour_weight` (λ) defaults to 0.5."""
+    for name in options:  # checked first: a required option that seems to be missing may be mistyped
         if name not in _OPTIONS:
             raise ValueError(f"there is no option {name!r}{did_you_mean(str(name), _OPTIONS)}")
     if options.get("r_token") is None:
@@ -51,7 +53,7 @@ def select_tokens(
     positions: torch.Tensor,
     options: Mapping[str, Any],
 ) -> torch.Tensor:
-    """The tokens of Q4, and of Q2 those whose surroundings are likely, bool `[N]`, of those that weigh anything."""
+    """The tokens of Q4 and the likelier tokens of Q2, bool `[N]`, among the tokens whose weight is not 0."""
     import torch
 
     trained = (weights != 0).nonzero()[:, 0]
@@ -81,6 +83,6 @@ def select_tokens(
 
 
 def _share(count: Any, share: float) -> Any:
-    """A share of one number or of several, rounded up: in whole numbers, since 0.6 is no float."""
+    """A share of one number or of several, rounded up. Exact: 0.6 has no exact float, so fractions are used."""
     exact = Fraction(str(share))
     return -(-count * exact.numerator // exact.denominator)

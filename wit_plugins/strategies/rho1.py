@@ -1,9 +1,10 @@
-"""Rho-1: only the tokens that the model finds harder than a reference does are trained on (arXiv:2404.07965).
+"""Rho-1: train only on the tokens that the model finds harder than a reference model does (arXiv:2404.07965).
 
-Of each micro-batch the share of the tokens with the highest excess loss, nll less the reference's, is kept; the loss is
-divided by share · N, N being the tokens of the whole step that weigh anything. `reference` is a folder that `wit score`
-wrote of another model (the paper trains one on curated data first); without it, the reference is the model without its
-adapter. `share` has no default: the paper's differ from model to model.
+A token's excess loss is its nll minus the reference's nll. In each micro-batch the share of tokens with the highest
+excess loss is kept. The loss is divided by share · N, where N counts the tokens of the whole step whose weight is not
+0. `reference` is a folder that `wit score` wrote with another model (the paper first trains one on curated data).
+Without `reference`, the model without its adapter is the reference. `share` has no default, because the paper's differ
+from model to model.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def validate_options(options: Mapping[str, Any]) -> None:
-    """What `share` and `reference` may be is looked at with the marks of `select_tokens`."""
+    """Refuse unknown options. The values of `share` and `reference` are checked by the marks on `select_tokens`."""
     known = ("share", "reference")
     for name in options:
         if name not in known:
@@ -35,7 +36,7 @@ def validate_options(options: Mapping[str, Any]) -> None:
 def select_tokens(
     log_probs: torch.Tensor, reference_log_probs: torch.Tensor, weights: torch.Tensor, options: Mapping[str, Any]
 ) -> torch.Tensor:
-    """The ⌈share · n⌉ tokens with the highest excess loss of the n that weigh anything, bool `[N]`."""
+    """The ⌈share · n⌉ tokens with the highest excess loss, of the n whose weight is not 0, bool `[N]`."""
     candidates = weights != 0
     excess = (reference_log_probs - log_probs).masked_fill(~candidates, -math.inf)
     count = math.ceil(Fraction(str(options["share"])) * int(candidates.sum()))

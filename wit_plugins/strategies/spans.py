@@ -1,8 +1,8 @@
 """Weights for parts of the text: reasoning, tool calls, code, the last turn, whatever a pattern finds.
 
-Its options are a list of spans. Each says where (`between`, `match` or `named`) and how much (`weight`); the weights of
-spans that overlap are multiplied. They are found in a document's whole text, and given to the tokens that write any of
-their characters.
+The options are a list of spans. Each span says where it is (`between`, `match` or `named`) and what it weighs
+(`weight`). Where spans overlap, their weights are multiplied. Spans are searched in a document's whole text; a token
+belongs to a span if it writes any character of the span.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from wit_plugins.tokens.text import ENDS_OF_TURNS, special_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SECONDS = 10.0  # of computing that a regular expression may take in one document
+SECONDS = 10.0  # of computing time that a regular expression may take in one document
 _EXAMPLE = '[{between: ["<think>", "</think>"], weight: 0.5}]'
-_LEAST = np.float32(1e-30)  # a weight that decays stays above 0, so that it is counted
+_LEAST = np.float32(1e-30)  # a decaying weight stays above 0, because tokens of weight 0 are not counted
 
 _ROLES = {"prompt": PROMPT, "response": RESPONSE}
 _WHERE = ("between", "match", "named")
 _KEYS = (*_WHERE, "weight", "role", "name", "delimiters", "others", "decay")
 
-# How the formats in use open and close, as regular expressions. What one only looks ahead at is no part of it;
-# `{count}` is the number of backticks of the opening one.
+# Openings and closings of the formats in use, as regular expressions. A look-ahead is not part of the span. `{count}`
+# stands for the number of backticks in the opening.
 _END_OF_MESSAGE = (
     r"(?=<\|im_end\|>|<\|eot_id\|>|<\|eom_id\|>|<\|end\|>|<\|end_of_text\|>|</s>|\[TOOL_RESULTS\]|\[INST\])"
 )
@@ -63,13 +63,13 @@ _FORMATS: dict[str, tuple[tuple[str, str], ...]] = {
         (r"\[TOOL_CALLS\]", _END_OF_MESSAGE),
         (r"<\|python_tag\|>", _END_OF_MESSAGE),
         (r"<\|channel\|>(?:analysis|commentary) to=", r"<\|call\|>"),
-        # LLaMA-Factory's default. The description of the format in its system prompt has more than a name there.
+        # LLaMA-Factory's default. Its system prompt describes the format with more than a name, so that is no match.
         (r"(?<!\w)Action:\s*[\w.-]+\s*Action Input:", _END_OF_LINE),
     ),
     # The language and the line break after it are part of the fence.
     "code_blocks": ((r"`{3,}(?:[^\s`]*\n)?", r"`{{count},}"),),
 }
-# What the templates in use write behind a special token of theirs: the name of a role, and what ends it.
+# What the templates in use write after their special tokens: a role's name, and the text that ends the name.
 _HEADERS = {
     "<|im_start|>": r"[^\n<]{0,64}\n",
     "<start_of_turn>": r"[^\n<]{0,64}\n",
@@ -82,7 +82,7 @@ _HEADERS = {
 
 @dataclass(frozen=True, eq=False)
 class _Document:
-    """One document, as hooks get it ([`wit_plugins.contract.hookspecs.static_weights`]). Equal if it says the same."""
+    """One document, as hooks get it ([`wit_plugins.contract.hookspecs.static_weights`]). Compared by value."""
 
     input_ids: np.ndarray
     roles: np.ndarray
@@ -115,10 +115,10 @@ class _Document:
 
     def touched(self, ranges: Iterable[tuple[int, int]]) -> np.ndarray:
         """The tokens that write any character of these ranges, bool `[T]`."""
-        found = np.array([(start, end) for start, end in ranges if start < end], dtype=np.int64).reshape(-1, 2)
-        # Both columns of the offsets ascend. A token is touched if it ends behind the start and starts before the end.
-        first = np.searchsorted(self.offsets[:, 1], found[:, 0], side="right")
-        last = np.searchsorted(self.offsets[:, 0], found[:, 1], side="left")
+        edges = np.array([(start, end) for start, end in ranges if start < end], dtype=np.int64).reshape(-1, 2)
+        # Both columns of the offsets ascend. A token is touched if it ends after the start and starts before the end.
+        first = np.searchsorted(self.offsets[:, 1], edges[:, 0], side="right")
+        last = np.searchsorted(self.offsets[:, 0], edges[:, 1], side="left")
         inside = np.zeros(len(self.offsets) + 1, dtype=np.int64)
         np.add.at(inside, first, 1)
         np.add.at(inside, np.maximum(first, last), -1)
@@ -130,13 +130,13 @@ class _Span:
     """One entry of the options.
 
     Attributes:
-        name (`str`): what it is called in messages.
-        key (`str`): what it is called in the log.
-        find (`Callable`): the tokens that it touches, bool `[T]`.
-        weight (`float`): what they are multiplied by.
-        role (`int | None`): `PROMPT` or `RESPONSE`, to leave the others as they are.
-        others (`float`): for `last_turn`: what the earlier turns are multiplied by.
-        decay (`float`): for `last_turn`: what a turn is multiplied by for each turn that follows it.
+        name (`str`): its name in messages.
+        key (`str`): its name in the log.
+        find (`Callable`): returns the tokens that it touches, bool `[T]`.
+        weight (`float`): multiplies the weights of these tokens.
+        role (`int | None`): `PROMPT` or `RESPONSE` if only tokens of this role are weighted.
+        others (`float`): for `last_turn`: multiplies the earlier turns.
+        decay (`float`): for `last_turn`: multiplies a turn once for each turn that follows it.
     """
 
     name: str
@@ -148,14 +148,14 @@ class _Span:
     decay: float | None = None
 
     def mask(self, document: _Document) -> np.ndarray:
-        """The tokens that it is about."""
-        found = self.find(document)
-        return found if self.role is None else found & (document.roles == self.role)
+        """The tokens of the span, bool `[T]`."""
+        touched = self.find(document)
+        return touched if self.role is None else touched & (document.roles == self.role)
 
 
 @hookimpl
 def validate_options(options: Mapping[str, Any] | Sequence[Any]) -> None:
-    """A list of spans, each of them right."""
+    """Check that the options are a list of valid spans."""
     if isinstance(options, Mapping) or not options:
         raise ValueError(f"= {options!r}: needs a list of spans, such as {_EXAMPLE}")
     _parse_all(options)
@@ -171,9 +171,9 @@ def static_weights(
     options: Sequence[Any],
 ) -> np.ndarray:
     """The product of the weights of all spans that a token is in, float32 `[T]`."""
-    document, found = _Document.of(input_ids, roles, tokenizer, text, offsets), json.dumps(options)
+    document, key = _Document.of(input_ids, roles, tokenizer, text, offsets), json.dumps(options)
     weights = np.ones(len(input_ids), dtype=np.float32)
-    for span, mask in zip(_parsed(found), _masks(found, document), strict=True):
+    for span, mask in zip(_parsed(key), _masks(key, document), strict=True):
         if span.decay is not None or span.others != 1:
             weights *= _by_turn(span, document)
         else:
@@ -190,20 +190,20 @@ def find_spans(
     offsets: np.ndarray,
     options: Sequence[Any],
 ) -> dict[str, np.ndarray]:
-    """Which tokens each span is about, by its name."""
-    document, found = _Document.of(input_ids, roles, tokenizer, text, offsets), json.dumps(options)
-    return {span.name: mask.copy() for span, mask in zip(_parsed(found), _masks(found, document), strict=True)}
+    """The tokens of each span, bool `[T]` by the span's name."""
+    document, key = _Document.of(input_ids, roles, tokenizer, text, offsets), json.dumps(options)
+    return {span.name: mask.copy() for span, mask in zip(_parsed(key), _masks(key, document), strict=True)}
 
 
 @hookimpl
 def logged_spans(options: Sequence[Any]) -> dict[str, str]:
-    """All of them."""
+    """The losses of all spans are logged."""
     return {span.name: span.key for span in _parsed(json.dumps(options))}
 
 
 @functools.lru_cache(maxsize=1)
 def _masks(options: str, document: _Document) -> list[np.ndarray]:
-    """The tokens that each span is about, bool `[T]`; kept, since a document's weights and its spans are asked for."""
+    """The tokens of each span, bool `[T]`. Cached, because two hooks ask for the same document in turn."""
     return [span.mask(document) for span in _parsed(options)]
 
 
@@ -212,15 +212,15 @@ def _masks(options: str, document: _Document) -> list[np.ndarray]:
 
 @functools.lru_cache(maxsize=8)
 def _parsed(options: str) -> tuple[_Span, ...]:
-    """The spans of options that are right, once for all documents of a process."""
+    """The spans of valid options, parsed once for all documents of a process."""
     return _parse_all(json.loads(options))
 
 
 def _parse_all(options: Sequence[Any]) -> tuple[_Span, ...]:
-    """All entries of the options; a number is put behind names that several of them would have.
+    """All entries of the options. Spans that would have the same name get a number after it.
 
     Raises:
-        ValueError: see [`_parse`]; and if two were given one name.
+        ValueError: see [`_parse`]; also if two entries set the same `name`.
     """
     spans = [_parse(entry, f"[{index}]") for index, entry in enumerate(options)]
     given = [entry.get("name") for entry in options]
@@ -235,16 +235,16 @@ def _parse_all(options: Sequence[Any]) -> tuple[_Span, ...]:
 
 
 def _free(name: str, taken: set[str], numbered: str) -> str:
-    found, number = name, 1
-    while found in taken:
+    free, number = name, 1
+    while free in taken:
         number += 1
-        found = numbered.format(name, number)
-    taken.add(found)
-    return found
+        free = numbered.format(name, number)
+    taken.add(free)
+    return free
 
 
 def _key(name: str) -> str:
-    """What the log calls a span: the words of its delimiters or its pattern, each once."""
+    """A span's name in the log: the words of its delimiters or of its pattern, each once."""
     return "-".join(dict.fromkeys(re.findall(r"[A-Za-z0-9_]+", name)))[:48] or "span"
 
 
@@ -252,7 +252,7 @@ def _parse(entry: Any, at: str) -> _Span:
     """One entry of the options.
 
     Raises:
-        ValueError: naming the key, its value and the way out; `at` says which entry it is.
+        ValueError: names the key, its value and the way out. `at` is the entry's place in the list.
     """
     if not isinstance(entry, Mapping):
         raise ValueError(f"{at} = {entry!r}: a span is a mapping, such as {_EXAMPLE[1:-1]}")
@@ -353,10 +353,10 @@ def _named(value: Any, delimiters: bool, key: str) -> _Found:
 def _delimited(
     text: str, formats: Sequence[tuple[re.Pattern[str], str]], delimiters: bool
 ) -> Iterator[tuple[int, int]]:
-    """What stands between opening and closing delimiters, from left to right.
+    """Begin and end of what stands between opening and closing delimiters, from left to right.
 
-    An opening one inside a span is text like any other: the first closing one of the span's own format ends it. A span
-    that is not closed goes to the end of the text.
+    The first closing delimiter of a span's own format ends the span. An opening delimiter inside a span is ordinary
+    text. A span that is not closed ends at the end of the text.
     """
     upcoming: list[re.Match[str] | None] = [opening.search(text) for opening, _ in formats]
     while found := [(match.start(), index) for index, match in enumerate(upcoming) if match]:
@@ -373,15 +373,15 @@ def _delimited(
 
 
 def _matches(pattern: Any, text: str) -> Iterator[tuple[int, int]]:
-    """What a regular expression matches, within limits.
+    """Begin and end of each match of a regular expression.
 
     Raises:
-        WITConfigError: if it takes too long.
+        WITConfigError: if the search takes too long.
     """
     until = time.thread_time() + SECONDS
     try:
-        for found in pattern.finditer(text, timeout=SECONDS):
-            yield found.span()
+        for match in pattern.finditer(text, timeout=SECONDS):
+            yield match.span()
             if time.thread_time() > until:
                 raise TimeoutError
     except TimeoutError:
@@ -397,7 +397,7 @@ def _matches(pattern: Any, text: str) -> Iterator[tuple[int, int]]:
 
 
 def _runs(is_inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where runs of `True` begin, and where they have ended."""
+    """Begin and end (exclusive) of each run of `True`."""
     edges = np.diff(np.concatenate(([False], is_inside, [False])).astype(np.int8))
     return np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
 
@@ -411,7 +411,7 @@ def _last_turn(document: _Document) -> np.ndarray:
 
 
 def _by_turn(span: _Span, document: _Document) -> np.ndarray:
-    """What `last_turn` makes of all turns, float32 `[T]`."""
+    """The weights that a `last_turn` span gives to all turns, float32 `[T]`."""
     weights = np.ones(len(document.roles), dtype=np.float32)
     for back, (start, end) in enumerate(zip(*(edge[::-1] for edge in _runs(document.roles == RESPONSE)), strict=True)):
         if span.decay is None:
@@ -433,37 +433,37 @@ def _special(document: _Document) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _special_ids(tokenizer: PreTrainedTokenizerBase, size: int) -> np.ndarray:
-    """The special tokens of a tokenizer of this many tokens; asking for them costs more than a short document."""
+    """The ids of a tokenizer's special tokens. Cached, because collecting them takes longer than a short document."""
     return np.array(sorted(special_ids(tokenizer)), dtype=np.int64)
 
 
-def _said(document: _Document, index: Any) -> str:
+def _text_of(document: _Document, index: Any) -> str:
     start, end = document.offsets[index]
     return document.text[start:end]
 
 
 def _ends_of_turns(document: _Document) -> np.ndarray:
-    """Special tokens that end a turn: known ones in a response or right behind it, and any at the end of a response."""
+    """Special tokens that end a turn: known ones in a response or right after it, and any one at a response's end."""
     special, response = _special(document), document.roles == RESPONSE
     eos = getattr(document.tokenizer, "eos_token_id", None)
     mask = np.zeros(len(special), dtype=bool)
     for index in np.flatnonzero(special & (response | np.append(False, response[:-1]))):
-        mask[index] = document.input_ids[index] == eos or _said(document, index).strip() in ENDS_OF_TURNS
+        mask[index] = document.input_ids[index] == eos or _text_of(document, index).strip() in ENDS_OF_TURNS
     for start, end in zip(*_runs(response), strict=True):
         last = end - 1
-        while last > start and not special[last] and not _said(document, last).strip():
+        while last > start and not special[last] and not _text_of(document, last).strip():
             last -= 1
         mask[last] |= special[last]
     return mask
 
 
 def _template(document: _Document) -> np.ndarray:
-    """Special tokens, the role names that known templates write behind them, and the line break behind a turn's end."""
+    """Special tokens, the role names that known templates write after them, and the line break after a turn's end."""
     special = _special(document)
     ranges = []
     for index in np.flatnonzero(special):
-        said, end = _said(document, index).strip(), int(document.offsets[index, 1])
-        pattern = _HEADERS.get(said) or (r"\n" if said in ENDS_OF_TURNS else None)
+        written, end = _text_of(document, index).strip(), int(document.offsets[index, 1])
+        pattern = _HEADERS.get(written) or (r"\n" if written in ENDS_OF_TURNS else None)
         header = re.compile(pattern).match(document.text, end) if pattern else None
         if header:
             ranges.append(header.span())

@@ -1,11 +1,11 @@
-"""ssToken: of each response the tokens that training has moved, and that attend to the prompt (arXiv:2510.18250).
+"""ssToken: keep the response tokens that training has changed most and that attend to the prompt (arXiv:2510.18250).
 
-score = γ · minmax(nll of the history - nll) + (1 - γ) · attention, where the attention of a token is what its own row
-of the last layer gives to the prompt, the mean over the heads, and minmax is over one response (of all turns).
-The ⌈ρ R⌉ tokens of a response with the highest scores are kept; prompt tokens stay as they weigh. The history is the
-model without its adapter, or, with `reference`, a folder that `wit score` wrote of another model. ρ and γ are those of
-the authors' code, which keeps γ = 0 for its first 10,000 examples; here γ is one all along. Which row of the attention
-they read could not be confirmed: the one that a token is read with, or the one before it, which predicts it.
+score = γ · minmax(nll of the history - nll) + (1 - γ) · attention. A token's attention is the sum that its own row of
+the last layer gives to the prompt, averaged over the heads. minmax is taken over one response (of all turns). The
+⌈ρ R⌉ tokens of a response with the highest scores are kept. Prompt tokens keep their weights. The history is the model
+without its adapter, or, with `reference`, a folder that `wit score` wrote with another model. The defaults of ρ and γ
+are those of the authors' code, which has γ = 0 for its first 10,000 examples; here γ is constant. Which row of the
+attention the authors read could not be confirmed: the token's own row, or the row before, which predicts the token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DEFAULTS = {"rho": 0.6, "gamma": 0.5}
 
 @hookimpl
 def validate_options(options: Mapping[str, Any]) -> None:
-    """`gamma`, from 0 to 1 (0.5); `rho` (0.6) and `reference` are looked at with the marks of `select_tokens`."""
+    """`gamma` is from 0 to 1 (default 0.5). `rho` (0.6) and `reference` are checked by the marks on `select_tokens`."""
     known = (*_DEFAULTS, "reference")
     for name in options:
         if name not in known:
@@ -48,7 +48,7 @@ def select_tokens(
     documents: torch.Tensor,
     options: Mapping[str, Any],
 ) -> torch.Tensor:
-    """The best ⌈ρ R⌉ of each response's R tokens that weigh anything, and the prompt, bool `[N]`."""
+    """The prompt, and the best ⌈ρ R⌉ of each response's R tokens whose weight is not 0, bool `[N]`."""
     import torch
 
     candidates = ((weights != 0) & (roles == RESPONSE)).nonzero()[:, 0]

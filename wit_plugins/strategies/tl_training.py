@@ -1,9 +1,10 @@
 """TL-Training: the tokens that decide which tool is called weigh more (arXiv:2412.15495).
 
-Key tokens are the first one of each call, and the first one at which the called tool's name departs from each other
-tool's. If a document has fewer of them than of its other response tokens, they weigh n_other / n_key, at most
-`max_weight`. The paper's loss is divided by Σ w: set `normalization: weight_sum`. Its repository leaves the last token
-of each parameter out of n_other; here all response tokens count. Wrong calls, which it masks, are for the data to mask.
+Key tokens are the first token of each call, and for each other tool the first token at which the called tool's name
+differs from that tool's. If a document has fewer key tokens than other response tokens, key tokens weigh
+n_other / n_key, at most `max_weight`. The paper divides the loss by Σ w: set `normalization: weight_sum` for that. The
+paper's repository does not count the last token of each parameter in n_other; here all response tokens count. The paper
+also masks wrong calls; here the data has to mask them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _OPTIONS = ("tools", "call", "max_weight")
 
 @hookimpl
 def validate_options(options: Mapping[str, Any]) -> None:
-    """`tools`, their names, is required; `call` finds a call and its `name`, `max_weight` is 9."""
+    """`tools` (the names of all tools) is required. `call` is a pattern with the group `name`, `max_weight` is 9."""
     for name in options:
         if name not in _OPTIONS:
             raise ValueError(f"there is no option {name!r}{did_you_mean(str(name), _OPTIONS)}")
@@ -42,7 +43,7 @@ def validate_options(options: Mapping[str, Any]) -> None:
 
 
 def _shared(name: str, other: str) -> int:
-    """How many characters two names begin with alike."""
+    """The number of characters at the beginning that two names share."""
     return next((i for i, (a, b) in enumerate(zip(name, other, strict=False)) if a != b), min(len(name), len(other)))
 
 
@@ -55,7 +56,7 @@ def find_spans(
     for call in re.finditer(options.get("call", _CALL), text):
         departing = {_shared(call["name"], tool) for tool in options["tools"] if tool != call["name"]}
         places |= {call.start(), *(call.start("name") + length for length in departing)}
-    # The token that writes a character is the first one that ends behind it.
+    # The token that writes a character is the first one that ends after it.
     writers = np.searchsorted(offsets[:, 1], sorted(places), side="right")
     mask = np.zeros(len(roles), dtype=bool)
     mask[writers[writers < len(roles)]] = True
@@ -64,7 +65,7 @@ def find_spans(
 
 @hookimpl
 def static_weights(roles: np.ndarray, text: str, offsets: np.ndarray, options: Mapping[str, Any]) -> np.ndarray:
-    """What the key tokens weigh, and 1 for all others, float32 `[T]`."""
+    """The weight of the key tokens, and 1 for all others, float32 `[T]`."""
     (is_key,) = find_spans(roles, text, offsets, options).values()
     keys, others = int(is_key.sum()), int(((roles == RESPONSE) & ~is_key).sum())
     weight = min(others / keys, options.get("max_weight", 9)) if 0 < keys < others else 1
