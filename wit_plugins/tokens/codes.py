@@ -1,19 +1,19 @@
-"""Transport: weights, targets and roles through any collator, in the one channel that every collator keeps.
+"""Codes: one integer a token carries weight, target and role through any collator, in the place of the label.
 
-Extra per-token columns do not survive the frameworks' collators; `labels` does, everywhere. So each token's weight,
-target and role are written into one integer *code* that takes the label's place before the collator runs, and are
-read back on the device, after every cast that could have rounded a float:
+The frameworks' collators drop extra columns, but all of them keep `labels`. So each token's weight, target and role are
+written into one integer, the *code*, which replaces the label before the collator runs. The code is read on the device,
+after every cast that could have rounded a float:
 
     bit 52      role: 0 prompt, 1 response
     bits 21-51  weight: the 31 bits of a non-negative float32
     bits 0-20   target: a token id below 2^21
 
-53 bits, because one framework's collator turns labels into float64 for a moment. -100 stays -100, so a collator's own
-padding can never be mistaken for prompt. Infinity is a weight that no token can have. It marks two kinds of tokens that
-are neither prompt nor response:
+A code has 53 bits, because one framework's collator converts labels to float64 and back. -100 stays -100, so a
+collator's own padding cannot be mistaken for prompt. No token can have the weight infinity, so infinity marks two kinds
+of tokens that are neither prompt nor response:
 
-    -100                        padding, or a first token without a label
-    infinity, role bit 1        a first token of a document, which nothing predicts; it keeps its label as the target
+    -100                        padding, or a document's first token without a label
+    infinity, role bit 1        a document's first token with a label, which is kept as the target; nothing predicts it
     infinity, role bit 0        a token inside a document that weighs 0 in the data
 """
 
@@ -47,7 +47,7 @@ def encode(
         roles (`np.ndarray`): uint8 `[T]`.
         weights (`np.ndarray`): float32 `[T]`, finite and ≥ 0.
         labelled (`np.ndarray`, *optional*): bool `[T]`: which tokens have a label. By default those with a role.
-        left_out (`np.ndarray`, *optional*): bool `[T]`: tokens without a role and a label that are within a document.
+        left_out (`np.ndarray`, *optional*): bool `[T]`: tokens inside a document that have neither role nor label.
 
     Returns:
         int64 `[T]`: codes in `[0, 2^53)`, -100 where the role is `NEITHER` and there is no label to keep.
@@ -103,27 +103,27 @@ def decode(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def is_left_out(codes: torch.Tensor) -> torch.Tensor:
-    """Which tokens are left out within a document, since they weigh 0 in the data: bool, shaped like the codes."""
+    """Which tokens inside documents are left out because they weigh 0 in the data: bool, shaped like the codes."""
     return codes == _LABEL_ONLY << TARGET_BITS
 
 
 def locate(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which document of the batch each token is in, and where there. Runs on any device and does not synchronise.
+    """Each token's document and its position in the document. Runs on any device and does not synchronise.
 
-    A document's first token has no role (nothing predicts it) and all others have one, or are left out, so that
-    documents are told apart wherever a collator has put them: in rows of their own, one behind the other, padded on
-    either side.
+    A document's first token has no role, because nothing predicts it. All other tokens of a document have a role or are
+    left out. So documents can be told apart however a collator has arranged them: one a row, packed, padded on either
+    side.
 
     Args:
         codes (`torch.Tensor`): int64 `[B, L]`.
 
     Returns:
-        `documents` and `positions`, int64 `[B, L]`, of the tokens that have a role (else without meaning): the number
-        of the document, from 0 in the order of the batch, and the place in it, its first token's being 0.
+        `documents` and `positions`, int64 `[B, L]`. Documents are numbered from 0 in the order of the batch. The first
+        token of a document has position 0. Values of tokens without a role have no meaning.
     """
     left_out = is_left_out(codes)
     real = (decode(codes)[1] != NEITHER) | left_out
-    first = real.clone()  # the first one with a role, which is the document's second
+    first = real.clone()  # the first token with a role is the second token of its document
     first[:, 1:] &= ~real[:, :-1]
     documents = first.flatten().cumsum(0).reshape(codes.shape) - 1
     columns = torch.arange(codes.shape[1], device=codes.device).expand_as(codes)
@@ -132,13 +132,13 @@ def locate(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def framework_labels(codes: torch.Tensor) -> torch.Tensor:
-    """The labels the framework itself would have had, int64: -100 on the prompt and on padding."""
+    """The labels that the framework itself would have, int64: -100 on the prompt and on padding."""
     labelled = (codes != IGNORE_INDEX) & ((codes >> _ROLE_SHIFT) != 0)
     return torch.where(labelled, codes & _TARGET_MASK, IGNORE_INDEX)
 
 
 def weighing(codes: np.ndarray) -> np.ndarray:
-    """Those of the codes that carry a role and a weight, int64 `[N]`: all that must reach the loss."""
+    """The codes that carry a role and a weight, int64 `[N]`. All of these must reach the loss."""
     return codes[is_weighing(codes)]
 
 

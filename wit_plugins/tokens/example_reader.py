@@ -1,4 +1,4 @@
-"""How one trainer's examples are read: the framework's own view of a row, and what no row may hold."""
+"""How a trainer's examples are read: the framework's own view of a row, and the rows that are refused."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from wit_plugins.tokens.codes import MAX_VOCAB_SIZE
 from wit_plugins.tokens.roles import IGNORE_INDEX, NEITHER, example_roles, token_array
 from wit_plugins.tokens.weighted_labels import read_prepared
 
-_SHOWN_TOKENS = 16  # of a refused example
-_PADDING_RUN = 2  # one masked pad id may be an end of text; a run of them is padding
+_SHOWN_TOKENS = 16  # of a refused example, in the message
+_PADDING_RUN = 2  # one masked pad id may be an end of text; two in a row are padding
 
 
 class ReadExample(NamedTuple):
-    """What one example of `T` tokens says.
+    """One example of `T` tokens, as it was read.
 
     Attributes:
         targets (`np.ndarray`): int64 `[T]`, see [`example_roles`].
         roles (`np.ndarray`): uint8 `[T]`.
         starts (`np.ndarray`): int64, the first token of each document.
         labels (`np.ndarray`): int64 `[T]`, the framework's own.
-        data_weights (`np.ndarray | None`): float32 `[T]`, those that stand in the data; `None` if none do.
+        data_weights (`np.ndarray | None`): float32 `[T]`, the weights in the data; `None` if there are none.
         input_ids (`np.ndarray`): int64 `[T]`, what the model reads.
         groups (`np.ndarray | None`): uint8 `[T]`, the number of each token's group; `None` if there are no groups.
     """
@@ -42,26 +42,26 @@ class ReadExample(NamedTuple):
 
 @dataclass(frozen=True)
 class ExampleReader:
-    """Reads examples as a trainer trains on them, and refuses rows that no model can be trained on.
+    """Reads examples as the trainer trains on them, and refuses rows that no model can be trained on.
 
-    Picklable, since data-loader workers read too.
+    It can be pickled, because data-loader workers read examples too.
 
     Args:
-        vocab_size (`int`): how many ids the model can read; other ids are refused.
-        head_size (`int`, *optional*): how many ids the model can predict, if they are fewer; where a token is
-            predicted, larger ids are refused.
-        pad_token_id (`int`, *optional*): what padding looks like in rows that have no `attention_mask`.
-        cuts_documents (`bool`): rows begin and end anywhere in a document, so that padding may be in their middle.
-        columns (`frozenset[str]`, *optional*): those that the trainer keeps; by default all. The others are not read,
-            since they never reach training.
-        own_view (`Callable`, *optional*): turns an example into what the framework makes of it, see
+        vocab_size (`int`): the number of ids that the model can read. Other ids are refused.
+        head_size (`int`, *optional*): the number of ids that the model can predict, if they are fewer. Larger ids are
+            refused where a token is predicted.
+        pad_token_id (`int`, *optional*): the padding id, for rows without `attention_mask`.
+        cuts_documents (`bool`): rows begin and end anywhere in a document, so padding may be in a row's middle.
+        columns (`frozenset[str]`, *optional*): the columns that the trainer keeps; by default all. Other columns are
+            not read, because they never reach training.
+        own_view (`Callable`, *optional*): turns an example into the framework's own view of it, see
             [`TrainerAdapter.read_example`].
-        fingerprint (`int`, *optional*): of the settings that weights in the data are read with, see
-            `wit_plugins.tokens.weighted_labels`; documents that were prepared with others are refused.
-        needs_prepared (`bool`): whether documents must say what they were prepared with.
-        needs_groups (`bool`): whether each token must say of which group its document is.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): writes the beginning of a refused example, by which it is
-            found in a file whose rows a framework has shuffled.
+        fingerprint (`int`, *optional*): the fingerprint of this run's settings for weights in the data, see
+            `wit_plugins.tokens.weighted_labels`. Documents that were prepared with other settings are refused.
+        needs_prepared (`bool`): whether each document must carry the fingerprint of its preparation.
+        needs_groups (`bool`): whether each token must carry its document's group.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): decodes the beginning of a refused example for the message.
+            A user can find the example by it, even where a framework has shuffled the rows.
     """
 
     vocab_size: int = MAX_VOCAB_SIZE
@@ -76,18 +76,18 @@ class ExampleReader:
     tokenizer: Any = field(default=None, compare=False, repr=False)
 
     def view(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
-        """An example as it comes to training: with the columns that the trainer keeps, as its framework reads them."""
+        """An example as it reaches training: only the columns that the trainer keeps, as the framework reads them."""
         if self.columns is not None:
             example = {name: value for name, value in example.items() if name in self.columns}
         return example if self.own_view is None else self.own_view(example)
 
     def __call__(self, example: Mapping[str, Any]) -> ReadExample:
-        """What one example says.
+        """Read one example.
 
         Raises:
             BadExampleError: if its columns do not fit each other, hold ids that the model does not have, or hold
-                padding that nothing tells from prompt.
-            WITConfigError: if it was prepared with other settings of weights in the data than this run's.
+                padding that cannot be distinguished from prompt.
+            WITConfigError: if its weights were prepared with other settings than this run's.
         """
         example = self.view(example)
         try:
@@ -96,7 +96,7 @@ class ExampleReader:
             raise BadExampleError(f"{error}{self._beginning(example)}") from None
 
     def _beginning(self, example: Mapping[str, Any]) -> str:
-        """The first words of a refused example, for the message; empty if they cannot be written."""
+        """The first words of a refused example, for the message; empty if they cannot be decoded."""
         if self.tokenizer is None:
             return ""
         first = [int(token) for token in list(example["input_ids"])[:_SHOWN_TOKENS] if isinstance(token, Integral)]
@@ -124,15 +124,15 @@ class ExampleReader:
             )
         return ReadExample(targets, roles, starts, labels, weights, input_ids, groups if self.needs_groups else None)
 
-    def _check_fingerprints(self, found: Sequence[int]) -> None:
-        if any(fingerprint != self.fingerprint for fingerprint in found):
+    def _check_fingerprints(self, fingerprints: Sequence[int]) -> None:
+        if any(fingerprint != self.fingerprint for fingerprint in fingerprints):
             raise WITConfigError(
                 "the tokenised data carries weights that were read from it with other settings than this run's "
                 "(message_weight_keys, sample_weight_key, groups, strategies that read raw examples, or their code) or "
                 "by another version of this package; tokenise it again: delete the cache or the prepared dataset, or "
                 "name another folder for it"
             )
-        if self.needs_prepared and not found and not self.cuts_documents:
+        if self.needs_prepared and not fingerprints and not self.cuts_documents:
             raise WITConfigError(
                 "a strategy reads the examples as they were before tokenisation (raw_example), but this data was "
                 "tokenised without it; have it prepared with the same settings (docs/data-weights.md)"
@@ -152,7 +152,7 @@ class ExampleReader:
         )
 
     def _check_predicted(self, targets: np.ndarray, roles: np.ndarray) -> None:
-        """`targets` int64 `[T]` and `roles` uint8 `[T]`."""
+        """Refuse a predicted id that the head has no row for. `targets` int64 `[T]`, `roles` uint8 `[T]`."""
         if self.head_size is None:
             return
         wrong = (targets >= self.head_size) & (roles != NEITHER)
@@ -164,7 +164,7 @@ class ExampleReader:
             )
 
     def _check_padding(self, padding: np.ndarray, starts: np.ndarray) -> None:
-        """`padding` is true where a pad id is masked, bool `[T]`."""
+        """Refuse padding without an attention mask. `padding` is true where a pad id is masked, bool `[T]`."""
         if not padding.any():
             return
         ends = [*starts[1:], len(padding)]
@@ -183,7 +183,7 @@ class ExampleReader:
 
 
 def _leading(flags: np.ndarray) -> int:
-    """How many are true before the first that is not."""
+    """The number of true flags before the first false one."""
     return int(np.argmin(flags)) if not flags.all() else len(flags)
 
 

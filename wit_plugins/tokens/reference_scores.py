@@ -1,14 +1,14 @@
-"""Scores: what another model says of each token of each document, in a folder, found again by the document's tokens.
+"""Scores: another model's log-probability of each token of each document, in a folder, looked up by document.
 
-`wit score` writes such a folder once; training reads it. A document is found by a fingerprint of its ids, wherever it
-stands: in a row of its own, packed, in any order, in any worker. The folder holds
+`wit score` writes such a folder once, and training reads it. A document is looked up by a fingerprint of its ids, so it
+may be alone in its row or packed, in any order and in any worker. The folder holds
 
-    scores.json                 what the scores are of, and whether they are complete
-    00000.log_probs.npy         float32, the documents of one shard one after the other, without each one's first token
-    00000.documents.npy         one entry a document (`_ENTRY`); written last, so that a shard without it is none
-    documents.npy               all entries in the order of their fingerprints, once every document is there
+    scores.json                 what was scored by which model, and whether the scores are complete
+    00000.log_probs.npy         float32, the documents of one shard in order, each without its first token
+    00000.documents.npy         one entry a document (`_ENTRY`); written last: a shard without it does not count
+    documents.npy               all entries in the order of their fingerprints, once every document is scored
 
-Files are mapped into memory: processes on one machine share them, and nothing is read that is not asked for.
+Files are mapped into memory, so processes on one machine share them and read only the parts that they use.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from wit_plugins.tokens.example_reader import ReadExample
 
 ABOUT_NAME, INDEX_NAME = "scores.json", "documents.npy"
 _ENTRY = np.dtype([("high", "<u8"), ("low", "<u8"), ("shard", "<i4"), ("length", "<i4"), ("start", "<i8")])
-_BEGIN = 8  # ids by which a document is named in a message
+_BEGIN = 8  # ids of a document that a message shows
 
 
 class ScoredDocument(NamedTuple):
     """One document of an example, as a model reads it.
 
     Attributes:
-        place (`slice`): which tokens of the example it is, padding left out.
+        place (`slice`): the document's tokens in the example, without padding.
         input_ids (`np.ndarray`): int64 `[T]`.
-        targets (`np.ndarray`): int64 `[T - 1]`: the tokens behind the first one, as they are predicted.
+        targets (`np.ndarray`): int64 `[T - 1]`: the predicted tokens, that is all but the first.
     """
 
     place: slice
@@ -48,13 +48,13 @@ class ScoredDocument(NamedTuple):
 
     @property
     def fingerprint(self) -> bytes:
-        """16 bytes that stand for its tokens."""
+        """16 bytes that identify its tokens."""
         tokens = np.concatenate((self.input_ids, self.targets)).astype("<i4")
         return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
 
 
 def scored_documents(read: ReadExample) -> Iterator[ScoredDocument]:
-    """The documents of an example, each as it is on its own; those of one token, which predict nothing, are left out.
+    """The documents of an example, each as if it were alone. Documents of one token predict nothing and are left out.
 
     Raises:
         BadExampleError: if a part in the middle of a document is hidden from the model.
@@ -75,13 +75,13 @@ def scored_documents(read: ReadExample) -> Iterator[ScoredDocument]:
 
 
 class Scores:
-    """The scores in a folder, for looking them up. Picklable: data-loader workers map the files themselves.
+    """Looks up the scores in a folder. It can be pickled: data-loader workers map the files themselves.
 
     Args:
-        folder (`str`): what `wit score --output` was given.
+        folder (`str`): the folder that `wit score --output` wrote.
 
     Attributes:
-        about (`dict`): what `scores.json` says.
+        about (`dict`): the content of `scores.json`.
     """
 
     def __init__(self, folder: str) -> None:
@@ -91,10 +91,10 @@ class Scores:
         self._shards: dict[int, Any] = {}
 
     def open(self) -> None:
-        """Make sure that complete scores are there.
+        """Open the folder if it holds complete scores.
 
         Raises:
-            WITConfigError: if they are not, with the way out.
+            WITConfigError: if it does not, with the way out.
         """
         if self._index is not None:
             return
@@ -113,11 +113,11 @@ class Scores:
         self.about = about
 
     def __call__(self, document: ScoredDocument) -> np.ndarray:
-        """The log-probability of each token of a document, float32 `[T]`; 0 for the first, which nothing predicts.
+        """The log-probability of each token of a document, float32 `[T]`; 0 for the first token.
 
         Raises:
-            WITConfigError: if there are no complete scores.
-            BadExampleError: if there are none of this document.
+            WITConfigError: if the folder has no complete scores.
+            BadExampleError: if the folder has no scores of this document.
         """
         self.open()
         fingerprint = document.fingerprint
@@ -159,17 +159,17 @@ class Scores:
 
 
 class ScoresWriter:
-    """Writes a folder of scores, shard by shard; what is complete of an earlier attempt stays.
+    """Writes a folder of scores shard by shard. Complete shards of an earlier attempt stay.
 
     Args:
-        folder (`Path`): where to.
-        about (`dict`): what the scores are of; an earlier attempt must have said the same.
+        folder (`Path`): the folder to write.
+        about (`dict`): what is scored by which model. An earlier attempt must have the same values.
 
     Attributes:
-        written (`set[bytes]`): the fingerprints of the documents that are there.
+        written (`set[bytes]`): the fingerprints of the documents that are scored already.
 
     Raises:
-        WITConfigError: if the folder holds scores of something else, or anything but scores.
+        WITConfigError: if the folder holds other scores, or files that are no scores.
     """
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
@@ -182,7 +182,7 @@ class ScoresWriter:
 
     @staticmethod
     def check(folder: Path, about: dict[str, Any]) -> None:
-        """Make sure that a folder has nothing in it, or scores of the same.
+        """Check that a folder is empty or holds scores with the same values of `about`.
 
         Raises:
             WITConfigError: if it holds something else.
@@ -203,15 +203,15 @@ class ScoresWriter:
                 )
 
     def _numbers(self) -> list[int]:
-        found = [re.fullmatch(r"(\d+)\.documents\.npy", path.name) for path in self.folder.iterdir()]
-        return sorted(int(match[1]) for match in found if match)
+        matches = [re.fullmatch(r"(\d+)\.documents\.npy", path.name) for path in self.folder.iterdir()]
+        return sorted(int(match[1]) for match in matches if match)
 
     def add(self, fingerprints: Sequence[bytes], log_probs: Sequence[np.ndarray]) -> None:
         """Write a shard.
 
         Args:
-            fingerprints: of its documents.
-            log_probs: of each one's tokens but the first, float32.
+            fingerprints: the fingerprint of each document of the shard.
+            log_probs: for each document, float32 `[T - 1]`: all tokens but the first.
         """
         entries = np.zeros(len(fingerprints), dtype=_ENTRY)
         words = np.frombuffer(b"".join(fingerprints), dtype="<u8").reshape(-1, 2)
@@ -228,10 +228,10 @@ class ScoresWriter:
         self._next += 1
 
     def finish(self, more: dict[str, Any] | None = None) -> None:
-        """All documents are there: write the index.
+        """Write the index. Called when all documents are scored.
 
         Args:
-            more (`dict`, *optional*): what else `scores.json` is to say.
+            more (`dict`, *optional*): further values for `scores.json`.
         """
         entries = np.concatenate(self._entries) if self._entries else np.zeros(0, dtype=_ENTRY)
         _write(self.folder / INDEX_NAME, entries[np.lexsort((entries["low"], entries["high"]))])
@@ -239,7 +239,7 @@ class ScoresWriter:
 
 
 def _mapped(path: Path) -> np.ndarray:
-    """The array in a file, read where it is looked at; as a plain array, whose items are found faster."""
+    """The memory-mapped array in a file, as a plain array, because indexing `numpy.memmap` is slower."""
     return np.asarray(np.load(path, mmap_mode="r"))
 
 
@@ -249,7 +249,7 @@ def _fingerprints(entries: np.ndarray) -> Iterator[bytes]:
 
 
 def _write(path: Path, array: np.ndarray) -> None:
-    """Write an array so that a crash leaves the whole file or none."""
+    """Write an array atomically: a crash leaves the whole file or no file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:

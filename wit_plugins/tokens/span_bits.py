@@ -1,6 +1,6 @@
-"""Which of the logged spans each token is in: one bit a span, in a tensor beside the codes, whose own bits are full.
+"""The logged spans of each token: one bit a span, in a tensor beside the codes, which have no bits left.
 
-The wrapped collator knows nothing of it. What it makes of the codes says where each token went.
+The wrapped collator does not see this tensor. The places of the codes in its batch tell where each token went.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ def to_bits(found: Mapping[str, np.ndarray], names: Iterable[str], size: int) ->
     """The spans of a document's tokens as bits, int64 `[T]`: bit i is set where the token is in the i-th of `names`.
 
     Args:
-        found (`Mapping[str, np.ndarray]`): bool `[T]` by name; a name that is not there was not found.
-        names (`Iterable[str]`): no more than an int64 has bits.
-        size (`int`): T.
+        found (`Mapping[str, np.ndarray]`): bool `[T]` by name. A name that is missing was not found.
+        names (`Iterable[str]`): at most as many as an int64 has bits.
+        size (`int`): the number of tokens, `T`.
     """
     bits = np.zeros(size, dtype=np.int64)
     for index, name in enumerate(names):
@@ -36,24 +36,24 @@ def inside(bits: torch.Tensor, index: int) -> torch.Tensor:
 
 
 def bits_in_batch(codes: np.ndarray, sent: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray | None:
-    """Put the examples' bits to where a collator has put their codes.
+    """Put the examples' bits where a collator has put their codes.
 
-    Collators pad, concatenate and flatten: examples and their tokens stay in order. Then the codes with a weight are
-    the examples' own, one after the other, which is compared code by code, and the bits are put beside them.
+    Collators pad, concatenate and flatten, and keep the order of examples and tokens. So the batch's codes with a
+    weight are the examples' codes one after the other. This is checked code by code before the bits are placed.
 
     Args:
-        codes (`np.ndarray`): int64 `[B, L]`, a batch's.
+        codes (`np.ndarray`): int64 `[B, L]`, the batch's codes.
         sent: codes and bits of each example that the collator was given, int64 `[T]` each.
 
     Returns:
-        int64 `[B, L]`, 0 where there is no code with a weight; `None` if the order is another one.
+        int64 `[B, L]`, 0 where there is no code with a weight; `None` if the order has changed.
     """
     kept = [(own[carries], bits[carries]) for own, bits in sent if (carries := is_weighing(own)).any()]
     there = is_weighing(codes)
     placed = np.zeros(codes.shape, dtype=np.int64)
     if not kept:
         return placed if not there.any() else None
-    if not np.array_equal(codes[there], np.concatenate([own for own, _ in kept])):
+    if not np.array_equal(codes[there], np.concatenate([of_example for of_example, _ in kept])):
         return None
     placed[there] = np.concatenate([bits for _, bits in kept])
     return placed

@@ -1,8 +1,8 @@
-"""What tokens say: the text of a document from its ids alone, and which of its characters each token writes.
+"""The text of a document from its ids alone, and the characters of the text that each token writes.
 
-Read off the tokenizer that trains, token by token, by the rules of its decoder. Encoding the text again would not do:
-the ids came from somewhere else (a chat template, pieces that were tokenised apart), and it need not give the same
-ones.
+The text is decoded token by token, by the rules of the tokenizer's own decoder. Encoding the text again would be wrong:
+the ids may come from a chat template or from pieces that were tokenised separately, and another encoding may give other
+ids.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ ENDS_OF_TURNS = frozenset(
         "<｜end▁of▁sentence｜>",
     }
 )
-CONTINUED = "·"  # shown for a token that ends a character which began before it
-_MAX_PIECES = 8  # tokens that may make up one character; more bytes than that have none
+CONTINUED = "·"  # shown for a token that continues a character which began in an earlier token
+_MAX_PIECES = 8  # a character has at most four bytes, so it has at most a few tokens
 _REPLACEMENT = "\ufffd".encode()
 _BLOCK = 4096
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -39,17 +39,17 @@ _NO_SPACE_BEFORE = re.compile(r"[.?!,]|n't|'(?:m|s|ve|re)")  # where WordPiece's
 
 @dataclass
 class _Rules:
-    """How a tokenizer's decoder puts its tokens together.
+    """How a tokenizer's decoder joins its tokens.
 
     Attributes:
         byte_level (`bool`): tokens are written in the byte-level alphabet, in which a space is `Ġ`.
-        byte_fallback (`bool`): `<0xE6>` is a byte.
-        replaced (`tuple`): what is exchanged in each token, such as `▁` for a space.
-        between (`str`): what stands between two tokens: a space, for tokens that are words.
-        continuing (`str`): with this prefix (`##`) there is nothing between a token and the one before it.
-        cleanup (`bool`): nothing is between a word and the punctuation after it.
-        first (`str`): what is taken out of the first token.
-        strip (`tuple`): what is taken off the ends of the text, and how often at most.
+        byte_fallback (`bool`): a token such as `<0xE6>` is one byte.
+        replaced (`tuple`): replacements in each token, such as `▁` by a space.
+        between (`str`): the text between two tokens: a space if tokens are words.
+        continuing (`str`): a token with this prefix (`##`) follows the token before it without `between`.
+        cleanup (`bool`): there is no `between` before punctuation.
+        first (`str`): removed from the first token.
+        strip (`tuple`): removed from the ends of the text, with the largest number of times at each end.
     """
 
     byte_level: bool = False
@@ -63,7 +63,7 @@ class _Rules:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> _Rules:
-        """Those of a tokenizer; for one without the library `tokenizers`, the usual ones of its kind."""
+        """The rules of a tokenizer. A tokenizer without the library `tokenizers` gets the usual rules of its kind."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             byte_level = hasattr(tokenizer, "byte_decoder")
@@ -103,14 +103,14 @@ def _steps(decoder: Any) -> Iterator[dict[str, Any]]:
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The ids of a tokenizer's special tokens."""
-    found = {int(i) for i in tokenizer.all_special_ids}
-    return found | {int(i) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    added = {int(i) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | {int(i) for i in tokenizer.all_special_ids}
 
 
 class TokenText:
-    """What each token of a tokenizer says: for a reader one by one, and as the text of a whole document.
+    """The text of single tokens, for people to read, and the text of a whole document.
 
-    Picklable if the tokenizer is.
+    It can be pickled if the tokenizer can.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): fast or slow, of any kind.
@@ -137,10 +137,10 @@ class TokenText:
         return _Rules.of(self.tokenizer)
 
     def __call__(self, token_id: int) -> str:
-        """The token's text, raw: it may hold anything, escape codes included.
+        """The token's text. It is raw, so it may hold anything, escape codes included.
 
-        A piece that is not text by itself (some bytes of a character) is `<E2 98>`, its bytes in hexadecimal; an id
-        that the tokenizer does not know is `<id 123>`.
+        A token that writes only some bytes of a character gives their hexadecimal form, such as `<E2 98>`. An id that
+        the tokenizer does not know gives `<id 123>`.
         """
         piece = self._shown(token_id)
         try:
@@ -149,9 +149,9 @@ class TokenText:
             return f"<{piece.hex(' ').upper()}>"
 
     def spell(self, token_ids: Sequence[int]) -> list[str]:
-        """The texts of neighbouring tokens, one each.
+        """The texts of consecutive tokens, one each.
 
-        A character that several tokens make up stands at the first of them, and the others are `·`.
+        Where several tokens write one character, the first gets the character and the others get `·`.
         """
         texts: list[str] = []
         while len(texts) < len(token_ids):
@@ -169,23 +169,23 @@ class TokenText:
         return texts
 
     def decode(self, token_ids: Sequence[int]) -> tuple[str, np.ndarray]:
-        """The text of a document, and what each token writes of it.
+        """The text of a document, and the characters of it that each token writes.
 
-        The text is that of `tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)`, but
-        for added tokens outside of ASCII in byte-level tokenizers, which come out there as `�`, and for tokenizers
-        without the library `tokenizers`, whose spaces may differ.
+        The text is that of `tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)`, with
+        two exceptions: `decode` writes added tokens outside of ASCII in byte-level tokenizers as `�`, and the spaces of
+        tokenizers without the library `tokenizers` may differ.
 
         Returns:
-            The text, and int64 `[T, 2]`: where the characters of each token begin and end. Both columns ascend. A
-            character that several tokens make up belongs to all of them; a space that the decoder puts between two
-            words, to none.
+            The text, and int64 `[T, 2]`: begin and end (exclusive) of each token's characters. Both columns ascend. A
+            character that several tokens write belongs to all of them. A space that the decoder adds between two words
+            belongs to none.
         """
         known = self._written
         written = [known.get(token_id) or self._look_up(token_id) for token_id in token_ids]
         pieces, gaps = [piece for piece, _ in written], [gap for _, gap in written]
         if self._rules.byte_fallback and not _is_text(b"".join(pieces)):
-            pieces = self._without_broken_runs(token_ids, pieces)  # before anything is stripped, as the decoder does
-        # Ids that the tokenizer does not know write nothing, so that the text begins behind them.
+            pieces = self._without_broken_runs(token_ids, pieces)  # before stripping, as the decoder does it
+        # Ids that the tokenizer does not know write nothing, so the text begins after them.
         first = next((i for i, token_id in enumerate(token_ids) if self._token(token_id) is not None), None)
         if first is not None:
             self._begin(first, token_ids[first], pieces, gaps)
@@ -198,13 +198,13 @@ class TokenText:
         ends = np.cumsum(np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces)))
         starts = np.append(0, ends)[:-1] + np.array(gaps, dtype=np.int64)
         if len(text) < len(data):
-            # How many characters begin before a byte; the one that it is inside of has begun already.
+            # The number of characters that begin before each byte. A byte inside a character counts this character.
             before = np.append(0, np.cumsum(begins, dtype=np.int64))
             starts, ends = before[starts] - np.append(~begins, False)[starts], before[ends]
         return text, np.stack((starts, ends), axis=1)
 
     def _token(self, token_id: int) -> str | None:
-        """The token as its vocabulary writes it; `None` if it does not know the id."""
+        """The token as the vocabulary writes it; `None` if the tokenizer does not know the id."""
         try:
             token = self.tokenizer.convert_ids_to_tokens(token_id)
         except (IndexError, KeyError, OverflowError, TypeError, ValueError):
@@ -212,19 +212,19 @@ class TokenText:
         return token if isinstance(token, str) else None
 
     def _look_up(self, token_id: int) -> tuple[bytes, int]:
-        """What a token writes behind another one, and how many bytes at its beginning are a space between the two."""
+        """The bytes that a token writes after another token, and how many of them are the space between the two."""
         rules, token = self._rules, self._token(token_id)
-        made = b"", 0
+        written = b"", 0
         if token is not None and rules.between:
             if rules.continuing and token.startswith(rules.continuing):
-                made = self._bytes(token_id, token[len(rules.continuing) :]), 0
+                written = self._bytes(token_id, token[len(rules.continuing) :]), 0
             else:
                 gap = b"" if rules.cleanup and _NO_SPACE_BEFORE.match(token) else rules.between.encode()
-                made = gap + self._bytes(token_id, token), len(gap)
+                written = gap + self._bytes(token_id, token), len(gap)
         elif token is not None:
-            made = self._bytes(token_id, token), 0
-        self._written[token_id] = made
-        return made
+            written = self._bytes(token_id, token), 0
+        self._written[token_id] = written
+        return written
 
     def _bytes(self, token_id: int, token: str) -> bytes:
         rules = self._rules
@@ -238,7 +238,7 @@ class TokenText:
         return bytes.fromhex(byte[1]) if byte else _utf8(token)
 
     def _shown(self, token_id: int) -> bytes:
-        """A token for a reader: a space for `▁` and nothing for `##`, whether or not the decoder says so."""
+        """A token for people to read: `▁` becomes a space and `##` is removed, whatever the decoder does with them."""
         token = self._token(token_id)
         if token is None:
             return f"<id {token_id}>".encode()
@@ -248,7 +248,7 @@ class TokenText:
         return piece if len(piece) == 1 else piece.replace("▁".encode(), b" ").removeprefix(b"##")
 
     def _begin(self, first: int, token_id: int, pieces: list[bytes], gaps: list[int]) -> None:
-        """What is different at the beginning of a text, and at its end."""
+        """Apply the rules for the beginning and the end of a text."""
         rules = self._rules
         pieces[first], gaps[first] = pieces[first][gaps[first] :], 0
         token = self._token(token_id) or ""
@@ -260,19 +260,19 @@ class TokenText:
             _strip(pieces, content.encode(), at_start, at_end)
 
     def _without_broken_runs(self, token_ids: Sequence[int], pieces: list[bytes]) -> list[bytes]:
-        """Byte tokens that do not make up whole characters between them are one `�` each."""
-        made: list[bytes] = []
+        """The pieces, where byte tokens that do not form whole characters are replaced by one `�` each."""
+        repaired: list[bytes] = []
         is_byte = [bool(_BYTE.fullmatch(self._token(token_id) or "")) for token_id in token_ids]
         for byte, group in itertools.groupby(zip(is_byte, pieces, strict=True), key=lambda pair: pair[0]):
             run = [piece for _, piece in group]
             if not _is_text(b"".join(run)):
                 run = [_REPLACEMENT if byte and piece else piece for piece in run]
-            made += run
-        return made
+            repaired += run
+        return repaired
 
 
 def ends_a_turn(token_ids: Sequence[int], token_text: TokenText) -> np.ndarray:
-    """Which of `T` tokens are special ones that end a turn, bool `[T]`."""
+    """Which of `T` tokens are special tokens that end a turn, bool `[T]`."""
     eos = token_text.tokenizer.eos_token_id
     ending = {i for i in set(token_ids) & token_text.special if i == eos or token_text(i).strip() in ENDS_OF_TURNS}
     return np.array([token_id in ending for token_id in token_ids], dtype=bool)
@@ -291,7 +291,7 @@ def _is_text(data: bytes) -> bool:
 
 
 def _strip(pieces: list[bytes], content: bytes, at_start: int, at_end: int) -> None:
-    """Take `content` off the ends of the text that these pieces make up, at most so often."""
+    """Remove `content` from the ends of the text that the pieces form, at most `at_start` and `at_end` times."""
     for indices, times, cut in (
         (range(len(pieces)), at_start, bytes.removeprefix),
         (range(len(pieces) - 1, -1, -1), at_end, bytes.removesuffix),
@@ -304,11 +304,11 @@ def _strip(pieces: list[bytes], content: bytes, at_start: int, at_end: int) -> N
 
 
 def _decode(data: bytes) -> tuple[str, np.ndarray]:
-    """Bytes as text, with `�` for what is none, and for each byte whether a character begins there (bool)."""
+    """Bytes as text, with `�` for invalid bytes, and for each byte whether a character begins there (bool)."""
     begins = (np.frombuffer(data, dtype=np.uint8) & 0xC0) != 0x80
     parts, at = [], 0
     while at < len(data):
-        block = data[at : at + _BLOCK]  # so that a long text of nothing but such bytes is not read again and again
+        block = data[at : at + _BLOCK]  # in blocks: after an invalid byte, decoding starts again with a block only
         try:
             text, used = codecs.utf_8_decode(block, "strict", at + len(block) == len(data))
             parts.append(text)
@@ -323,7 +323,7 @@ def _decode(data: bytes) -> tuple[str, np.ndarray]:
 
 @cache
 def _byte_level_alphabet() -> dict[str, int]:
-    """The character that byte-level tokenizers write each byte as: itself if it is printable, else one from 256 up."""
+    """The byte for each character of byte-level tokenizers: printable bytes are themselves, others start at 256."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

@@ -1,8 +1,8 @@
 """Random numbers that belong to a token: the same in any batch, any row, any worker and on any rank.
 
-A generator's next number depends on who drew before, which is another one in another order of the data. These are made
-from what the token is: the tokens of its document, its position there, the step, the seed and the number of the draw,
-mixed by the finaliser of SplitMix64. Two equal documents in one step draw alike.
+The next number of a generator depends on the draws before it, and so on the order of the data. The numbers here are
+computed from the token instead: from its document's tokens, its position, the step, the seed and the number of the
+draw, mixed by the finaliser of SplitMix64. Two equal documents in one step get the same numbers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from wit_plugins.tokens.codes import decode, locate
 
 _STEP, _SEED, _DRAW, _POSITION = 0x632BE59BD9B4E019, 0x1F83D9ABFB41BD6B, 0x2545F4914F6CDD1D, 0x5851F42D4C957F2D
-_BITS = 24  # what a float32 below 1 can hold
+_BITS = 24  # the bits of a float32 below 1
 
 
 class Chance:
@@ -20,8 +20,8 @@ class Chance:
 
     Args:
         codes (`torch.Tensor`): int64 `[B, L]`, see `wit_plugins.tokens.codes`.
-        step (`int`): how many optimizer steps were taken.
-        seed (`int`): the run's.
+        step (`int`): the number of optimizer steps taken so far.
+        seed (`int`): the run's seed.
     """
 
     def __init__(self, codes: torch.Tensor, step: int, seed: int) -> None:
@@ -37,11 +37,11 @@ class Chance:
     def __call__(
         self, draws: int, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Evenly distributed multiples of 2^-24 in [0, 1), float32.
+        """Uniformly distributed multiples of 2^-24 in [0, 1), float32.
 
         Args:
-            draws (`int`): how many for each token.
-            rows, columns (`torch.Tensor`, *optional*): int64 `[n]`: of which tokens.
+            draws (`int`): how many numbers each token gets.
+            rows, columns (`torch.Tensor`, *optional*): int64 `[n]`: the places of the tokens; by default all tokens.
 
         Returns:
             `[B, L, draws]`, or `[n, draws]` for some of the tokens.
@@ -63,7 +63,7 @@ def _times(values: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 def _mixed(values: torch.Tensor) -> torch.Tensor:
-    """The finaliser of SplitMix64. int64 wraps, and its shift to the right fills with the sign, which is taken off."""
+    """The finaliser of SplitMix64. int64 wraps around; its right shift copies the sign bit, which is masked out."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         values = _times(values ^ (values >> shift & ((1 << (64 - shift)) - 1)), factor)
     return values ^ (values >> 31 & ((1 << 33) - 1))

@@ -1,20 +1,20 @@
-"""Prepared labels: weights that stand in the data, on their way from tokenisation to the collator.
+"""Prepared labels: they carry the weights that stand in the data from tokenisation to the collator.
 
-What a message or a sample weighs is only known while the framework tokenises it; afterwards its columns are gone. So
+The weight of a message or a sample is known only while the framework tokenises it; afterwards its columns are gone. So
 the token weights are written into `labels`, the one column that every later stage keeps (packing, truncation, caches).
-A label of 2^53 or more is no token id and no -100; it is a prepared one, and says:
+A label of 2^53 or more is neither a token id nor -100. It is a prepared label:
 
     bits 55-60  the sample's group, from 1, if samples have groups
-    bit 54      the first token of a document: bits 21-51 are the fingerprint of the settings, 31 bits
-    bit 53      set
+    bit 54      set in the first token of a document: bits 21-51 are then the fingerprint of the settings
+    bit 53      always set
     bit 52      whether the token has a label
     bits 21-51  weight: the 31 bits of a non-negative float32
-    bits 0-20   the label, if it has one
+    bits 0-20   the label, if the token has one
 
-A label whose weight is 1, and whose sample has no group, stays as it is. The first token of a document is predicted by
-nothing and has no weight, so that it can say what the document was prepared with: a dataset or cache that was prepared
-with other settings is recognised wherever it comes from. Prepared labels are outside of every vocabulary, so that a run
-without weights stops at them, unless its loss does not look: for such frameworks adapters see to it that it stops.
+A label with weight 1 in a sample without a group is not changed. Nothing predicts the first token of a document, so it
+has no weight and can carry the fingerprint of the settings instead: data that was prepared with other settings is
+recognised wherever it comes from. Prepared labels are outside of every vocabulary, so a run without weights fails on
+them. Where a framework's loss would not fail, its adapter stops the run.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _FIELD = (1 << WEIGHT_BITS) - 1
 
 
 class Prepared(NamedTuple):
-    """What prepared labels say.
+    """Prepared labels, decoded.
 
     Attributes:
         labels (`np.ndarray`): int64 `[T]`, the framework's own.
-        weights (`np.ndarray`): float32 `[T]`, those that stand in the data; 1 where nothing does.
-        fingerprints (`np.ndarray`): int64, of the settings of each document that says so.
-        groups (`np.ndarray`): uint8 `[T]`, the number of each token's group; 0 where none is said.
+        weights (`np.ndarray`): float32 `[T]`, the weights in the data; 1 where there is none.
+        fingerprints (`np.ndarray`): int64, one for each document that carries the fingerprint of its settings.
+        groups (`np.ndarray`): uint8 `[T]`, the number of each token's group; 0 without a group.
     """
 
     labels: np.ndarray
@@ -56,9 +56,9 @@ def prepare(labels: np.ndarray, weights: np.ndarray, fingerprint: int, group: in
     Args:
         labels (`np.ndarray`): int64 `[T]`, the framework's own: a token id, or -100.
         weights (`np.ndarray`): float32 `[T]`, finite and ≥ 0.
-        fingerprint (`int`): of the settings that the weights were read with, below 2^31.
-        group (`int`): the number of the document's group, up to 62; 0 if there are none. All of its labels say so,
-            since a document may lose its beginning.
+        fingerprint (`int`): the fingerprint of the settings that the weights were read with, below 2^31.
+        group (`int`): the number of the document's group, up to 62; 0 if there are none. Every label carries it,
+            because a document may lose its beginning.
 
     Raises:
         ValueError: if a label or a weight does not fit.
@@ -69,8 +69,8 @@ def prepare(labels: np.ndarray, weights: np.ndarray, fingerprint: int, group: in
     if weights.shape != labels.shape or not np.isfinite(weights).all() or (weights < 0).any():
         raise ValueError("weights must be finite numbers >= 0, one for each label")
     fields = (weights.astype(np.float32) + np.float32(0)).view(np.uint32).astype(np.int64)
-    said = np.where(labelled, _ROLE | labels, 0) | fields << TARGET_BITS | _PREPARED
-    prepared = np.where((weights == 1) & (group == 0), labels, said)
+    weighted = np.where(labelled, _ROLE | labels, 0) | fields << TARGET_BITS | _PREPARED
+    prepared = np.where((weights == 1) & (group == 0), labels, weighted)
     if len(labels):
         prepared[0] = _FIRST | _PREPARED | fingerprint << TARGET_BITS | (_ROLE | labels[0] if labelled[0] else 0)
     return prepared | group << _GROUP_SHIFT if group else prepared
@@ -82,13 +82,17 @@ def is_prepared(labels: np.ndarray) -> bool:
 
 
 def read_prepared(labels: np.ndarray) -> Prepared | None:
-    """What labels `[T]`, int64, say beside the framework's own; `None` if none of them is a prepared one."""
+    """Decode labels `[T]`, int64; `None` if none of them is a prepared label."""
     if not is_prepared(labels):
         return None
-    said = labels >= _PREPARED
+    prepared = labels >= _PREPARED
     field = labels >> TARGET_BITS & _FIELD
-    first = said & (labels & _FIRST != 0)
-    own = np.where(labels & _ROLE != 0, labels & (MAX_VOCAB_SIZE - 1), IGNORE_INDEX)
-    weights = np.where(said & ~first, field, 0).astype(np.uint32).view(np.float32)
-    groups = np.where(said, labels >> _GROUP_SHIFT & _GROUP_MASK, 0).astype(np.uint8)
-    return Prepared(np.where(said, own, labels), np.where(said & ~first, weights, np.float32(1)), field[first], groups)
+    first = prepared & (labels & _FIRST != 0)
+    original = np.where(labels & _ROLE != 0, labels & (MAX_VOCAB_SIZE - 1), IGNORE_INDEX)
+    weights = np.where(prepared & ~first, field, 0).astype(np.uint32).view(np.float32)
+    return Prepared(
+        labels=np.where(prepared, original, labels),
+        weights=np.where(prepared & ~first, weights, np.float32(1)),
+        fingerprints=field[first],
+        groups=np.where(prepared, labels >> _GROUP_SHIFT & _GROUP_MASK, 0).astype(np.uint8),
+    )
