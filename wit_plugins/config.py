@@ -15,6 +15,9 @@ from wit_plugins.errors import WITConfigError
 if TYPE_CHECKING:
     import numpy as np
 
+# The optimizer and gradient clipping square gradients, which must stay within float32. Only ratios of weights matter.
+MAX_WEIGHT = 1e12
+
 
 class WITConfig(BaseModel):
     """Settings of a weighted run (the `wit:` block of a YAML file, the arguments of `WITCallback`).
@@ -83,9 +86,9 @@ class WITConfig(BaseModel):
 
     @field_validator("prompt_weight", "response_weight")
     @classmethod
-    def _survives_float32(cls, value: float) -> float:
-        if not survives_float32(value):
-            raise ValueError("out of the range of float32; use a value such as 0.2")
+    def _in_range(cls, value: float) -> float:
+        if (reason := _out_of_range(value)) is not None:
+            raise ValueError(reason)
         return value
 
     @field_validator("message_weight_keys")
@@ -186,13 +189,16 @@ def _in_words(options: Any) -> str:
     return f" ({'; '.join(worded(one, True) for one in several)})"
 
 
-def survives_float32(value: float) -> bool:
-    """Whether a weight is still what it is, not 0 or infinity, in the type in which weights travel and multiply."""
-    try:
-        (as_float32,) = struct.unpack("f", struct.pack("f", value))
-    except OverflowError:
-        return False
-    return math.isfinite(as_float32) and (as_float32 != 0 or value == 0)
+def _out_of_range(value: float) -> str | None:
+    """Why a finite weight ≥ 0 cannot be computed with; `None` if it can."""
+    if value > MAX_WEIGHT:
+        return (
+            f"is above {MAX_WEIGHT:g}, the largest weight, since the squares of gradients would leave the range of "
+            "float32; only the ratios of weights matter, so use smaller ones"
+        )
+    if value and not struct.unpack("f", struct.pack("f", value))[0]:
+        return "is so small that float32 makes it 0; use a value such as 0.2"
+    return None
 
 
 def multiplied(weights: np.ndarray, factors: np.ndarray | float, what: str) -> np.ndarray:
@@ -204,18 +210,18 @@ def multiplied(weights: np.ndarray, factors: np.ndarray | float, what: str) -> n
         what (`str`): whose factors they are, for the message.
 
     Raises:
-        ValueError: if a product is too large for float32, or so small that it would be 0 and count as left out.
+        ValueError: if a product is too large, or so small that it would be 0 in float32 and count as left out.
     """
     import numpy as np
 
     exact = weights.astype(np.float64) * np.asarray(factors, dtype=np.float64)
     with np.errstate(over="ignore", under="ignore"):
         product = exact.astype(np.float32)
-    lost = ~np.isfinite(product) | ((product == 0) & (exact != 0))
+    lost = ~(exact <= MAX_WEIGHT) | ((product == 0) & (exact != 0))
     if lost.any():
         raise ValueError(
-            f"the product of the weights is {exact[lost][0]:.3g} with {what}, which is out of the range of float32, "
-            "the type of weights; use weights nearer to 1"
+            f"the product of the weights is {exact[lost][0]:.3g} with {what}: it is at most {MAX_WEIGHT:g}, and not "
+            "so small that float32 makes it 0; use weights nearer to 1"
         )
     return product
 
@@ -233,8 +239,8 @@ def checked_weight(value: Any, key: str) -> float:
             f"{key} = {value!r}: is below 0, under which the loss has no lower bound (a token's loss can be made as "
             "large as you like); use 0 to take tokens out"
         )
-    if not survives_float32(float(value)):
-        raise ValueError(f"{key} = {value!r}: is out of the range of float32; use a value such as 0.5")
+    if (reason := _out_of_range(float(value))) is not None:
+        raise ValueError(f"{key} = {value!r}: {reason}")
     return float(value)
 
 

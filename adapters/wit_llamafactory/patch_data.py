@@ -6,6 +6,7 @@ picks the processor which tokenises it, and, for what `tokenized_path` keeps, th
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -126,7 +127,8 @@ def _get_dataset(original: Callable[..., Any], config: WITConfig) -> Callable[..
         ):
             if newer := newer_data(data_args):
                 _log.warning("%s is newer than tokenized_path = %r, so the data is tokenised anew", newer, path)
-                shutil.rmtree(path)
+                with contextlib.suppress(FileNotFoundError):  # another node's process, where they share the folder
+                    shutil.rmtree(path)
         is_there = path is not None and has_tokenized_data(path)
         if is_there:
             _check_record(path, config)

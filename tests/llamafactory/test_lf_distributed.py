@@ -18,6 +18,7 @@ from lfkit import (
     Version,
     WITCallback,
     alone,
+    alpaca,
     chatml,
     environment,
     history,
@@ -73,9 +74,18 @@ def assert_taken(out, before, scored, weights):
     ],
 )
 def test_two_processes_take_the_step_of_one(workplace, tmp_path, weights, layout, batch, accumulation, tuning):
+    cache = {"tokenized_path": str(tmp_path / "cache")} if layout == "packing" else {}
+    if cache:  # older than its data, and of other rows: one of the ranks deletes it, and both read what is written anew
+        workplace.dataset("train", alpaca(COUNT + 8)[8:])
+        first = workplace.config(output_dir=str(tmp_path / "first"), packing=True, **cache)
+        run(first, {"prompt_weight": weights[0], "response_weight": weights[1]})
+        for file in (tmp_path / "cache").rglob("*"):
+            os.utime(file, (1, 1))
+        workplace.dataset("train", alpaca(COUNT))
     config = workplace.write(
         f"{tmp_path.name}.yaml",
         wit={"prompt_weight": weights[0], "response_weight": weights[1]},
+        **cache,
         finetuning_type=tuning,
         lora_target="q_proj,v_proj,down_proj" if tuning == "lora" else None,
         lora_rank=4 if tuning == "lora" else None,

@@ -10,7 +10,6 @@ module that workers do not find, as if it were not installed where they run, or 
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from typing import Any
@@ -38,8 +37,13 @@ def main(hidden: str, *arguments: str) -> None:
     runtime_env = {"worker_process_setup_hook": hide} if hidden else None
     resources: dict[str, Any] = {"num_cpus": 2, "num_gpus": 2, "object_store_memory": 10**8}
     ray.init("local", include_dashboard=False, runtime_env=runtime_env, **resources)
-    gloo = ray.train.torch.TorchConfig("gloo")  # with GPUs it would be NCCL
-    ray.train.torch.TorchTrainer = functools.partial(ray.train.torch.TorchTrainer, torch_config=gloo)
+    trainer = ray.train.torch.TorchTrainer
+    gloo = ray.train.torch.TorchConfig("gloo")  # with GPUs it would be NCCL, which newer releases of Axolotl name
+
+    def with_gloo(*args: Any, **kwargs: Any) -> Any:
+        return trainer(*args, **{**kwargs, "torch_config": gloo})
+
+    ray.train.torch.TorchTrainer = with_gloo
     cli.main([*arguments], prog_name="axolotl")
 
 

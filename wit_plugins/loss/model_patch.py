@@ -26,7 +26,7 @@ from wit_plugins.errors import WeightsNotAppliedError, WITConfigError
 from wit_plugins.loss.fused import FusedHead, LossForLogits, uncompiled
 from wit_plugins.loss.loss_call import LossCall, LossOutcome, OutputFormat
 from wit_plugins.loss.micro_batch import MicroBatch, WeightedLoss
-from wit_plugins.loss.own_loss import aux_loss_coefficient, check_own_loss
+from wit_plugins.loss.own_loss import SHAPE, aux_loss_coefficient, check_own_loss
 from wit_plugins.loss.tensor_parallel import refuse_adapters
 from wit_plugins.tokens.codes import MAX_VOCAB_SIZE, decode, framework_labels
 from wit_plugins.tokens.collator import CODES_KEY, SCORES_KEY
@@ -191,8 +191,10 @@ class WeightedHead:
             kwargs["input_ids"] = self._changed_inputs(kwargs.get("input_ids"), codes, call)
         forward = functools.partial(self._original_of(model), *args, **kwargs)
         batch = _Batch(model, forward, labels, codes, spans, scores, call)
-        if call.training and not call.shifted and not self._is_own_loss:
-            check_own_loss(self.model, self._original_of(model), codes, labels.device)
+        if call.training and not self._is_own_loss:
+            # Attention over ranks takes the batch's number of rows, and lengths such as the batch's.
+            shape = (len(codes), min(SHAPE[1], codes.shape[1])) if call.shifted else SHAPE
+            check_own_loss(self.model, self._original_of(model), codes, labels.device, shape)
             self._is_own_loss = True
         make = functools.partial(self._micro_batch, batch, self._reference_nll(batch))
         output, result = None, None

@@ -1,17 +1,17 @@
-"""The first batch's question: are the weights, at (0, 1), the model's own loss?
+"""The check of the first batch: at the weights (0, 1), is the weighted loss the model's own loss?
 
-The weighted loss is computed from the model's logits, and the model's forward is never given labels. Whatever a model
-does with labels in its own way is lost then, without a word: a z-loss, a further loss of further heads, labels that are
-not shifted. So the model is asked once: its original forward computes its own loss for a few tokens, and that is
-compared with what this project makes of the same tokens at the weights 0 and 1, with the auxiliary loss that it knows.
+The weighted loss is computed from the model's logits, and the model's forward is never given labels. A loss that the
+model itself adds when it is given labels would be lost without a message: a z-loss, the loss of further heads, labels
+that are not shifted. So the model's original forward is called once with the labels of a few tokens. Its loss is
+compared with the weighted loss of the same tokens at the weights 0 and 1, plus the auxiliary loss that is known.
 
-Both are asked for without gradients, in the mode in which the model is (a loss may be added in training alone), and
-with the same random numbers, so that dropout is the same.
+Both are computed without gradients, in the model's current mode (some losses are added in training only), and with the
+same random numbers, so that dropout is the same. Where ranks share a row, each compares the losses of its own logits.
 """
 
 from __future__ import annotations
 
-import logging
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -26,9 +26,7 @@ from wit_plugins.loss.micro_batch import MicroBatch
 from wit_plugins.tokens.codes import decode, encode
 from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
 
-logger = logging.getLogger(__name__)
-
-_ROWS, _LENGTH = 2, 24  # of the tokens that the model is asked for
+SHAPE = (2, 24)  # rows and tokens that the model is called with
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # what architectures call the auxiliary loss's weight
 
 
@@ -55,33 +53,47 @@ def aux_loss_coefficient(model: nn.Module) -> float:
 
 # A compiled model must not compile anew for the few tokens that it is asked for once.
 @torch.compiler.disable
-def check_own_loss(model: nn.Module, forward: Callable[..., Any], codes: torch.Tensor, device: torch.device) -> None:
-    """Make sure that the weighted loss at (0, 1) is the model's own.
+def check_own_loss(
+    model: nn.Module,
+    forward: Callable[..., Any],
+    codes: torch.Tensor,
+    device: torch.device,
+    shape: tuple[int, int] = SHAPE,
+) -> None:
+    """Make sure that the weighted loss at (0, 1) is the model's own loss.
+
+    A model without a loss of its own, which takes no labels or returns no loss for them, has nothing to lose.
 
     Args:
         model (`nn.Module`): the unwrapped causal language model, for its name and its configuration.
         forward (`Callable`): its original forward.
-        codes (`torch.Tensor`): int64 `[B, L]`: a batch, whose first tokens are asked for.
-        device (`torch.device`): where the model takes its inputs.
+        codes (`torch.Tensor`): int64 `[B, L]`: a batch, whose first tokens are used.
+        device (`torch.device`): the device of the model's inputs.
+        shape (`tuple[int, int]`): rows and tokens to call the model with, where its attention does not allow any.
 
     Raises:
-        WeightsNotAppliedError: if it is another one.
+        WeightsNotAppliedError: if the two losses differ, or the model fails when it is given labels.
     """
-    input_ids, labels, asked = (tensor.to(device) for tensor in _few_tokens(codes))
+    parameters = inspect.signature(forward).parameters
+    if "labels" not in parameters and all(each.kind is not each.VAR_KEYWORD for each in parameters.values()):
+        return
+    input_ids, labels, asked = (tensor.to(device) for tensor in _few_tokens(codes, *shape))
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
+    # Liger's forward has a fused loss that needs a GPU, and this switch to its plain one.
+    plainly = {"skip_logits": False} if "skip_logits" in parameters else {}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of gradient checkpointing, that there are no gradients
         with _same_random_numbers(device):
             try:
-                own = forward(**inputs, labels=labels, return_dict=True)["loss"]
-            except Exception as error:  # a kernel inside the model may raise any error, and the run does not need it
-                logger.warning(
-                    "%s cannot be asked for its own loss (%s: %s), so nobody knows whether it adds something to it",
-                    *(type(model).__name__, type(error).__name__, error),
-                )
-                return
+                own = forward(**inputs, **plainly, labels=labels, return_dict=True).get("loss")
+            except Exception as error:  # code of the model, which may raise anything
+                raise WeightsNotAppliedError(
+                    f"{type(model).__name__} fails when it is given labels ({type(error).__name__}: {error}), so its "
+                    "own loss cannot be compared with the weighted one, and a loss that it adds would be lost; make "
+                    "its forward accept labels as transformers' models do, or train without weights"
+                ) from error
         with _same_random_numbers(device):
-            output = forward(**inputs, return_dict=True)
+            output = forward(**inputs, **plainly, return_dict=True)
         loss = MicroBatch(asked.to(output["logits"].device), ActiveStrategies({})).from_logits(output["logits"]).loss
     if own is None:
         return
@@ -115,18 +127,18 @@ def _suspects(model: Any) -> str:
     return f" ({', '.join(named)})" if named else ""
 
 
-def _few_tokens(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids, labels and codes at (0, 1), int64 `[B, L]`, of the first tokens of a batch, whatever their roles were.
+def _few_tokens(codes: torch.Tensor, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, labels and codes at (0, 1), int64 `[rows, length]`, of the first tokens of a batch, whatever their roles.
 
-    In each row another number of tokens is masked, so that every labelled token counts, and no other.
+    The number of masked tokens differs from row to row, so that a mask of another length is noticed.
     """
     targets, roles, _ = decode(codes)
-    real = targets[roles != NEITHER][: _ROWS * _LENGTH].cpu()
-    count = _ROWS * _LENGTH
+    count = rows * length
+    real = targets[roles != NEITHER][:count].cpu()
     ids = real.repeat(-(-count // len(real)))[:count] if len(real) else torch.arange(count) % 2
-    ids = ids.reshape(_ROWS, _LENGTH)
-    place = torch.arange(_LENGTH)
-    masked = torch.stack([place < _LENGTH // (row + 2) for row in range(_ROWS)])
+    ids = ids.reshape(rows, length)
+    place = torch.arange(length)
+    masked = torch.stack([place < length // (row % length + 2) for row in range(rows)])
     asked_roles = np.where(masked.numpy(), PROMPT, RESPONSE).astype(np.uint8)
     asked_roles[:, 0] = NEITHER
     weights = (asked_roles == RESPONSE).astype(np.float32)

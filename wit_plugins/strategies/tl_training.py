@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from wit_plugins.config import did_you_mean
+from wit_plugins.config import MAX_WEIGHT, did_you_mean
 from wit_plugins.contract.hookspecs import hookimpl
 from wit_plugins.tokens.roles import RESPONSE
 
@@ -32,7 +32,7 @@ def validate_options(options: Mapping[str, Any]) -> None:
     tools, call, most = options.get("tools"), options.get("call", _CALL), options.get("max_weight", 9)
     if not isinstance(tools, list) or not tools or not all(isinstance(tool, str) and tool for tool in tools):
         raise ValueError(f"tools = {tools!r}: needs the names of all tools, such as [get_weather, get_time]")
-    if isinstance(most, bool) or not isinstance(most, (int, float)) or not 1 <= most < 1e30:
+    if isinstance(most, bool) or not isinstance(most, (int, float)) or not 1 <= most <= MAX_WEIGHT:
         raise ValueError(f"max_weight = {most!r}: is a number of at least 1, such as 9")
     try:
         named = "name" in re.compile(call).groupindex

@@ -143,7 +143,8 @@ def test_a_flag_on_a_prompt_repeats_the_mask_and_a_number_counts(value: Any, wei
         ({"weight": -1}, r"messages\[0\].weight = -1: is below 0, under which the loss has no lower bound"),
         ({"weight": "0.5"}, "is a finite number"),
         ({"weight": float("nan")}, "is a finite number"),
-        ({"weight": 1e-60}, "out of the range of float32"),
+        ({"weight": 1e-60}, "so small that float32 makes it 0"),
+        ({"weight": 1e30}, "above 1e.12, the largest weight"),
     ],
 )
 def test_what_is_no_weight_is_refused_by_name(message: dict[str, Any], said: str) -> None:

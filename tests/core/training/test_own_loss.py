@@ -1,7 +1,5 @@
 """The first batch's question: at (0, 1), is the weighted loss the model's own?"""
 
-import logging
-
 import pytest
 import torch
 import transformers
@@ -122,15 +120,38 @@ def test_jetmoe_names_its_coefficient_in_another_way(tmp_path):
         assert losses[0][0] > without + 0.3  # so that a run without it would have been seen
 
 
-def test_a_model_that_cannot_be_asked_is_said(tmp_path, caplog):
-    class Refuses(transformers.LlamaForCausalLM):
-        def forward(self, *args, labels=None, **kwargs):
-            if labels is not None:
-                raise RuntimeError("a kernel for GPUs alone")
-            return super().forward(*args, **kwargs)
+class Refuses(transformers.LlamaForCausalLM):
+    def forward(self, *args, labels=None, **kwargs):
+        if labels is not None:
+            raise RuntimeError("no labels, please")
+        return super().forward(*args, **kwargs)
 
+
+def test_a_model_that_fails_when_it_is_given_labels_stops(tmp_path):
     trainer = make_trainer(tmp_path, Refuses(llama().config), remove_unused_columns=False)
     attach(trainer, CONFIG)
-    with caplog.at_level(logging.WARNING):
+    with pytest.raises(WeightsNotAppliedError, match="fails when it is given labels .RuntimeError: no labels, please"):
         trainer.train()
-    assert any("cannot be asked for its own loss" in record.message for record in caplog.records)
+
+
+class TakesNone(transformers.LlamaForCausalLM):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None, return_dict=None):
+        return super().forward(input_ids, attention_mask, position_ids, use_cache=use_cache)
+
+
+class ReturnsNone(transformers.LlamaForCausalLM):
+    def forward(self, *args, labels=None, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("architecture", [TakesNone, ReturnsNone])
+def test_a_model_without_a_loss_of_its_own_trains(tmp_path, architecture):
+    """It loses nothing: at (0, 1) its first loss is that of the same model with transformers' loss."""
+    losses = []
+    for model in (llama(), architecture(llama().config)):
+        model.load_state_dict(llama().state_dict())
+        trainer = make_trainer(tmp_path, model, remove_unused_columns=False)
+        attach(trainer, WITConfig(prompt_weight=0.0))
+        trainer.train()
+        losses.append(first_log(trainer)["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
