@@ -20,7 +20,8 @@ from typing import Any
 from wit_axolotl.config import PLUGIN, is_listed, read_config
 from wit_axolotl.versions import FRAMEWORK
 from wit_plugins import WITConfigError, attached
-from wit_plugins.cli.configuration import dump, is_boolean
+from wit_plugins.booleans import is_boolean
+from wit_plugins.cli.configuration import dump
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split, run_file
 from wit_plugins.cli.framework_trainer import unattached_collator
 from wit_plugins.cli.meta_model import empty_model, resize_embeddings

@@ -20,7 +20,8 @@ from typing import Any
 from wit_llamafactory.refusals import check_arguments
 from wit_llamafactory.versions import FRAMEWORK
 from wit_plugins import WITConfig, WITConfigError
-from wit_plugins.cli.configuration import boolean_fields, read_text, unreadable
+from wit_plugins.booleans import boolean_fields
+from wit_plugins.cli.configuration import read_text, unreadable
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split, evaluation_split, run_file
 from wit_plugins.cli.framework_trainer import (
     Built,

@@ -19,6 +19,7 @@ if __name__ == "__main__" and os.path.realpath(sys.path[0]) == os.path.dirname(o
 
 from wit_llamafactory.refusals import check_arguments
 from wit_plugins import WITConfig, WITConfigError
+from wit_plugins.booleans import boolean_fields, refuse_words
 from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.errors import WITError
 from wit_plugins.user_errors import report
@@ -92,7 +93,7 @@ def train() -> None:
 
     Raises:
         WITConfigError: if there is no `wit:` block, so that no worker ever trains without weights beside others that
-            train with them.
+            train with them; or if a setting that is true or false holds text.
     """
     found = weighted_arguments(sys.argv[1:])
     if found is None:
@@ -101,10 +102,12 @@ def train() -> None:
             "process's configuration; every process needs the same file and the same overrides"
         )
     values, config = found
+    from llamafactory.hparams.parser import _TRAIN_ARGS
     from llamafactory.train.tuner import run_exp
 
     from wit_llamafactory.callback import WITCallback
 
+    refuse_words(values, boolean_fields(_TRAIN_ARGS), "LLaMA-Factory")
     run_exp(args=values, callbacks=[WITCallback(**config.model_dump())])
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from wit_plugins import WITConfig, WITConfigError
-from wit_plugins.cli.configuration import boolean_fields, closest, dump
+from wit_plugins.booleans import boolean_fields
+from wit_plugins.cli.configuration import closest, dump
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split, evaluation_split, run_file
 from wit_plugins.cli.framework_trainer import (
     Built,

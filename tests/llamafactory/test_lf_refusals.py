@@ -302,3 +302,12 @@ def test_missing_keys_are_at_their_defaults():
 
 def test_versions_under_test_are_stated():
     assert LLAMAFACTORY in {Version("0.9.4"), Version("0.9.5")}
+
+
+@pytest.mark.parametrize("key", ["do_train", "trust_remote_code", "packing"])
+def test_text_where_llamafactory_needs_true_or_false(workplace, monkeypatch, capsys, key):
+    """A quoted `false` would be true to it."""
+    config = workplace.write("quoted.yaml", wit={"prompt_weight": 0.2}, **{key: "false"})
+    assert run_command(monkeypatch, "train", str(config)) == 1
+    message = f"{key} = 'false': is text, which LLaMA-Factory takes for true whatever it says; write {key}: false"
+    assert message in capsys.readouterr().err

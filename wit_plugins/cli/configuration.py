@@ -10,8 +10,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ MAX_CHARACTERS = 4_000_000
 MAX_DEPTH = 50
 MAX_VALUES = 100_000  # that aliases stand for
 _BLOCK = "wit"
-_TRUE, _FALSE = {"true", "yes", "on", "t", "y", "1"}, {"false", "no", "off", "f", "n", "0"}
 _CLOSE = 0.85  # how alike an unknown top-level key and a weight's name are before the one is taken for the other
 
 
@@ -177,41 +175,6 @@ def _check_top_level(values: Mapping[str, Any]) -> None:
         settings[key] = value
     if settings:
         WITConfig.parse({"prompt_weight": 1.0, **settings}, "the weights")
-
-
-def boolean(key: str, value: Any) -> bool:
-    """A setting that is true or false, from whatever a file or a command line says.
-
-    Text is not true because it is there: `no` and a quoted `false` are false.
-
-    Args:
-        key (`str`): its name, for the message.
-        value (`Any`): a boolean, 0 or 1, or one of the words `true`, `yes`, `on`, `false`, `no`, `off`.
-
-    Raises:
-        WITConfigError: if it is anything else.
-    """
-    word = value.strip().lower() if isinstance(value, str) else value
-    if isinstance(word, bool) or (isinstance(word, int) and word in (0, 1)):
-        return bool(word)
-    if isinstance(word, str) and word in _TRUE | _FALSE:
-        return word in _TRUE
-    raise WITConfigError(f"{key} = {value!r}: is neither true nor false; write {key}: true or {key}: false")
-
-
-def boolean_fields(classes: Iterable[type]) -> set[str]:
-    """The fields of dataclasses that take true or false and nothing else, `None` aside."""
-    names = set()
-    for one in classes:
-        for name, hint in typing.get_type_hints(one).items():
-            if is_boolean(hint):
-                names.add(name)
-    return names
-
-
-def is_boolean(hint: Any) -> bool:
-    """Whether a type is `bool`, or `bool | None`."""
-    return set(typing.get_args(hint) or [hint]) - {type(None)} == {bool}
 
 
 def closest(name: Any, known: Any, cutoff: float = 0.75) -> str | None:

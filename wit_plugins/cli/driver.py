@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from packaging.version import Version
 
+from wit_plugins.booleans import boolean, refuse_words
 from wit_plugins.cli import configuration
-from wit_plugins.cli.configuration import boolean
 from wit_plugins.cli.safe_text import visible
 from wit_plugins.config import WITConfig, did_you_mean
 from wit_plugins.errors import WITConfigError
@@ -159,12 +159,8 @@ class FrameworkDriver:
             {key: boolean(key, value) if key in keys and value is not None else value for key, value in given.items()}
             for given in (job.values, job.overrides)
         )
-        for key in keys & job.values.keys() if not self.reads_words else ():
-            if isinstance(job.values[key], str) and key not in overrides:
-                raise WITConfigError(
-                    f"{key} = {job.values[key]!r}: is text, which {self.title} takes for true whatever it says; write "
-                    f"{key}: {str(values[key]).lower()} without quotation marks"
-                )
+        if not self.reads_words:
+            refuse_words(job.values, keys - overrides.keys(), self.title)
         return replace(job, values=values, overrides=overrides)
 
     def problems(self, job: Job) -> list[str]:

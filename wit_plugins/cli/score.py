@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from rich.text import Text
 
-from wit_plugins.cli.configuration import boolean
+from wit_plugins.booleans import boolean
 from wit_plugins.cli.console import console
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared
 from wit_plugins.cli.preview.command import prepare, progress, reasons

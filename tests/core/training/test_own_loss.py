@@ -1,12 +1,15 @@
 """The first batch's question: at (0, 1), is the weighted loss the model's own?"""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import transformers
 from support import VOCAB_SIZE, llama
 from trainkit import CONFIG, first_log, make_trainer
 
-from wit_plugins import WeightsNotAppliedError, WITConfig, attach
+from wit_plugins import WeightsNotAppliedError, WITConfig, attach, attached
+from wit_plugins.loss.loss_call import LossCall
 
 SIZES = {
     "vocab_size": VOCAB_SIZE,
@@ -155,3 +158,15 @@ def test_a_model_without_a_loss_of_its_own_trains(tmp_path, architecture):
         trainer.train()
         losses.append(first_log(trainer)["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+@pytest.mark.parametrize(("make", "refused"), [(predicts_two, True), (llama, False)])
+def test_where_rows_are_cut_over_ranks(tmp_path, make, refused):
+    """Each rank compares the losses of its own part of the rows."""
+    trainer = make_trainer(tmp_path, make(), remove_unused_columns=False)
+    attach(trainer, CONFIG)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    attached(trainer).head.begin(LossCall(torch.tensor(40), training=True, shifted=True))
+    with pytest.raises(WeightsNotAppliedError, match="adds a loss of its") if refused else nullcontext():
+        trainer.model(**batch, shift_labels=batch["labels"])
