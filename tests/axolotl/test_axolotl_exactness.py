@@ -77,6 +77,7 @@ def test_evaluation_logs_both_roles(place):
         docs = from_prepared(run.trainer.eval_dataset)
         assert len(docs) == 11
         expected = role_losses(run.trainer.model, docs)
+        expected["weighted_loss"], _ = reference_step(run.trainer.model, docs, 0.2, 0.8)
         seen.append({k: run.logged(f"eval_{k}")[0] for k in expected})
         assert seen[-1] == pytest.approx(expected, rel=1e-5)
 
@@ -100,7 +101,9 @@ def test_packed_evaluation_counts_every_row(place):
     rows = [row for batch in sampler for row in batch]
     assert sampler.batch_size == 2
     assert 2 <= len(rows) < len(docs)
-    expected = role_losses(run.trainer.model, [docs[i] for row in rows for i in row])
+    docs = [docs[i] for row in rows for i in row]
+    expected = role_losses(run.trainer.model, docs)
+    expected["weighted_loss"], _ = reference_step(run.trainer.model, docs, 0.2, 0.8)
     assert {k: run.logged(f"eval_{k}")[0] for k in expected} == pytest.approx(expected, rel=1e-5)
 
 

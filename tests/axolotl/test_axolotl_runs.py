@@ -87,12 +87,16 @@ def test_resuming_with_other_weights_warns(place):
         train(place.config(**settings, wit={"prompt_weight": 0.4}, resume_from_checkpoint=checkpoint))
 
 
-def test_the_best_model_by_the_response_s_loss(place):
+def test_the_best_model_by_the_weighted_loss_of_the_whole_set(place):
     held_out = {"path": str(place.data("chat", 6)), "ds_type": "json", "split": "train", **CHAT}
-    settings = {"test_datasets": [held_out], "eval_batch_size": 6, "eval_strategy": "steps", "save_strategy": "steps"}
-    settings |= {"eval_steps": 1, "save_steps": 1, "num_epochs": 3, "val_set_size": 0.0}
-    run = train(place.config(**settings, metric_for_best_model="eval_response_loss", load_best_model_at_end=True))
-    assert run.trainer.state.best_metric == min(run.logged("eval_response_loss"))
+    settings = {"test_datasets": [held_out], "eval_batch_size": 2, "eval_strategy": "steps", "save_strategy": "steps"}
+    settings |= {"eval_steps": 1, "save_steps": 1, "num_epochs": 3, "val_set_size": 0.0, "learning_rate": 0.0}
+    run = train(place.config(**settings, metric_for_best_model="eval_weighted_loss", load_best_model_at_end=True))
+    assert run.trainer.state.best_metric == min(run.logged("eval_weighted_loss"))
+    docs = from_prepared(run.trainer.eval_dataset)
+    assert len(docs) == 6
+    expected, _ = reference_step(run.trainer.model, docs, 0.2, 0.8)
+    assert run.logged("eval_weighted_loss") == pytest.approx([expected] * 4, rel=1e-5)  # once before the first step
 
 
 def test_what_a_run_leaves_behind(place):

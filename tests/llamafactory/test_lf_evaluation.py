@@ -38,6 +38,7 @@ class TestEvaluation:
             assert len(docs) == 3
         entry = next(e for e in recorder.state.log_history if "eval_loss" in e)
         expected = self.roles(recorder.initial, docs)
+        expected["eval_weighted_loss"], _ = step(recorder.initial, alone(docs), *WEIGHTS)
         assert {key: entry[key] for key in expected} == pytest.approx(expected, rel=1e-5)
 
     def test_each_dataset_on_its_own(self, workplace):

@@ -146,11 +146,16 @@ def test_evaluation_logs_both_roles(tmp_path, prompt_weight):
     trainer.add_callback(WITCallback(trainer, prompt_weight=prompt_weight))
     metrics = trainer.evaluate()
     expected = role_losses(trainer.model, from_dataset(held_out))
+    expected["weighted_loss"], _ = reference_step(trainer.model, from_dataset(held_out), prompt_weight, 1.0)
     assert {k: metrics[f"eval_{k}"] for k in expected} == pytest.approx(expected, rel=1e-5)
+    settings = {"packing": True, "per_device_eval_batch_size": 2}  # packed, three batches and one: still the whole set
+    packed = sft_trainer(tmp_path, **settings, trainer_kwargs={"eval_dataset": dataset("tokenised", 7, seed=9)})
+    packed.add_callback(WITCallback(packed, prompt_weight=prompt_weight))
+    again = packed.evaluate()
+    assert {k: again[f"eval_{k}"] for k in expected} == pytest.approx(expected, rel=1e-4)
     everything = sft_trainer(tmp_path, per_device_eval_batch_size=7, trainer_kwargs={"eval_dataset": held_out})
     everything.add_callback(WITCallback(everything, prompt_weight=prompt_weight))
-    loss, _ = reference_step(everything.model, from_dataset(held_out), prompt_weight, 1.0)
-    assert everything.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    assert everything.evaluate()["eval_loss"] == pytest.approx(expected["weighted_loss"], rel=1e-5)
     if prompt_weight == 0:
         own = sft_trainer(tmp_path, per_device_eval_batch_size=3, trainer_kwargs={"eval_dataset": held_out})
         assert metrics["eval_loss"] == pytest.approx(own.evaluate()["eval_loss"], rel=1e-5)

@@ -11,9 +11,9 @@ import torch
 
 from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.linear_cross_entropy import Head, TokenNLL, Tokens, linear_nll, logits_nll
-from wit_plugins.loss.normalization import denominator, safe
+from wit_plugins.loss.normalization import counted, denominator, safe
 from wit_plugins.tokens.codes import decode, locate
-from wit_plugins.tokens.roles import PROMPT, RESPONSE
+from wit_plugins.tokens.roles import IGNORE_INDEX, PROMPT, RESPONSE
 from wit_plugins.tokens.span_bits import inside
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ class WeightedLoss:
             of the prompt, its number of tokens, Σ nll of the response, its number of tokens; and the same four for each
             of the S logged spans. Unweighted; only tokens that were computed.
         labels_count (`torch.Tensor`): number of predicted response tokens, i.e. of labels other than -100; a scalar.
+        weighted_sums (`torch.Tensor | None`): in evaluation `[B, 2]` detached, of the type of `role_sums`: for each row
+            Σ w·nll, and what its tokens add to the denominator.
         correct (`torch.Tensor | None`): how many of them are the model's first choice; a scalar.
         entropy (`torch.Tensor | None`): Σ over them of the entropy of the model's distribution, in nats; a scalar.
     """
@@ -39,6 +41,7 @@ class WeightedLoss:
     denominator: torch.Tensor
     role_sums: torch.Tensor
     labels_count: torch.Tensor
+    weighted_sums: torch.Tensor | None = None
     correct: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
 
@@ -103,6 +106,10 @@ class MicroBatch:
             num_items = denominator(codes, normalization, strategies.needs.share_of_responses)
         self.denominator = safe(num_items.to(codes.device))
         self.strategies, self.every_role, self.metrics = strategies, every_role, response_metrics
+        self._factors: torch.Tensor | None = None  # [N], the dynamic weights, kept in evaluation
+        if every_role:
+            whole = torch.nn.functional.pad(codes, (1, 0), value=IGNORE_INDEX) if shifted else codes
+            self._counted = counted(whole, normalization, strategies.needs.share_of_responses).sum(dim=1)  # [B]
         self._group_factors = None if group_factors is None else group_factors.to(codes.device)
         self._located: dict[str, torch.Tensor] = {}
         if strategies.needs.dynamic and strategies.needs.documents:
@@ -140,9 +147,14 @@ class MicroBatch:
         """Dynamic weights: factors `[n]` for the tokens of a slice, from their detached log-probabilities `[n]`."""
         located = {name: values[tokens] for name, values in self._located.items()}
         roles, weights = self.roles[tokens], self.weights[tokens]
-        return self.strategies.on_device.dynamic_weights(
+        factors = self.strategies.on_device.dynamic_weights(
             log_probs, roles, weights=weights, entropies=entropies, **located
         )
+        if self.every_role and factors is not None:
+            if self._factors is None:
+                self._factors = factors.new_ones(len(self.weights))
+            self._factors[tokens] = factors
+        return factors
 
     def _draw(self, probabilities: torch.Tensor, tokens: slice) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Targets and coefficients `[n, K]` for the tokens of a slice, from probabilities `[n, V]`."""
@@ -175,11 +187,22 @@ class MicroBatch:
     def _sum(self, tokens: TokenNLL) -> WeightedLoss:
         self.nll = tokens.nll
         result = WeightedLoss(tokens.loss, self.denominator, self._role_sums(tokens.nll), self.labels_count)
+        if self.every_role:
+            result.weighted_sums = self._weighted_sums(tokens.nll, result.role_sums.dtype)
         if tokens.correct is not None and tokens.entropy is not None:
             on_response = self.roles == RESPONSE
             result.correct = (tokens.correct & on_response).sum()
             result.entropy = torch.where(on_response, tokens.entropy, 0).sum()
         return result
+
+    def _weighted_sums(self, nll: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Σ w·nll of each row, and what it adds to the denominator, `[B, 2]`."""
+        weights = self.weights.to(dtype) if self._factors is None else self.weights.to(dtype) * self._factors
+        losses = torch.where(weights == 0, 0, weights * nll.to(dtype))  # 0 times infinity is 0
+        sums = weights.new_zeros(self.batch_size, 2)
+        sums[:, 0].index_add_(0, self.row, losses)
+        sums[:, 1] = self._counted
+        return sums
 
     def _role_sums(self, nll: torch.Tensor) -> torch.Tensor:
         dtype = torch.float32 if nll.device.type == "mps" else torch.float64

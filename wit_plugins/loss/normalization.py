@@ -31,14 +31,17 @@ def denominator(codes: torch.Tensor, normalization: str, share: float | None = N
         share (`float`, *optional*): of each document's response tokens, rounded up, that will be trained on; a float64
             sum. The weights that are summed are then those of an average token, since which it will be is not known.
     """
-    return _counted(codes, normalization, share).sum()
+    return counted(codes, normalization, share).sum()
 
 
-def _counted(codes: torch.Tensor, normalization: str, share: float | None) -> torch.Tensor:
-    """What each predicted token adds to the denominator, `[B, L - 1]`: 1 or 0 as int64, or a part in float64."""
+def counted(codes: torch.Tensor, normalization: str, share: float | None = None) -> torch.Tensor:
+    """What each predicted token adds to the denominator, `[B, L - 1]`: 1 or 0 as int64, or a part in float64.
+
+    The arguments are those of [`denominator`].
+    """
     weights = predicted_weights(codes)
-    counted = (weights != 0).long() if normalization == "nonzero_tokens" else weights.to(_wide(codes))
-    return counted if share is None else counted * _kept(codes, share)
+    parts = (weights != 0).long() if normalization == "nonzero_tokens" else weights.to(_wide(codes))
+    return parts if share is None else parts * _kept(codes, share)
 
 
 def _wide(codes: torch.Tensor) -> torch.dtype:
@@ -99,9 +102,9 @@ def group_denominators(
     total: torch.Tensor | None = None
     for batch in batches:
         # Of whole documents: a token left out of one is in no group, and without it there would be two.
-        counted = _counted(batch[CODES_KEY].to(device), normalization, share)
+        parts = counted(batch[CODES_KEY].to(device), normalization, share)
         spans = batch[SPANS_KEY].to(device)[..., 1:]
-        own = torch.stack([torch.where(inside(spans, bit), counted, 0).sum() for bit in bits])
+        own = torch.stack([torch.where(inside(spans, bit), parts, 0).sum() for bit in bits])
         total = own if total is None else total + own
     assert total is not None
     return total

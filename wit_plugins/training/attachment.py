@@ -87,7 +87,7 @@ def new_run(config: WITConfig, strategies: ActiveStrategies, adapter: TrainerAda
     """The state of a training loop that has not begun."""
     spans = list(strategies.logged_spans.values())
     check = StreamCheck(adapter.masking_hint, config.active_strategies()) if streams else None
-    return RunState(RoleMetrics(spans), RoleMetrics(spans), check)
+    return RunState(RoleMetrics(spans), RoleMetrics(spans, weighted=True), check)
 
 
 def claim(model: nn.Module, trainer: Trainer) -> None:

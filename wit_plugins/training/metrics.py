@@ -26,12 +26,16 @@ class RoleMetrics:
     is something else (examples packed into one): it would drop real ones, on one process too. Here a row is dropped
     only if more rows came by than the sampler has examples: then rows are examples, and the last are the repeated.
 
+    In evaluation there is also `weighted_loss`: Σ w·nll over the whole set, divided by the whole set's denominator. The
+    trainer's own `eval_loss` is a mean over batches, and depends on their size.
+
     Args:
         spans (`Sequence[str]`): the names of the logged spans, in the order of their sums.
+        weighted (`bool`): whether the weighted loss is summed too, as in evaluation.
     """
 
-    def __init__(self, spans: Sequence[str] = ()) -> None:
-        self._spans = tuple(spans)
+    def __init__(self, spans: Sequence[str] = (), weighted: bool = False) -> None:
+        self._spans, self._weighted = tuple(spans), weighted
         self._sums: torch.Tensor | None = None
         self._examples: int | None = None
         self._dispatched = False
@@ -57,7 +61,8 @@ class RoleMetrics:
             replicas (`int`): how many ranks in a row compute the same (tensor parallelism).
             parts (`int`): how many such groups in a row have computed a part of the same rows (context parallelism).
         """
-        rows = result.role_sums
+        assert result.weighted_sums is not None
+        rows = torch.cat([result.role_sums, result.weighted_sums], dim=1)
         if accelerator.num_processes > 1:
             rows = _gather_rows(rows, accelerator, replicas, parts)
             state = accelerator.gradient_state
@@ -92,7 +97,10 @@ class RoleMetrics:
         """The metrics of this rank, see [`role_metrics`], and start again."""
         sums = self._zeros(device) if self._sums is None else self._sums
         self._sums = None
-        return role_metrics(sums, self._spans)
+        if not self._weighted:
+            return role_metrics(sums, self._spans)
+        *_, loss, total = sums.tolist()
+        return {**({"weighted_loss": loss / total} if total else {}), **role_metrics(sums[:-2], self._spans)}
 
     def read_reduced(self, accelerator: Accelerator, replicas: int = 1) -> dict[str, float]:
         """The metrics of all ranks together, and start again. A collective: every rank must call it.
@@ -109,7 +117,7 @@ class RoleMetrics:
     def _zeros(self, device: torch.device) -> torch.Tensor:
         """The sums of a rank that computed nothing; the other ranks' are as many and of the same type."""
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        return torch.zeros(4 + 4 * len(self._spans), dtype=dtype, device=device)
+        return torch.zeros(4 + 4 * len(self._spans) + 2 * self._weighted, dtype=dtype, device=device)
 
 
 def role_metrics(sums: torch.Tensor, spans: Sequence[str] = ()) -> dict[str, float]:

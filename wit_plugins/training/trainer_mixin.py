@@ -347,6 +347,11 @@ class WeightedTrainerMixin(_Base):
         if self._wit.look is not None:
             config = self._wit.config
             lines += self._wit.look.lines() + self._wit.look.left_out(config.prompt_weight, config.response_weight)
+        if self.args.metric_for_best_model in ("loss", "eval_loss"):
+            lines.append(
+                "the best model is chosen by eval_loss, a mean over batches that depends on their size; "
+                "metric_for_best_model: eval_weighted_loss does not, and eval_response_loss compares weightings too"
+            )
         self._print_ruled(lines)
         self._verify_same_settings()
         if os.environ.get(RUN_FOLDER):

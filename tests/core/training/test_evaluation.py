@@ -2,12 +2,13 @@
 
 import json
 import logging
+import math
 
 import numpy as np
 import pytest
 import torch
 from apart import on_ranks
-from support import llama, reference_step, role_losses
+from support import document_logits, llama, reference_step, role_losses
 from trainkit import CONFIG, DOCS, EXAMPLES, first_log, make_trainer, tokenizer
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -101,7 +102,39 @@ def test_packed_evaluation_counts_every_row(tmp_path, rows_per_batch, count):
     attach(trainer, CONFIG)
     metrics = trainer.evaluate(EXAMPLES[:count])
     expected = role_losses(trainer.model, DOCS[:count])
+    expected["weighted_loss"], _ = reference_step(trainer.model, DOCS[:count], 0.2, 0.8)
     assert {k: metrics[f"eval_{k}"] for k in expected} == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0, 1.0), (0.2, 0.8)])
+@pytest.mark.parametrize("normalization", ["nonzero_tokens", "weight_sum"])
+def test_eval_weighted_loss_is_that_of_the_whole_set_at_any_batch_size(tmp_path, weights, normalization):
+    losses, own = [], []
+    for size in (1, 2, 5, 12):
+        trainer = make_trainer(tmp_path, per_device_eval_batch_size=size)
+        attach(trainer, WITConfig(prompt_weight=weights[0], response_weight=weights[1], normalization=normalization))
+        metrics = trainer.evaluate()
+        losses.append(metrics["eval_weighted_loss"])
+        own.append(metrics["eval_loss"])
+    expected, _ = reference_step(llama(), DOCS, *weights, normalization=normalization)
+    assert losses == pytest.approx([expected] * 4, rel=1e-5)
+    assert own[-1] == pytest.approx(expected, rel=1e-5)  # one batch is the whole set
+    assert max(own) > 1.001 * min(own)
+
+
+def test_eval_weighted_loss_with_weights_that_the_model_makes(tmp_path):
+    """Dynamic Fine-Tuning: each token's weight is multiplied by its probability; a batch's size changes nothing."""
+    model, total, count = llama().eval(), 0.0, 0
+    for logits, ids, is_response in document_logits(model, DOCS):
+        log_probs = logits.double().log_softmax(-1)
+        for t in range(1, len(ids)):
+            log_p = log_probs[t - 1, ids[t]].item()
+            total -= (0.8 if is_response[t] else 0.2) * math.exp(log_p) * log_p
+            count += 1
+    for size in (2, 5):
+        trainer = make_trainer(tmp_path, per_device_eval_batch_size=size)
+        attach(trainer, WITConfig(prompt_weight=0.2, response_weight=0.8, strategies=["dft"]))
+        assert trainer.evaluate()["eval_weighted_loss"] == pytest.approx(total / count, rel=1e-5)
 
 
 class Whole(Trainer):
@@ -174,9 +207,11 @@ def test_evaluation_on_two_ranks(tmp_path, monkeypatch, case, count, repeated):
         counted = counted[: count - 1] + [DOCS[i] for i in repeated]
     if case == "evened":
         counted = counted + DOCS[:3]
-    expected = role_losses(llama(), counted * (2 if case == "whole" else 1))
+    counted = counted * (2 if case == "whole" else 1)
+    expected = role_losses(llama(), counted)
+    expected["weighted_loss"], _ = reference_step(llama(), counted, 0.2, 0.8)
     assert {k: result["metrics"][f"eval_{k}"] for k in expected} == pytest.approx(expected, rel=1e-4)
-    assert result["warned"] == (len(counted) > count)
+    assert result["warned"] == bool(repeated or case == "evened")
 
 
 def test_eval_loss_at_0_1_is_the_frameworks_own(tmp_path):
@@ -203,20 +238,28 @@ def test_compute_metrics_sees_what_it_saw_before(tmp_path):
     assert np.allclose(logits, weighted_logits)
 
 
-def test_load_best_model_by_response_loss(tmp_path):
+@pytest.mark.parametrize("metric", ["eval_response_loss", "weighted_loss", "eval_loss"])
+def test_load_best_model_by_a_loss(tmp_path, capsys, metric):
+    """The learning rate makes it worse after the first step, so that the best model is not the last."""
     trainer = make_trainer(
         tmp_path,
+        per_device_train_batch_size=2,
+        learning_rate=3.0,
+        max_steps=4,
         eval_strategy="steps",
         eval_steps=1,
         save_strategy="steps",
         save_steps=1,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_response_loss",
+        metric_for_best_model=metric,
     )
     attach(trainer, CONFIG)
     trainer.train()
-    losses = [e["eval_response_loss"] for e in trainer.state.log_history if "eval_response_loss" in e]
-    assert trainer.state.best_metric == min(losses)
+    key = metric if metric.startswith("eval_") else f"eval_{metric}"
+    losses = [entry[key] for entry in trainer.state.log_history if key in entry]
+    assert trainer.state.best_metric == min(losses) < losses[-1]
+    assert trainer.evaluate()[key] == pytest.approx(min(losses), rel=1e-5)
+    assert ("the best model is chosen by eval_loss, a mean" in capsys.readouterr().out) == (metric == "eval_loss")
 
 
 class GeneratingTrainer(Seq2SeqTrainer):
