@@ -8,7 +8,7 @@ An implementation names the arguments that it needs and leaves the others out.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import pluggy
 
@@ -25,14 +25,27 @@ hookimpl = pluggy.HookimplMarker(PROJECT_NAME)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def per_token(function: _Function) -> _Function:
+@overload
+def per_token(function: _Function) -> _Function: ...
+
+
+@overload
+def per_token(*, unless: str, default: bool = False) -> Callable[[_Function], _Function]: ...
+
+
+def per_token(function: Any = None, *, unless: str | None = None, default: bool = False) -> Any:
     """Mark a `dynamic_weights` whose factor for a token depends on nothing but that token's own arguments.
 
     It is then asked for some tokens at a time, which saves one pass over the head. That it keeps the promise is
-    checked when it is first called.
+    checked when it is first called. With `unless`, the mark holds only where the option of that name is false;
+    `default` is the option's value if it is not set.
     """
-    function.wit_per_token = True  # type: ignore[attr-defined]
-    return function
+
+    def mark(function: _Function) -> _Function:
+        function.wit_per_token = True if unless is None else (unless, default)  # type: ignore[attr-defined]
+        return function
+
+    return mark if function is None else mark(function)
 
 
 def entropy_of_top(k: int, option: str | None = None) -> Callable[[_Function], _Function]:
@@ -104,6 +117,7 @@ def dynamic_weights(
     weights: torch.Tensor,
     entropy: torch.Tensor,
     topk_entropy: torch.Tensor,
+    concentration: torch.Tensor,
     documents: torch.Tensor,
     positions: torch.Tensor,
     reference_log_probs: torch.Tensor,
@@ -123,6 +137,7 @@ def select_tokens(
     weights: torch.Tensor,
     entropy: torch.Tensor,
     topk_entropy: torch.Tensor,
+    concentration: torch.Tensor,
     documents: torch.Tensor,
     positions: torch.Tensor,
     reference_log_probs: torch.Tensor,

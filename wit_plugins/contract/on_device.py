@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from wit_plugins.contract.strategy import ON_TOKENS, Strategy
+from wit_plugins.contract.strategy import CONCENTRATION, ON_TOKENS, Strategy
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +49,7 @@ class HooksOnDevice:
         for strategy in self._dynamic:
             facts = {"log_probs": log_probs, "roles": roles, **known}
             facts["entropy"], facts["topk_entropy"] = entropies.get(0), entropies.get(strategy.top_k)
+            facts["concentration"] = entropies.get(CONCENTRATION)
             for hook in ON_TOKENS:
                 own = strategy.call(hook, **facts)
                 if own is None:

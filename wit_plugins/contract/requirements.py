@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from wit_plugins.contract.strategy import ON_TOKENS, TEXT_ARGUMENTS, Strategy
+from wit_plugins.contract.strategy import CONCENTRATION, ON_TOKENS, TEXT_ARGUMENTS, Strategy
 from wit_plugins.errors import WITConfigError
 
 _references: ContextVar[bool] = ContextVar("references", default=True)
@@ -34,7 +34,8 @@ class Requirements:
 
     Attributes:
         dynamic (`tuple[str, ...]`): to rescale weights on the device, or to select tokens there.
-        entropies (`tuple[int, ...]`): the entropies of the k most likely tokens, for each k; 0 stands for all tokens.
+        entropies (`tuple[int, ...]`): the entropies of the k most likely tokens, for each k; 0 stands for all tokens, and
+            `CONCENTRATION` for Σ p² over all tokens.
         references (`tuple[str, ...]`): a reference's log-probabilities.
         reference (`str | None`): the folder of scores that they are in; `None` for the model without its adapter.
         prompt_attention (`tuple[str, ...]`): how much a token attends to its prompt.
@@ -102,6 +103,8 @@ def _looks_across(strategy: Strategy) -> bool:
 
 def _entropies(dynamic: Sequence[Strategy]) -> tuple[int, ...]:
     every = {0} if any(strategy.asks_for("entropy") for strategy in dynamic) else set()
+    if any(strategy.asks_for("concentration") for strategy in dynamic):
+        every.add(CONCENTRATION)
     return tuple(sorted(every | {k for strategy in dynamic if (k := strategy.top_k) is not None}))
 
 

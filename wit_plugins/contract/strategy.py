@@ -18,6 +18,7 @@ Options = Mapping[str, Any] | Sequence[Any]
 RAW_ARGUMENT = "raw_example"  # of a `static_weights` that is called while the framework tokenises
 TEXT_ARGUMENTS = frozenset({"tokenizer", "text", "offsets"})  # of hooks that are called with a document
 ON_TOKENS = ("dynamic_weights", "select_tokens")  # called with the predicted tokens of a micro-batch
+CONCENTRATION = -1  # stands among the numbers of tokens that entropies are of for Σ p² over all tokens
 
 
 class Strategy:
@@ -84,7 +85,11 @@ class Strategy:
     @property
     def per_token(self) -> bool:
         """Whether it may be asked for some tokens at a time."""
-        return bool(self.mark("dynamic_weights", "wit_per_token")) and not self.has("select_tokens")
+        mark = self.mark("dynamic_weights", "wit_per_token")
+        if isinstance(mark, tuple):
+            option, default = mark
+            mark = not (self.options.get(option, default) if isinstance(self.options, Mapping) else default)
+        return bool(mark) and not self.has("select_tokens")
 
     @property
     def top_k(self) -> int | None:

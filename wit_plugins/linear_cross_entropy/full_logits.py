@@ -8,8 +8,8 @@ from wit_plugins.linear_cross_entropy.types import (
     Head,
     TokenNLL,
     Tokens,
-    entropy_of_top,
     exact_dtype,
+    looked_at,
     weighted_sum,
     wide,
 )
@@ -30,7 +30,7 @@ def full_logits(hidden: torch.Tensor, head: Head, tokens: Tokens) -> TokenNLL:
     weights = (weights if divisor is None else weights / divisor).to(nll.dtype)
     if tokens.rescale is not None and len(nll):
         z = logits.detach()
-        entropies = {k: entropy_of_top(z, k or z.shape[-1], 1.0, None) for k in tokens.entropies}
+        entropies = {k: looked_at(z, k or z.shape[-1], 1.0, None) for k in tokens.entropies}
         factors = tokens.rescale(-nll.detach(), slice(0, len(nll)), entropies)
         if factors is not None:
             weights = weights * factors.detach()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from wit_plugins.linear_cross_entropy.types import entropy_of_top
+from wit_plugins.linear_cross_entropy.types import looked_at
 
 if TYPE_CHECKING:
     from wit_plugins.linear_cross_entropy.types import Rescale, Tokens
@@ -25,7 +25,8 @@ class Scores:
         weights (`torch.Tensor`): `[N]`, of the same dtype: those of the gradient, dynamic factors included.
         correct (`torch.Tensor | None`): bool `[N]`.
         entropy (`torch.Tensor | None`): `[N]`.
-        top_entropies (`dict[int, torch.Tensor]`): `[N]` each, by the number of most likely tokens that it is of.
+        top_entropies (`dict[int, torch.Tensor]`): `[N]` each, by the number of most likely tokens that it is of, or by
+            `CONCENTRATION`, which is Σ p².
     """
 
     def __init__(self, tokens: Tokens, weights: torch.Tensor) -> None:
@@ -83,7 +84,7 @@ class Scores:
     def look(self, logits: torch.Tensor, chunk: slice, logit_scale: float, softcap: float | None) -> None:
         """Compute the top-k entropies of a chunk of raw logits `[n, V]`, before the softmax overwrites them."""
         for k, entropy in self.top_entropies.items():
-            entropy[chunk] = entropy_of_top(logits, k, logit_scale, softcap)
+            entropy[chunk] = looked_at(logits, k, logit_scale, softcap)
 
     def freeze_metrics(self) -> None:
         """Keep the metrics of the first pass over the head: a second pass does not compute them again."""

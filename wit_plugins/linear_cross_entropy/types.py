@@ -8,6 +8,10 @@ from typing import Any, Protocol
 
 import torch
 
+from wit_plugins.contract.strategy import CONCENTRATION
+
+_LOOKED_AT = 1 << 24  # elements of a float32 copy of logits
+
 
 @dataclass(frozen=True)
 class VocabularyShard:
@@ -82,7 +86,7 @@ class Tokens:
         with_correct (`bool`): whether each target is the model's first choice.
         with_entropy (`bool`): the entropy of the model's distribution at each token.
         entropies (`tuple[int, ...]`): which entropies the dynamic weights are told: of the k most likely tokens,
-            renormalised, for each k; 0 stands for all tokens.
+            renormalised, for each k; 0 stands for all tokens, and `CONCENTRATION` for Σ p² over all tokens.
         retarget ([`Retarget`], *optional*): what takes the targets' place in the loss; `nll` stays the targets'.
     """
 
@@ -148,6 +152,24 @@ def entropy_of_top(logits: torch.Tensor, k: int, logit_scale: float, softcap: fl
     if softcap is not None:
         top = softcap * torch.tanh(top / softcap)
     return torch.special.entr(torch.softmax(top, dim=-1)).sum(dim=-1)
+
+
+def concentration(logits: torch.Tensor, logit_scale: float, softcap: float | None) -> torch.Tensor:
+    """Σ p² over all tokens, `[n]`, whose -log is the entropy of order 2. The arguments are those of `entropy_of_top`."""
+    parts = []
+    for part in logits.split(max(1, _LOOKED_AT // logits.shape[-1])):
+        z = part.to(wide(logits.dtype)) * logit_scale
+        if softcap is not None:
+            z = softcap * torch.tanh(z / softcap)
+        parts.append((torch.logsumexp(2 * z, dim=-1) - 2 * torch.logsumexp(z, dim=-1)).exp())
+    return torch.cat(parts) if parts else logits.new_zeros(0, dtype=wide(logits.dtype))
+
+
+def looked_at(logits: torch.Tensor, k: int, logit_scale: float, softcap: float | None) -> torch.Tensor:
+    """What one of the numbers in [`Tokens.entropies`] but 0 stands for, `[n]`, from raw logits `[n, V]`."""
+    if k == CONCENTRATION:
+        return concentration(logits, logit_scale, softcap)
+    return entropy_of_top(logits, k, logit_scale, softcap)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
