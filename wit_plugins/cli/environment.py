@@ -40,7 +40,7 @@ def report() -> str:
 
 
 def head_plans(num_tokens: int, hidden_size: int, vocab_size: int) -> str:
-    """How a pass over N tokens is cut into chunks by a head of V × H in bfloat16, on a GPU and on a CPU, as Markdown."""
+    """How a head of V × H computes N tokens in bfloat16: its chunks on a GPU and on a CPU, as Markdown."""
     lines = [f"- head of {vocab_size:,} × {hidden_size:,}, {num_tokens:,} tokens, bfloat16:"]
     for device, name in (("cuda", "GPU"), ("cpu", "CPU")):
         for trained in (True, False):
