@@ -97,7 +97,14 @@ def make_parser() -> argparse.ArgumentParser:
     command = _command(commands, "best", "print a sweep's best cell as a block of the configuration", _run_best)
     result_arguments(command)
 
-    _command(commands, "env", "what is installed, for a bug report", _run_env)
+    command = _command(commands, "env", "what is installed, for a bug report", _run_env)
+    command.add_argument(
+        "--head",
+        nargs=3,
+        type=positive,
+        metavar=("N", "H", "V"),
+        help="also say how N tokens are computed by a head of V × H: chunks, products, memory",
+    )
     return parser
 
 
@@ -254,9 +261,11 @@ def _run_best(options: argparse.Namespace) -> int:
 
 
 def _run_env(options: argparse.Namespace) -> int:
-    from wit_plugins.cli.environment import report
+    from wit_plugins.cli.environment import head_plans, report
 
     print(report(), end="")
+    if options.head:
+        print(head_plans(*options.head), end="")
     return 0
 
 
