@@ -17,6 +17,8 @@ from headkit import (
     reference,
 )
 
+from wit_plugins.contract.strategy import CONCENTRATION
+
 
 @pytest.mark.parametrize("impl", ["logits", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -159,9 +161,9 @@ def test_no_dynamic_weights_after_all(impl):
 @pytest.mark.parametrize("per_token", [True, False])
 @pytest.mark.parametrize("with_entropy", [True, False])
 def test_entropies_for_dynamic_weights(impl, dtype, per_token, with_entropy, small_chunks):
-    """Of all tokens (0), of the 5 most likely, of more than there are; each token's own, whoever else asks for it."""
+    """Of all tokens (0), of the 5 most likely, of more than there are, and Σ p²; whoever else asks for them."""
     hidden, weight, bias, targets, token_weights = make(dtype=dtype, with_bias=True, ignored=0)
-    seen = {k: torch.full((N,), torch.nan, dtype=torch.float64) for k in (0, 5, V + 1)}
+    seen = {k: torch.full((N,), torch.nan, dtype=torch.float64) for k in (0, 5, V + 1, CONCENTRATION)}
 
     def rescale(log_probs, tokens, entropies):
         assert entropies.keys() == seen.keys()
@@ -179,7 +181,7 @@ def test_entropies_for_dynamic_weights(impl, dtype, per_token, with_entropy, sma
         softcap=3.0,
         impl=impl,
         rescale=Rescale(rescale, per_token),
-        entropies=(0, 5, V + 1),
+        entropies=(0, 5, V + 1, CONCENTRATION),
         with_entropy=with_entropy,
     )
     logits = 3 * torch.tanh(1.5 * (hidden.double() @ weight.double().t() + bias.double()) / 3)
@@ -187,6 +189,7 @@ def test_entropies_for_dynamic_weights(impl, dtype, per_token, with_entropy, sma
     top = p.detach().sort(descending=True).values[:, :5]
     top = top / top.sum(-1, keepdim=True)
     expected = {0: -(p * p.log()).sum(-1), 5: -(top * top.log()).sum(-1), V + 1: -(p * p.log()).sum(-1)}
+    expected[CONCENTRATION] = (p * p).sum(-1)
     for k, values in seen.items():
         assert_close(values, expected[k].detach(), dtype, f"entropy of {k}")
     nll = -p.log()[torch.arange(N), targets]
