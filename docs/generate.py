@@ -27,7 +27,17 @@ DOCS = Path(__file__).parent
 # The public interface: everything else may change without notice.
 PUBLIC = {
     "wit_plugins": [
-        *["attach", "attached", "detach", "register", "per_token", "entropy_of_top", "share_kept", "reference_in"],
+        *[
+            "attach",
+            "attached",
+            "detach",
+            "register",
+            "per_token",
+            "entropy_of_top",
+            "share_kept",
+            "snapshot_every",
+            "reference_in",
+        ],
         *["WITConfig"],
         *["WITError", "WITConfigError", "WeightsNotAppliedError"],
     ],

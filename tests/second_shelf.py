@@ -6,6 +6,7 @@ counts the tokens of all micro-batches whose λ is not 0.
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -83,6 +84,12 @@ def iw_sft(
     return [min(math.exp(temp * means[token.document]), cap) for token in tokens]
 
 
+def psft(tokens: Sequence[Token], clip_ratio_high: float, renew_steps: int = 0) -> list[float]:
+    """r = p / p_old where r <= 1 + clip_ratio_high, else 0; the reference is the older model."""
+    ratios = [token.p / math.exp(token.reference[token.target].item()) for token in tokens]  # type: ignore[index]
+    return [ratio if ratio <= 1 + clip_ratio_high else 0.0 for ratio in ratios]
+
+
 Case = tuple[str, dict[str, Any], Callable[..., list[float]]]
 CASES: dict[str, Case] = {  # by a name: the strategy, its options and its factors
     "power": ("power", {"q": 0.5}, power),
@@ -96,10 +103,8 @@ CASES: dict[str, Case] = {  # by a name: the strategy, its options and its facto
 }
 
 
-def tokens_of(
-    model: Any, docs: Sequence[Document], weights: tuple[float, float], reference: Any = None
-) -> list[Token]:
-    """The tokens of one micro-batch whose weight is not 0. The reference is a model, or the model without its adapter."""
+def tokens_of(model: Any, docs: Sequence[Document], weights: tuple[float, float], reference: Any = None) -> list[Token]:
+    """The tokens of one micro-batch that weigh anything. The reference is a model, or the model without its adapter."""
     tokens = []
     for number, doc in enumerate(docs):
         ids = torch.tensor([doc.input_ids])
@@ -115,11 +120,34 @@ def tokens_of(
     return tokens
 
 
+PSFT: Case = ("psft", {"clip_ratio_high": 0.02, "renew_steps": 2}, psft)
+
+
+def psft_losses(
+    model: Any, steps: Sequence[Sequence[Sequence[Document]]], weights: tuple[float, float], rate: float
+) -> list[float]:
+    """The loss of each step of gradient descent. The older model is the one with which steps 0, 2, 4, … begin."""
+    losses = []
+    for number, batches in enumerate(steps):
+        if number % PSFT[1]["renew_steps"] == 0:
+            older = copy.deepcopy(model)
+        loss, grads = step(model, batches, weights, PSFT, older)
+        losses.append(loss)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter -= rate * grads.get(name, 0)
+    return losses
+
+
 def step(
-    model: Any, batches: Sequence[Sequence[Document]], weights: tuple[float, float], name: str, reference: Any = None
+    model: Any,
+    batches: Sequence[Sequence[Document]],
+    weights: tuple[float, float],
+    case: str | Case,
+    reference: Any = None,
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of one optimizer step by a case of `CASES`; the model is in float64."""
-    _, options, factors = CASES[name]
+    """Loss and gradients of one optimizer step by a case, or by one of `CASES`; the model is in float64."""
+    _, options, factors = CASES[case] if isinstance(case, str) else case
     model.train().zero_grad()
     total, count = torch.zeros((), dtype=torch.float64), 0
     for docs in batches:

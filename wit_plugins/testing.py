@@ -20,8 +20,8 @@ import torch
 
 from wit_plugins.config import WITConfig
 from wit_plugins.contract.active import ActiveStrategies
-from wit_plugins.contract.strategy import CONCENTRATION
 from wit_plugins.contract.plugins import plugin_manager, register
+from wit_plugins.contract.strategy import CONCENTRATION
 from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
 from wit_plugins.tokens.text import TokenText
 
@@ -139,6 +139,10 @@ def weigh(
         if active.needs.references:
             raise ValueError(
                 f"{', '.join(active.needs.references)} compares with a reference model, and there is none here"
+            )
+        if active.needs.snapshots:
+            raise ValueError(
+                f"{', '.join(active.needs.snapshots)} compares with an earlier state of a model, and there is none here"
             )
         if active.needs.prompt_attention:
             raise ValueError(

@@ -152,6 +152,8 @@ def test_what_strategies_need_is_found_out_once(registered):
         entropies=(5,),
         references=("asks",),
         reference=None,
+        snapshots=(),
+        snapshot_every=None,
         prompt_attention=(),
         share_of_responses=None,
         documents=("asks",),

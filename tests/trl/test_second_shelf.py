@@ -1,5 +1,7 @@
 """The second shelf of methods through the real `SFTTrainer`: loss and step equal the formulas in float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import second_shelf
 import torch
@@ -10,6 +12,10 @@ from support import all_relative_error, plain_copy
 from test_literature import LAYOUTS, LEARNING_RATE, for_two_ranks, in_order
 from trlkit import logs, weights_of
 from wit_trl import WITCallback
+
+import wit_plugins
+from wit_plugins import WITConfigError
+from wit_plugins.loss.snapshot import check_snapshot
 
 WEIGHTED = (0.2, 0.8)
 COMPARING = ("iw_sft",)  # with the model without its adapter
@@ -44,6 +50,56 @@ def test_padded_documents_are_those_of_packed_rows(tmp_path, name):
     check(tmp_path, name, "accumulated", (0.0, 1.0), loss_impl="logits")
 
 
+PSFT_RUN = {"num_train_epochs": 3, "learning_rate": 0.5, "max_length": 32}
+
+
+def psft_trainer(folder, ranks=1, **args):
+    """Two steps an epoch, each of four rows."""
+    return in_order(folder, per_device_train_batch_size=2, gradient_accumulation_steps=2 // ranks, **PSFT_RUN, **args)
+
+
+def psft_expected(trainer, batches):
+    steps = [batches[:2], batches[2:]] * PSFT_RUN["num_train_epochs"]
+    return second_shelf.psft_losses(plain_copy(trainer.model).train(), steps, WEIGHTED, PSFT_RUN["learning_rate"])
+
+
+@pytest.mark.parametrize("loss_impl", ["fused", "logits"])
+@pytest.mark.parametrize("make", [lambda: None, adapted], ids=["full", "LoRA"])
+def test_the_older_model_is_that_of_some_steps_before(tmp_path, make, loss_impl):
+    """Step after step; in every second step some tokens rest. Afterwards nothing is left of the copy."""
+    trainer, batches = psft_trainer(tmp_path, model=make())
+    expected = psft_expected(trainer, batches)
+    strategy, options, _ = second_shelf.PSFT
+    trainer.add_callback(WITCallback(trainer, *WEIGHTED, strategies={strategy: options}, loss_impl=loss_impl))
+    trainer.train()
+    assert logs(trainer) == pytest.approx(expected, rel=1e-4)
+    assert len(expected) == 6
+
+
+def test_evaluation_compares_with_the_same_older_model(tmp_path):
+    """Its loss is that of the same formula, with the parameters as they were when these two steps began."""
+    trainer, batches = psft_trainer(tmp_path)
+    strategy, options, _ = second_shelf.PSFT
+    trainer.add_callback(WITCallback(trainer, *WEIGHTED, strategies={strategy: options}))
+    trainer.train()
+    snapshot = wit_plugins.attached(trainer).head.snapshot
+    kept = [copy for _, copy in snapshot._copies]
+    old = plain_copy(trainer.model)
+    for parameter, copy in zip(old.parameters(), kept, strict=True):
+        parameter.data = copy.double()
+    expected, _ = second_shelf.step(plain_copy(trainer.model), batches, WEIGHTED, second_shelf.PSFT, old)
+    snapshot._period = trainer.state.global_step // snapshot.every  # as if another step came in this period
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == pytest.approx(expected, rel=1e-3)
+    assert [copy for _, copy in snapshot._copies] == kept
+
+
+def test_split_parameters_have_no_snapshot(tmp_path):
+    trainer, _ = psft_trainer(tmp_path)
+    accelerator = SimpleNamespace(distributed_type=SimpleNamespace(name="FSDP"))
+    with pytest.raises(WITConfigError, match="psft compares with a copy.*with FSDP no process has whole ones"):
+        check_snapshot(trainer.model, accelerator, ("psft",))
+
+
 def train_on_ranks(folder):
     """Runs of a step each, one after the other; what came of them is kept by the first rank."""
     after = {}
@@ -53,6 +109,10 @@ def train_on_ranks(folder):
         assert trainer.accelerator.num_processes == 2
         trainer.train()
         after[name] = logs(trainer), weights_of(trainer)
+    trainer, _ = psft_trainer(folder, ranks=2)
+    trainer.add_callback(WITCallback(trainer, *WEIGHTED, strategies=dict([second_shelf.PSFT[:2]])))
+    trainer.train()
+    after["psft"] = logs(trainer)
     if trainer.is_world_process_zero():
         torch.save(after, folder / "after.pt")
 
@@ -61,6 +121,7 @@ def test_two_ranks_are_one(tmp_path):
     """Each has half of the step's micro-batches. All methods in one launch."""
     on_ranks(train_on_ranks, tmp_path)
     after = torch.load(tmp_path / "after.pt")
+    assert after["psft"] == pytest.approx(psft_expected(*psft_trainer(tmp_path)), rel=1e-4)
     for name in CASES:
         trainer, batches = for_two_ranks(tmp_path, model=model_for(name))
         loss, grads = second_shelf.step(plain_copy(trainer.model).train(), batches, WEIGHTED, name)

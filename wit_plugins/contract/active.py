@@ -86,7 +86,8 @@ class ActiveStrategies:
             if isinstance(options, list):
                 raise WITConfigError(no_list) from error
             raise
-        _ = strategy.top_k, strategy.share, strategy.reference  # each of these checks the option that it reads
+        # Each of these checks the option that it reads.
+        _ = strategy.top_k, strategy.share, strategy.reference, strategy.renewed_every
 
     def _bind(self) -> None:
         self._strategies = [Strategy(name, options) for name, options in self.options_by_name.items()]

@@ -87,6 +87,19 @@ def reference_in(option: str) -> Callable[[_Function], _Function]:
     return mark
 
 
+def snapshot_every(option: str, default: int | None = None) -> Callable[[_Function], _Function]:
+    """Say which option is the number of optimizer steps after which the model of `snapshot_log_probs` is renewed.
+
+    They are the log-probabilities by the model as it was when so many steps began.
+    """
+
+    def mark(function: _Function) -> _Function:
+        function.wit_snapshot = (option, default)  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
 @hookspec(firstresult=True)
 def validate_options(options: Mapping[str, Any] | Sequence[Any]) -> None:
     """Raise `ValueError` if these options of this strategy are wrong; called before training starts."""
@@ -121,6 +134,7 @@ def dynamic_weights(
     documents: torch.Tensor,
     positions: torch.Tensor,
     reference_log_probs: torch.Tensor,
+    snapshot_log_probs: torch.Tensor,
     prompt_attention: torch.Tensor,
     options: Mapping[str, Any] | Sequence[Any],
 ) -> torch.Tensor | None:
@@ -141,6 +155,7 @@ def select_tokens(
     documents: torch.Tensor,
     positions: torch.Tensor,
     reference_log_probs: torch.Tensor,
+    snapshot_log_probs: torch.Tensor,
     prompt_attention: torch.Tensor,
     options: Mapping[str, Any] | Sequence[Any],
 ) -> torch.Tensor | None:

@@ -34,6 +34,7 @@ DEFAULT_STRATEGIES = {
     "mile": "wit_plugins.strategies.mile",
     "otr": "wit_plugins.strategies.otr",
     "power": "wit_plugins.strategies.power",
+    "psft": "wit_plugins.strategies.psft",
     "qtuning": "wit_plugins.strategies.qtuning",
     "rho1": "wit_plugins.strategies.rho1",
     "spans": "wit_plugins.strategies.spans",

@@ -24,7 +24,8 @@ def without_references() -> Iterator[None]:
 
 
 _BY_DOCUMENT = ("documents", "positions", "random", "prompt_attention")  # arguments that tell documents apart
-_ACROSS_TOKENS = (*_BY_DOCUMENT, "reference_log_probs")  # a reference's come from a second pass over whole rows
+_FROM_ANOTHER_PASS = ("reference_log_probs", "snapshot_log_probs")  # over whole rows
+_ACROSS_TOKENS = (*_BY_DOCUMENT, *_FROM_ANOTHER_PASS)
 _ON_WHOLE_ROWS = ("select_tokens", "draw_targets", "change_inputs")  # hooks
 
 
@@ -34,10 +35,12 @@ class Requirements:
 
     Attributes:
         dynamic (`tuple[str, ...]`): to rescale weights on the device, or to select tokens there.
-        entropies (`tuple[int, ...]`): the entropies of the k most likely tokens, for each k; 0 stands for all tokens, and
-            `CONCENTRATION` for Σ p² over all tokens.
+        entropies (`tuple[int, ...]`): the entropies of the k most likely tokens, for each k; 0 stands for all tokens,
+            and `CONCENTRATION` for Σ p² over all tokens.
         references (`tuple[str, ...]`): a reference's log-probabilities.
         reference (`str | None`): the folder of scores that they are in; `None` for the model without its adapter.
+        snapshots (`tuple[str, ...]`): the log-probabilities by the model as it was some steps ago.
+        snapshot_every (`int | None`): after how many steps that model is renewed.
         prompt_attention (`tuple[str, ...]`): how much a token attends to its prompt.
         share_of_responses (`float | None`): the share of each document's response tokens that is kept, where it is a
             share of these.
@@ -56,6 +59,8 @@ class Requirements:
     entropies: tuple[int, ...]
     references: tuple[str, ...]
     reference: str | None
+    snapshots: tuple[str, ...]
+    snapshot_every: int | None
     prompt_attention: tuple[str, ...]
     share_of_responses: float | None
     documents: tuple[str, ...]
@@ -71,7 +76,7 @@ class Requirements:
         """Those of some strategies.
 
         Raises:
-            WITConfigError: if they compare with different references.
+            WITConfigError: if they compare with different references or snapshots.
         """
         dynamic = [s for s in strategies if any(s.has(hook) for hook in ON_TOKENS)]
         referring = [s for s in dynamic if s.asks_for("reference_log_probs")] if _references.get() else []
@@ -81,6 +86,8 @@ class Requirements:
             entropies=_entropies(dynamic),
             references=_names(referring),
             reference=_reference(referring),
+            snapshots=_names(s for s in dynamic if s.renewed_every is not None),
+            snapshot_every=_renewed_every(dynamic),
             prompt_attention=_names(s for s in dynamic if s.asks_for("prompt_attention")),
             share_of_responses=next((s.share for s in dynamic if s.shares_each_response), None),
             documents=_names(s for s in strategies if s.shares_each_response or any(map(s.asks_for, _BY_DOCUMENT))),
@@ -106,6 +113,14 @@ def _entropies(dynamic: Sequence[Strategy]) -> tuple[int, ...]:
     if any(strategy.asks_for("concentration") for strategy in dynamic):
         every.add(CONCENTRATION)
     return tuple(sorted(every | {k for strategy in dynamic if (k := strategy.top_k) is not None}))
+
+
+def _renewed_every(dynamic: Sequence[Strategy]) -> int | None:
+    steps = {strategy.name: every for strategy in dynamic if (every := strategy.renewed_every) is not None}
+    if len(set(steps.values())) > 1:
+        listed = ", ".join(f"{name} after {every} steps" for name, every in steps.items())
+        raise WITConfigError(f"strategies: a run keeps one snapshot of the model, renewed at one pace, not {listed}")
+    return next(iter(steps.values()), None)
 
 
 def _reference(referring: Sequence[Strategy]) -> str | None:

@@ -146,6 +146,29 @@ class Strategy:
         return folder
 
     @property
+    def renewed_every(self) -> int | None:
+        """After how many steps the model of its `snapshot_log_probs` is renewed; `None` if it does not ask for them.
+
+        Raises:
+            WITConfigError: if nothing says so, or the option that does is no number of steps.
+        """
+        if not self.asks_for("snapshot_log_probs"):
+            return None
+        marks = [mark for hook in ON_TOKENS if (mark := self.mark(hook, "wit_snapshot")) is not None]
+        if not marks:
+            raise WITConfigError(
+                f"strategies: {self.name}: asks for snapshot_log_probs and does not say after how many steps they are "
+                'renewed; put @snapshot_every("renew_steps", default=8) above it'
+            )
+        option, default = marks[0]
+        steps = self.options.get(option, default) if isinstance(self.options, Mapping) else default
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise WITConfigError(
+                f"strategies: {self.name}: {option} = {steps!r}: is a whole number of optimizer steps, at least 1"
+            )
+        return steps
+
+    @property
     def shares_each_response(self) -> bool:
         """Whether that share is of each document's response tokens, rounded up, so that what is kept can be counted."""
         mark = self.mark("select_tokens", "wit_share")

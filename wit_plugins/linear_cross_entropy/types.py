@@ -11,7 +11,6 @@ import torch
 from wit_plugins.contract.strategy import CONCENTRATION
 
 ROUNDING = 2.0**-22  # two float32 epsilons: what (1 / n) · n may differ from 1 by, and gradients need not be scaled for
-_LOOKED_AT = 1 << 24  # elements of a float32 copy of logits
 
 
 @dataclass(frozen=True)
@@ -159,13 +158,15 @@ def entropy_of_top(logits: torch.Tensor, k: int, logit_scale: float, softcap: fl
 
 
 def concentration(logits: torch.Tensor, logit_scale: float, softcap: float | None) -> torch.Tensor:
-    """Σ p² over all tokens, `[n]`, whose -log is the entropy of order 2. The arguments are those of `entropy_of_top`."""
+    """Σ p² over all tokens, `[n]`, whose -log is the entropy of order 2; arguments as of `entropy_of_top`."""
+    elements = 1 << (18 if logits.device.type == "cpu" else 24)  # of the copy that is worked on
     parts = []
-    for part in logits.split(max(1, _LOOKED_AT // logits.shape[-1])):
+    for part in logits.split(max(1, elements // logits.shape[-1])):
         z = part.to(wide(logits.dtype)) * logit_scale
         if softcap is not None:
-            z = softcap * torch.tanh(z / softcap)
-        parts.append((torch.logsumexp(2 * z, dim=-1) - 2 * torch.logsumexp(z, dim=-1)).exp())
+            z.div_(softcap).tanh_().mul_(softcap)
+        total = z.sub_(z.amax(dim=-1, keepdim=True)).exp_().sum(dim=-1)
+        parts.append(z.square_().sum(dim=-1) / total.square())
     return torch.cat(parts) if parts else logits.new_zeros(0, dtype=wide(logits.dtype))
 
 

@@ -66,6 +66,7 @@ class MicroBatch:
         drawing (`tuple[int, int]`, *optional*): the step's number and the run's seed, if targets may be drawn.
         group_factors (`torch.Tensor`, *optional*): `[G]`, what the tokens of each group are multiplied by.
         reference_nll (`torch.Tensor`, *optional*): `[N]`, the same tokens' nll by a reference, for the strategies.
+        snapshot_nll (`torch.Tensor`, *optional*): the same by the model as it was some steps ago.
         scores (`torch.Tensor`, *optional*): int64 `[B, L]`, the bits of each token's log-probability in float32 by a
             reference in a folder, for the strategies.
         attention ([`PromptAttention`], *optional*): how much tokens attend to the prompt, for the strategies.
@@ -86,6 +87,7 @@ class MicroBatch:
         group_factors: torch.Tensor | None = None,
         shifted: bool = False,
         reference_nll: torch.Tensor | None = None,
+        snapshot_nll: torch.Tensor | None = None,
         scores: torch.Tensor | None = None,
         attention: PromptAttention | None = None,
     ) -> None:
@@ -119,6 +121,8 @@ class MicroBatch:
             self._located = {name: values[:, first:][self.row, column] for name, values in located}
         if reference_nll is not None:
             self._located["reference_log_probs"] = -reference_nll
+        if snapshot_nll is not None:
+            self._located["snapshot_log_probs"] = -snapshot_nll
         if scores is not None:
             self._located["reference_log_probs"] = scores[self.row, column + first].to(torch.int32).view(torch.float32)
         if attention is not None:

@@ -1,4 +1,4 @@
-"""MiLe Loss: a token weighs more where the model is undecided, and all tokens together weigh the same (arXiv:2310.19531).
+"""MiLe Loss: a token weighs more where the model is undecided, at the same mean weight (arXiv:2310.19531).
 
 factor = (1 + H)^gamma / mean((1 + H)^gamma), where H is the entropy of the model's distribution in nats. The mean is
 over the tokens of one micro-batch whose weight is not 0, as in the authors' repository, which also averages 1 / mean

@@ -85,7 +85,8 @@ def test_triton_kernel_interpreted():
                             t.assert_close(mine, want.double(), dtype)
                     for per_token in (True, False):
                         both = [
-                            t.head_nll(h, w, y, tw, softcap=3.0, impl=impl, entropies=(-1, 0, 5), with_entropy=per_token,
+                            t.head_nll(h, w, y, tw, softcap=3.0, impl=impl, entropies=(-1, 0, 5),
+                                       with_entropy=per_token,
                                        rescale=t.Rescale(lambda p, s, e: e[0] + e[5] + e[-1], per_token))
                             for impl in ("triton", "torch")
                         ]

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from wit_plugins import WITConfigError
+from wit_plugins import WITConfigError, hookimpl, snapshot_every
 from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.strategies import iw_sft, mile, talr
-from wit_plugins.testing import weigh
+from wit_plugins.testing import registered, weigh
 
 SAID = [("user", "two plus"), ("assistant", "two four")]
 HALF = math.log(0.5)
@@ -34,6 +34,10 @@ HALF = math.log(0.5)
         ("iw_sft", {"sum_over_time": False, "temp": 2}, "temp = 2: is read for one factor a document.*time: true"),
         ("iw_sft", {"sum_over_time": 1}, "sum_over_time = 1: is true"),
         ("iw_sft", {"temp": 0}, "temp = 0: is a number above 0"),
+        ("psft", {"clip_ratio_high": -1}, "clip_ratio_high = -1: is a number >= 0"),
+        ("psft", {"clip_ratio": 1}, "did you mean 'clip_ratio_high'"),
+        ("psft", {"renew_steps": 0}, "psft: renew_steps = 0: is a whole number of optimizer steps, at least 1"),
+        ("psft", {"renew_steps": 2.5}, "renew_steps = 2.5: is a whole number"),
         ("iw_sft", {"references": "x"}, "did you mean 'reference'"),
     ],
 )
@@ -62,6 +66,32 @@ def test_by_hand(strategies, weights):
 def test_the_concentration_has_to_be_given():
     with pytest.raises(ValueError, match="asks for the concentration; give concentrations, as many as log_probs"):
         weigh(SAID, {"deft": {}}, log_probs=[HALF] * 3)
+
+
+def test_an_older_model_cannot_be_given():
+    with pytest.raises(ValueError, match="psft compares with an earlier state of a model"):
+        weigh(SAID, {"psft": {}}, log_probs=[HALF] * 3)
+
+
+def test_one_pace_a_run():
+    class Other:
+        @hookimpl
+        @snapshot_every("every")
+        def dynamic_weights(self, snapshot_log_probs):
+            return snapshot_log_probs.exp()
+
+    with registered(Other(), "other"):
+        with pytest.raises(WITConfigError, match="one snapshot.*psft after 8 steps, other after 3 steps"):
+            ActiveStrategies({"psft": {}, "other": {"every": 3}})
+        ActiveStrategies({"psft": {}, "other": {"every": 8}})
+
+    class Unmarked:
+        @hookimpl
+        def dynamic_weights(self, snapshot_log_probs):
+            return snapshot_log_probs.exp()
+
+    with registered(Unmarked(), "unmarked"), pytest.raises(WITConfigError, match=r"put @snapshot_every"):
+        ActiveStrategies({"unmarked": {}})
 
 
 def test_what_weighs_nothing_changes_nobody_s_factor():
