@@ -8,7 +8,7 @@ An implementation names the arguments that it needs and leaves the others out.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
@@ -23,14 +23,6 @@ hookspec = pluggy.HookspecMarker(PROJECT_NAME)
 hookimpl = pluggy.HookimplMarker(PROJECT_NAME)
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-@overload
-def per_token(function: _Function) -> _Function: ...
-
-
-@overload
-def per_token(*, unless: str, default: bool = False) -> Callable[[_Function], _Function]: ...
 
 
 def per_token(function: Any = None, *, unless: str | None = None, default: bool = False) -> Any:

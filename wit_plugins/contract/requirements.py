@@ -24,8 +24,7 @@ def without_references() -> Iterator[None]:
 
 
 _BY_DOCUMENT = ("documents", "positions", "random", "prompt_attention")  # arguments that tell documents apart
-_FROM_ANOTHER_PASS = ("reference_log_probs", "snapshot_log_probs")  # over whole rows
-_ACROSS_TOKENS = (*_BY_DOCUMENT, *_FROM_ANOTHER_PASS)
+_ACROSS_TOKENS = (*_BY_DOCUMENT, "reference_log_probs", "snapshot_log_probs")  # the last two: a second pass over rows
 _ON_WHOLE_ROWS = ("select_tokens", "draw_targets", "change_inputs")  # hooks
 
 
@@ -110,13 +109,12 @@ def _looks_across(strategy: Strategy) -> bool:
 
 def _entropies(dynamic: Sequence[Strategy]) -> tuple[int, ...]:
     every = {0} if any(strategy.asks_for("entropy") for strategy in dynamic) else set()
-    if any(strategy.asks_for("concentration") for strategy in dynamic):
-        every.add(CONCENTRATION)
+    every |= {CONCENTRATION for strategy in dynamic if strategy.asks_for("concentration")}
     return tuple(sorted(every | {k for strategy in dynamic if (k := strategy.top_k) is not None}))
 
 
 def _renewed_every(dynamic: Sequence[Strategy]) -> int | None:
-    steps = {strategy.name: every for strategy in dynamic if (every := strategy.renewed_every) is not None}
+    steps = {s.name: every for s in dynamic if (every := s.renewed_every) is not None}
     if len(set(steps.values())) > 1:
         listed = ", ".join(f"{name} after {every} steps" for name, every in steps.items())
         raise WITConfigError(f"strategies: a run keeps one snapshot of the model, renewed at one pace, not {listed}")
