@@ -267,7 +267,6 @@ def test_a_search(place, tmp_path, monkeypatch, capsys):
     path = config(place, val_set_size=0.25, max_steps=4, eval_steps=2, save_strategy="steps", save_steps=2)
     for name, value in subprocess_env().items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.path.dirname(__file__), os.environ["PYTHONPATH"]]))
     runs = tmp_path / "runs"
     code, _, err = wit(capsys, "sweep", path, "--trials", "3", "--param", "strategies.dft=on,off", "--output", runs)
     log = "".join(file.read_text()[-2000:] for file in runs.glob("*/log.txt"))
