@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from wit_plugins.errors import WeightsNotAppliedError, WITConfigError, WITError
     from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
     from wit_plugins.training.attach import attach, attached, detach
+    from wit_plugins.training.own_loop import WeightedLoop
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "WITConfig",
     "WITConfigError",
     "WITError",
+    "WeightedLoop",
     "WeightsNotAppliedError",
     "attach",
     "attached",
@@ -44,6 +46,7 @@ _MODULES = {
     "config": ("WITConfig",),
     "errors": ("WITConfigError", "WITError", "WeightsNotAppliedError"),
     "training.attach": ("attach", "attached", "detach"),
+    "training.own_loop": ("WeightedLoop",),
     "contract.hookspecs": ("entropy_of_top", "hookimpl", "per_token", "reference_in", "share_kept"),
     "contract.plugins": ("register",),
 }
