@@ -72,6 +72,10 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
     model = causal_lm(trainer)
     claim(model, trainer)
     check_parallelism(trainer, adapter, strategies, model)
+    if config.verify:
+        from wit_plugins.training.kept_steps import check_can_keep
+
+        check_can_keep(trainer, model)
     if strategies.needs.references and strategies.needs.reference is None:
         from wit_plugins.loss.peft import check_base_model
 
@@ -119,7 +123,7 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
         adapter.prepare(trainer, changes)
         original_class = type(trainer)
         name = f"Weighted{original_class.__name__}"
-        changes.set(trainer, "__class__", type(name, (WeightedTrainerMixin, original_class), {}))
+        changes.set(trainer, "__class__", type(name, (_mixin(config), original_class), {}))
     except BaseException:
         changes.undo()
         head.remove()
@@ -144,6 +148,15 @@ def attached(trainer: Trainer) -> Attachment | None:
 def causal_lm(trainer: Trainer) -> nn.Module:
     """The unwrapped causal language model of a trainer: below DDP, FSDP, DeepSpeed, compilation and PEFT."""
     return unwrapped(trainer, trainer.model)
+
+
+def _mixin(config: WITConfig) -> type:
+    """What is put in front of the trainer's class."""
+    if not config.verify:
+        return WeightedTrainerMixin
+    from wit_plugins.training.kept_steps import KeepingTrainerMixin
+
+    return KeepingTrainerMixin
 
 
 def _datasets(trainer: Trainer) -> dict[str, Any]:
