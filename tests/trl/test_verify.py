@@ -12,12 +12,18 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from support import VOCAB_SIZE, llama
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import BambaConfig, BambaForCausalLM, Gemma2Config, Gemma2ForCausalLM
 from trlkit import dataset, sft_trainer
 from wit_trl import WITCallback, prepare_dataset
 from words import WORDS, tokenizer
 
 from wit_plugins.cli import main
+from wit_plugins.contract.active import ActiveStrategies
+from wit_plugins.loss import fused, model_patch
+from wit_plugins.strategies import spans
+from wit_plugins.tokens import example_reader
+from wit_plugins.training import trainer_mixin
 from wit_plugins.verify.characters import Data
 from wit_plugins.verify.recompute import Verdict, verify
 from wit_plugins.verify.record import read_record
@@ -34,6 +40,11 @@ CHATS = [
         "weight": 1.0 + i,
     }
     for i in range(8)
+]
+
+
+PLAIN_CHATS = [
+    {"messages": [{"role": m["role"], "content": m["content"]} for m in row["messages"]]} for row in CHATS
 ]
 
 
@@ -113,7 +124,7 @@ def lora(folder: Path, wit: Any = None, second: bool = False) -> tuple[Path, str
     base = folder / "base"
     llama().save_pretrained(base)
     model = type(llama()).from_pretrained(base)
-    config = LoraConfig(r=2, lora_dropout=0.0, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    config = LoraConfig(r=2, lora_dropout=0.0, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
     if second:
         from peft import get_peft_model
 
@@ -136,9 +147,9 @@ def test_a_lora_keeps_its_adapter_and_names_its_base(tmp_path: Path) -> None:
 
 
 def test_strategies_that_need_the_run_are_said_to_be_not_recomputed(tmp_path: Path, capsys: Any) -> None:
-    run = train(tmp_path, wit={"strategies": ["otr"]})
+    run = train(tmp_path, wit={"strategies": {"masked_thought": {"mask_token_id": 0}}})
     assert main(["verify", str(run)]) == 0
-    assert "not recomputed: strategies: otr" in capsys.readouterr().out
+    assert "not recomputed: strategies: masked_thought" in capsys.readouterr().out
 
 
 def test_nothing_is_kept_by_default(tmp_path: Path, capsys: Any) -> None:
@@ -153,22 +164,164 @@ def test_dropout_is_refused(tmp_path: Path) -> None:
         train(tmp_path, model=llama(attention_dropout=0.1))
 
 
-# Faults: each takes something out of what trains, and leaves all checks of the run silent.
+# Faults: each takes something out of what trains, or of what was kept, and leaves all checks of the run silent.
 
 
-def _ignore_prompt_weight(patch: Any, folder: Path) -> Path:
-    import wit_plugins.strategies.wit as wit
-
-    patch.setattr(wit, "static_weights", None, raising=False)
-    from wit_plugins.contract.active import ActiveStrategies
-
+def ignored_prompt_weight(patch: Any, folder: Path) -> Path:
     own = ActiveStrategies.static_weights
-
-    def alike(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return np.where(own(self, *args, **kwargs) > 0, np.float32(0.8), np.float32(0))
-
+    alike = lambda *args, **kwargs: np.where(own(*args, **kwargs) > 0, np.float32(0.8), np.float32(0))  # noqa: E731
     patch.setattr(ActiveStrategies, "static_weights", alike)
     return train(folder)
 
 
-FAULTS: dict[str, Any] = {}
+def dropped_weight(patch: Any, folder: Path) -> Path:
+    """The last token of every example weighs 0."""
+    own = ActiveStrategies.static_weights
+
+    def without_last(*args: Any, **kwargs: Any) -> Any:
+        weights = own(*args, **kwargs)
+        weights[-1] = 0
+        return weights
+
+    patch.setattr(ActiveStrategies, "static_weights", without_last)
+    return train(folder)
+
+
+def wrong_denominator(patch: Any, folder: Path) -> Path:
+    """The labels alone, as the framework counts them."""
+    labels = lambda batches, *_, **__: torch.stack([(b["labels"] != -100).sum() for b in batches]).sum()  # noqa: E731
+    patch.setattr(trainer_mixin, "step_denominator", labels)
+    return train(folder)
+
+
+def denominator_of_one_micro_batch(patch: Any, folder: Path) -> Path:
+    own = trainer_mixin.step_denominator
+    patch.setattr(trainer_mixin, "step_denominator", lambda batches, *a, **k: own(batches[-1:], *a, **k))
+    return train(folder)
+
+
+def padding_as_prompt(patch: Any, folder: Path) -> Path:
+    """Rows that were padded before the trainer got them, without a mask."""
+    patch.setattr(example_reader.ExampleReader, "_check_padding", lambda *args: None)
+    rows = [{"input_ids": [*row["input_ids"], 0, 0], "labels": [*row["labels"], -100, -100]} for row in dataset("tokenised")]
+    return train(folder, Dataset.from_list(rows))
+
+
+def ignored_soft_cap(patch: Any, folder: Path) -> Path:
+    patch.setattr(fused, "logit_postprocessing", lambda config: (1.0, None))
+    patch.setattr(fused, "_close", lambda *args: True)
+    return train(folder, model=gemma())
+
+
+def wrong_scale(patch: Any, folder: Path) -> Path:
+    patch.setattr(fused, "logit_postprocessing", lambda config: (1.001, None))
+    patch.setattr(fused, "_close", lambda *args: True)
+    return train(folder)
+
+
+def z_loss_left_out(patch: Any, folder: Path) -> Path:
+    patch.setattr(model_patch, "check_own_loss", lambda *args: None)
+    mamba = {"mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 4, "mamba_chunk_size": 8}
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"vocab_size": VOCAB_SIZE, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
+    config = BambaConfig(**mamba, **sizes, **ids, num_key_value_heads=2, attn_layer_indices=[0], z_loss_coefficient=0.1)
+    return train(folder, model=BambaForCausalLM(config), wit={"verify": 1}, max_steps=1, per_device_train_batch_size=1)
+
+
+def shifted_span(patch: Any, folder: Path) -> Path:
+    own = spans._Document.touched
+    patch.setattr(spans._Document, "touched", lambda self, ranges: np.roll(own(self, ranges), 1))
+    return train(folder, "conversational", wit={"strategies": SPANS})
+
+
+def shifted_mask(patch: Any, folder: Path) -> Path:
+    """Labels and roles agree with each other, and are all one token too late."""
+    own = example_reader.example_roles
+
+    def late(example: Any) -> Any:
+        return own({**example, "labels": [-100, *example["labels"][:-1]]})
+
+    data = Dataset.from_list([{"messages": row["messages"]} for row in PLAIN_CHATS])
+    patch.setattr(example_reader, "example_roles", late)
+    return train(folder, data, assistant_only_loss=True)
+
+
+def unread_weights(patch: Any, folder: Path) -> Path:
+    """A prepared cache from before weights were written into the data."""
+    return train(folder, Dataset.from_list(PLAIN_CHATS), assistant_only_loss=True)
+
+
+def other_rows(patch: Any, folder: Path) -> Path:
+    """A prepared cache of a file that was changed since."""
+    old = [{"messages": [*row["messages"][:-1], {"role": "assistant", "content": "w50 w51"}]} for row in PLAIN_CHATS]
+    return train(folder, Dataset.from_list(old), assistant_only_loss=True)
+
+
+def double_bos(patch: Any, folder: Path) -> Path:
+    words = tokenizer()
+    words.bos_token = "<u>"
+    rows = [
+        {"input_ids": [3, 3, *row["input_ids"]], "labels": [-100, -100, *row["labels"]]} for row in dataset("tokenised")
+    ]
+    return train(folder, Dataset.from_list(rows), kwargs={"processing_class": words})
+
+
+def second_adapter(patch: Any, folder: Path) -> Path:
+    """A frozen adapter beside the trained one changes what the model computes."""
+    return lora(folder, second=True)[0]
+
+
+def other_parameters(patch: Any, folder: Path) -> Path:
+    """The checkpoint beside the step is not what the step began from."""
+    run = train(folder)
+    path = read_record(run).steps[1].model / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] += 0.5
+    save_file(tensors, path, {"format": "pt"})
+    return run
+
+
+def other_log(patch: Any, folder: Path) -> Path:
+    """What is logged is not what was trained on."""
+    run = train(folder)
+    path = read_record(run).steps[2].model.parent / "logged.json"
+    path.write_text(json.dumps({"loss": json.loads(path.read_text())["loss"] * 2}))
+    return run
+
+
+# Each with the rows that are given to the command, and what it says beside the table.
+FAULTS: dict[Any, tuple[Any, str]] = {
+    ignored_prompt_weight: (None, ""),
+    dropped_weight: (None, "the run divided by"),
+    wrong_denominator: (None, "the run divided by"),
+    denominator_of_one_micro_batch: (None, "the run divided by"),
+    padding_as_prompt: (None, "ends with padding"),
+    ignored_soft_cap: (None, ""),
+    wrong_scale: (None, ""),
+    z_loss_left_out: (None, "it has a loss of its own"),
+    shifted_span: (None, ""),
+    shifted_mask: (PLAIN_CHATS, "have no label"),
+    unread_weights: (CHATS, ""),
+    other_rows: (PLAIN_CHATS, "is made from no row"),
+    double_bos: (None, "begins twice"),
+    second_adapter: (None, ""),
+    other_parameters: (None, ""),
+    other_log: (None, ""),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_planted_fault_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: Any
+) -> None:
+    run = fault(monkeypatch, tmp_path)
+    rows, says = FAULTS[fault]
+    arguments = ["verify", str(run)]
+    if rows is not None:
+        (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+        arguments += ["--data", str(tmp_path / "rows.json")]
+    capsys.readouterr()
+    assert main(arguments) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert says in printed
+    assert says or "DIFFERS" in printed

@@ -212,7 +212,9 @@ def mask_faults(text: Text, document: Document, found: Any) -> list[str]:
     for start, end, answer, weight, _ in found[1]:
         if weight == 0:
             continue  # the run takes the label away
-        whole = [t for t, (a, b) in enumerate(text.ranges) if t and start <= a < b <= end]
+        # Some tokenizers put the space before a word into its token.
+        trimmed = [(b - len(text.text[a:b].lstrip()), b) for a, b in text.ranges]
+        whole = [t for t, (a, b) in enumerate(trimmed) if t and start <= a < b <= end]
         labelled = [response[t] for t in whole]
         quoted = repr(text.text[start:end][:40])
         if answer and any(labelled) and not all(labelled):

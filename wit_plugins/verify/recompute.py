@@ -89,7 +89,7 @@ class Weigher:
         Raises:
             NotRecomputedError: if they cannot be found again.
         """
-        self._check_beginning(document)
+        self._check_edges(document)
         factors = [1.0] * len(document.ids)
         if self._spans is None and self._data is None or len(document.ids) < 2:
             return factors
@@ -109,10 +109,20 @@ class Weigher:
                 factors = [a * b for a, b in zip(factors, weights, strict=True)]
         return factors
 
-    def _check_beginning(self, document: Document) -> None:
+    def _check_edges(self, document: Document) -> None:
         bos = getattr(self.tokenizer, "bos_token_id", None)
         if bos is not None and document.ids[:2] == [bos, bos]:
             self._problem("bos", f"a document begins twice with the token {self.tokenizer.bos_token!r}")
+        pad, eos = getattr(self.tokenizer, "pad_token_id", None), getattr(self.tokenizer, "eos_token_id", None)
+        at_edges = [document.ids[0] == pad, (document.ids[-1], document.labels[-1]) == (pad, -100)]
+        if pad is not None and pad != eos and any(at_edges):
+            edge = "begins" if at_edges[0] else "ends"
+            self._problem("pad", f"a document {edge} with padding ({self.tokenizer.pad_token!r}), which counts as prompt")
+
+        # LLaMA-Factory's efficient_eos predicts the end of a turn at the token behind it.
+        other = sum(l not in (-100, i, eos) for i, l in zip(document.ids, document.labels, strict=True))
+        if other:
+            self._problem("labels", f"{other} labels of a document are not the tokens that stand there")
 
     def _problem(self, kind: str, text: str) -> None:
         self._named[kind] += 1
