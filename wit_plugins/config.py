@@ -80,8 +80,8 @@ class WITConfig(BaseModel):
         ge=0,
         le=100,
         description="How many steps, from the first to the last, are kept in `wit_verify` below the output folder, so "
-        "that `wit verify` can recompute them: `3` keeps the first, a middle one and the last. `0` keeps nothing. TRL's "
-        "command calls it `wit_verify`.",
+        "that `wit verify` can recompute them: `3` keeps the first, a middle one and the last. `0` keeps nothing. "
+        "TRL's command calls it `wit_verify`.",
     )
 
     @model_validator(mode="before")

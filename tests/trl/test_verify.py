@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from apart import on_ranks
 from datasets import Dataset
 from peft import LoraConfig
-from support import VOCAB_SIZE, llama
 from safetensors.torch import load_file, save_file
+from support import VOCAB_SIZE, llama
 from transformers import BambaConfig, BambaForCausalLM, Gemma2Config, Gemma2ForCausalLM
 from trlkit import dataset, sft_trainer
 from wit_trl import WITCallback, prepare_dataset
-from words import WORDS, tokenizer
+from wit_trl.sft import WITArguments
+from words import tokenizer
 
 from wit_plugins.cli import main
 from wit_plugins.contract.active import ActiveStrategies
@@ -43,9 +45,7 @@ CHATS = [
 ]
 
 
-PLAIN_CHATS = [
-    {"messages": [{"role": m["role"], "content": m["content"]} for m in row["messages"]]} for row in CHATS
-]
+PLAIN_CHATS = [{"messages": [{"role": m["role"], "content": m["content"]} for m in row["messages"]]} for row in CHATS]
 
 
 def train(folder: Path, data: Any = "tokenised", model: Any = None, wit: Any = None, kwargs: Any = None, **args: Any):
@@ -164,6 +164,28 @@ def test_dropout_is_refused(tmp_path: Path) -> None:
         train(tmp_path, model=llama(attention_dropout=0.1))
 
 
+def lora_on_a_rank(folder: Path) -> None:
+    """Packed, two micro-batches a step."""
+    model = type(llama()).from_pretrained(folder / "base")
+    config = LoraConfig(r=2, lora_dropout=0.0, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    packed = {"packing": True, "max_length": 16, "per_device_train_batch_size": 1, "num_train_epochs": 6}
+    train(folder, model=model, kwargs={"peft_config": config}, **packed)
+
+
+def test_two_ranks_packed_with_lora(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    on_ranks(lora_on_a_rank, tmp_path)
+    verdict = opinion(tmp_path / "out")
+    assert [line.rank for line in verdict.lines] == ["0", "1", "log"] * 3
+    assert not verdict.differs, verdict
+    (tmp_path / "out" / "wit_verify" / "step-000000" / "rank-1.json").unlink()
+    assert main(["verify", str(tmp_path / "out")]) == 2
+
+
+def test_the_command_of_trl_takes_it() -> None:
+    assert WITArguments(prompt_weight=0.2, wit_verify=3).config().verify == 3
+
+
 # Faults: each takes something out of what trains, or of what was kept, and leaves all checks of the run silent.
 
 
@@ -203,7 +225,9 @@ def denominator_of_one_micro_batch(patch: Any, folder: Path) -> Path:
 def padding_as_prompt(patch: Any, folder: Path) -> Path:
     """Rows that were padded before the trainer got them, without a mask."""
     patch.setattr(example_reader.ExampleReader, "_check_padding", lambda *args: None)
-    rows = [{"input_ids": [*row["input_ids"], 0, 0], "labels": [*row["labels"], -100, -100]} for row in dataset("tokenised")]
+    rows = [
+        {"input_ids": [*row["input_ids"], 0, 0], "labels": [*row["labels"], -100, -100]} for row in dataset("tokenised")
+    ]
     return train(folder, Dataset.from_list(rows))
 
 

@@ -99,7 +99,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "verify", "compute again, from the formula, what a run was trained with", _run_verify)
     command.add_argument("run_folder", type=Path, metavar="RUN_DIR", help="the output folder of a run with verify: 3")
-    command.add_argument("--data", type=Path, metavar="FILE", help="the rows it was trained on, where these hold weights")
+    command.add_argument(
+        "--data", type=Path, metavar="FILE", help="the rows it was trained on, where these hold weights"
+    )
     command.add_argument("--base", metavar="MODEL", help="of a LoRA: the base model (default: the one it names)")
     command.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="(default: %(default)s)")
 

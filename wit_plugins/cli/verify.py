@@ -30,7 +30,12 @@ def verify(run: Path, data: Path | None, dtype: str, base: str | None) -> int:
     verdict = recompute(record, None if rows is None else Data(rows, record.settings), dtype, base)
     out = console()
     if verdict.lines:
-        print_line(out, Text(f"{'step':>6}  {'rank':>4}  {'by the run':>12}  {'recomputed':>12}  {'difference':>10}  tokens of each weight"))
+        print_line(
+            out,
+            Text(
+                f"{'step':>6}  {'rank':>4}  {'by the run':>12}  {'recomputed':>12}  {'differ by':>10}  tokens by weight"
+            ),
+        )
     for line in verdict.lines:
         tokens = ", ".join(f"{count:,} × {weight:g}" for weight, count in line.tokens.items())
         shown = (
@@ -53,7 +58,7 @@ def verify(run: Path, data: Path | None, dtype: str, base: str | None) -> int:
         said = f"{len({line.step for line in verdict.lines})} steps are what the formula gives ({dtype})"
     else:
         said = "nothing was recomputed"
-    print_line(out, Text(said))
+    print_line(out, Text(f"{said}; keeping took {record.megabytes:,.1f} MB and {record.seconds:.1f} s"))
     return int(verdict.differs)
 
 
@@ -65,9 +70,15 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else json.loads(text)
+        rows = (
+            [json.loads(line) for line in text.splitlines() if line.strip()]
+            if path.suffix == ".jsonl"
+            else json.loads(text)
+        )
     except (OSError, ValueError, RecursionError) as error:
-        raise WITConfigError(f"--data = {str(path)!r}: cannot be read: {error}; give a .jsonl or a .json file") from error
+        raise WITConfigError(
+            f"--data = {str(path)!r}: cannot be read: {error}; give a .jsonl or a .json file"
+        ) from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise WITConfigError(f"--data = {str(path)!r}: holds no list of rows; give a .jsonl or a .json file")
     return rows

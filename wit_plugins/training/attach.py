@@ -123,7 +123,12 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
         adapter.prepare(trainer, changes)
         original_class = type(trainer)
         name = f"Weighted{original_class.__name__}"
-        changes.set(trainer, "__class__", type(name, (_mixin(config), original_class), {}))
+        mixin: type[WeightedTrainerMixin] = WeightedTrainerMixin
+        if config.verify:
+            from wit_plugins.training.kept_steps import KeepingTrainerMixin
+
+            mixin = KeepingTrainerMixin
+        changes.set(trainer, "__class__", type(name, (mixin, original_class), {}))
     except BaseException:
         changes.undo()
         head.remove()
@@ -148,15 +153,6 @@ def attached(trainer: Trainer) -> Attachment | None:
 def causal_lm(trainer: Trainer) -> nn.Module:
     """The unwrapped causal language model of a trainer: below DDP, FSDP, DeepSpeed, compilation and PEFT."""
     return unwrapped(trainer, trainer.model)
-
-
-def _mixin(config: WITConfig) -> type:
-    """What is put in front of the trainer's class."""
-    if not config.verify:
-        return WeightedTrainerMixin
-    from wit_plugins.training.kept_steps import KeepingTrainerMixin
-
-    return KeepingTrainerMixin
 
 
 def _datasets(trainer: Trainer) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -55,7 +55,9 @@ class KeepingTrainerMixin(WeightedTrainerMixin):
         assert kept is not None
 
         def remember(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-            called.update({name: value.detach().cpu().clone() for name, value in given.items() if _is_kept(name, value)})
+            called.update(
+                {name: value.detach().cpu().clone() for name, value in given.items() if _is_kept(name, value)}
+            )
 
         def remember_aux(_: nn.Module, args: Any, output: Any) -> None:
             if output.get("aux_loss") is not None:
@@ -97,7 +99,7 @@ class KeepingTrainerMixin(WeightedTrainerMixin):
         self._kept_steps = {step + round(k * (last - step) / max(1, count - 1)) for k in range(count)}
         if not self.is_world_process_zero():
             return
-        tokenizer = getattr(self, "processing_class", None)
+        tokenizer: Any = getattr(self, "processing_class", None)
         if hasattr(tokenizer, "save_pretrained"):
             tokenizer.save_pretrained(self._kept_folder / "tokenizer")
         import transformers
@@ -150,14 +152,16 @@ class KeepingTrainerMixin(WeightedTrainerMixin):
         assert kept is not None
         folder = self._step_folder(kept["step"])
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"{i}.{name}": value.contiguous() for i, b in enumerate(kept["batches"]) for name, value in b.items()}
+        tensors = {
+            f"{i}.{name}": value.contiguous() for i, b in enumerate(kept["batches"]) for name, value in b.items()
+        }
         save_file(tensors, folder / f"rank-{rank}.safetensors")
         facts = {name: value for name, value in kept.items() if name != "batches"}
         write_json(folder / f"rank-{rank}.json", {**facts, "texts": self._texts(kept["batches"][0])})
 
     def _texts(self, batch: dict[str, torch.Tensor]) -> list[str]:
         """The first rows as text, for people."""
-        tokenizer = getattr(self, "processing_class", None)
+        tokenizer: Any = getattr(self, "processing_class", None)
         if "input_ids" not in batch or not hasattr(tokenizer, "decode"):
             return []
         return [tokenizer.decode(row.tolist()) for row in batch["input_ids"][:_TEXTS]]
@@ -173,7 +177,7 @@ def check_can_keep(trainer: Any, model: nn.Module) -> None:
     Raises:
         WITConfigError: naming what is in the way, and the way out.
     """
-    accelerator, config = trainer.accelerator, model.config
+    accelerator, config = trainer.accelerator, cast(Any, model).config
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     split = {
         "FSDP": trainer.is_fsdp_enabled,

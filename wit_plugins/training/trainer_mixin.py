@@ -177,8 +177,8 @@ class WeightedTrainerMixin(_Base):
             if wit.head.outcome is None or wit.head.chosen != "fused" or not _reads_logits(error):
                 raise
             raise WeightsNotAppliedError(
-                f"{type(self).__bases__[-1].__name__}.compute_loss failed after the loss was computed, probably because "
-                "it reads the logits, which the fused head never holds; set loss_impl: logits"
+                f"{type(self).__bases__[-1].__name__}.compute_loss failed after the loss was computed, probably "
+                "because it reads the logits, which the fused head never holds; set loss_impl: logits"
             ) from error
         finally:
             outcome, wit.run.cut_to = wit.head.end(), None

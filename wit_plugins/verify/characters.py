@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,13 @@ _TOOL_CALLS = [
     ("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
 ]
 # Marks of formats that are not two texts.
-_OTHER_TOOL_CALLS = ("[TOOL_CALLS]", "<|python_tag|>", "Action:", "<|channel|>analysis to=", "<|channel|>commentary to=")
+_OTHER_TOOL_CALLS = (
+    "[TOOL_CALLS]",
+    "<|python_tag|>",
+    "Action:",
+    "<|channel|>analysis to=",
+    "<|channel|>commentary to=",
+)
 _CONTENTS = ("content", "value")
 _WHOLE_ROWS = (("prompt", "completion"), ("instruction", "input", "output"), ("question", "answer"), ("text",))
 
@@ -46,12 +53,14 @@ class Text:
             # A token may write a part of a character: what is decoded before and after it are then not the same there.
             self.ranges = [
                 (start, max(end, start + (before[i + 1][start:] != "" and end == start)))
-                for i, (start, end) in enumerate(zip(edges, edges[1:], strict=False))
+                for i, (start, end) in enumerate(itertools.pairwise(edges))
             ]
         else:
             again = tokenizer(self.text, add_special_tokens=False, return_offsets_mapping=True)
             if list(again["input_ids"]) != list(ids):
-                raise NotRecomputedError(f"characters of a document of {len(ids)} tokens, which are written in another way")
+                raise NotRecomputedError(
+                    f"characters of a document of {len(ids)} tokens, which are written in another way"
+                )
             self.ranges = list(again["offset_mapping"])
 
     def writes(self, ranges: Ranges) -> list[bool]:
@@ -220,7 +229,9 @@ def mask_faults(text: Text, document: Document, found: Any) -> list[str]:
         if answer and any(labelled) and not all(labelled):
             faults.append(f"{labelled.count(False)} of {len(whole)} tokens of the answer {quoted} have no label")
         elif not answer and any(labelled):
-            faults.append(f"{labelled.count(True)} of {len(whole)} tokens of {quoted}, which is no answer, have a label")
+            faults.append(
+                f"{labelled.count(True)} of {len(whole)} tokens of {quoted}, which is no answer, have a label"
+            )
     return faults
 
 

@@ -46,16 +46,18 @@ class Reading:
     positions: list[int] | None = None
 
 
-def readings(batch: Mapping[str, torch.Tensor], number: int = 0) -> Iterator[Reading]:
+def readings(batch: Mapping[str, torch.Tensor], number: int = 0, pad: int | None = None) -> Iterator[Reading]:
     """The documents of a micro-batch.
 
-    Padding is what the attention mask masks. A document begins where the position ids begin anew, or where a mask that
+    Padding is what the attention mask masks. It is also a document without a label that is nothing but padding tokens,
+    which is how packed rows are filled up. A document begins where the position ids begin anew, or where a mask that
     numbers documents has the next number. Documents of a row attend to each other only if the row has an ordinary mask.
 
     Args:
         batch (`Mapping[str, torch.Tensor]`): what the model was called with: `input_ids` and `labels` `[B, L]`, and
             where it had them `position_ids` `[B, L]` and `attention_mask` `[B, L]` or `[B, 1, L, L]`.
         number (`int`): of the micro-batch.
+        pad (`int`, *optional*): the id of the padding token.
     """
     ids, labels = batch["input_ids"], batch["labels"]
     masks, positions = batch.get("attention_mask"), batch.get("position_ids")
@@ -83,6 +85,7 @@ def readings(batch: Mapping[str, torch.Tensor], number: int = 0) -> Iterator[Rea
             if not found or fresh[i] or not real[i - 1]:
                 found.append([])
             found[-1].append(i)
+        found = [part for part in found if not all(ids[row, i] == pad and labels[row, i] == -100 for i in part)]
         made = [
             Document([int(ids[row, i]) for i in part], [int(labels[row, i]) for i in part], (number, row))
             for part in found

@@ -18,10 +18,14 @@ Factors = Callable[[Document], Sequence[float]]  # of a document's tokens, `[T]`
 ONE_LINE: dict[str, Callable[[torch.Tensor, int, Mapping[str, Any]], float]] = {
     "dft": lambda log_probs, target, options: float(log_probs[target].exp()),
     "eaft": lambda log_probs, target, options: (
-        float(torch.distributions.Categorical(logits=log_probs.topk(int(options.get("top_k", 20))).values).entropy())
-        / options.get("divisor", 3.0)
-    )
-    ** options.get("alpha", 1.0),
+        (
+            float(
+                torch.distributions.Categorical(logits=log_probs.topk(int(options.get("top_k", 20))).values).entropy()
+            )
+            / options.get("divisor", 3.0)
+        )
+        ** options.get("alpha", 1.0)
+    ),
 }
 
 
@@ -125,8 +129,9 @@ def add(sums: Sums, model: Any, reading: Reading, settings: Mapping[str, Any], f
 
 @torch.no_grad()
 def own_loss(model: Any, reading: Reading) -> float | None:
-    """The loss that the model itself computes of one document, `None` if it computes none."""
+    """The loss that the model itself computes of one document; `None` without one, or with an auxiliary loss in it."""
     (document,) = reading.documents
     given = {"input_ids": torch.tensor([document.ids]), "labels": torch.tensor([document.labels])}
-    loss = getattr(model(**given, use_cache=False), "loss", None)
-    return None if loss is None else float(loss)
+    output = model(**given, use_cache=False)
+    loss = getattr(output, "loss", None)
+    return None if loss is None or getattr(output, "aux_loss", None) is not None else float(loss)

@@ -80,6 +80,7 @@ class Weigher:
             from transformers import AutoTokenizer
 
             self.tokenizer = AutoTokenizer.from_pretrained(record.folder / "tokenizer")
+        self.pad: int | None = getattr(self.tokenizer, "pad_token_id", None)
         self._special = _special(self.tokenizer)
         self._named: Counter[str] = Counter()
 
@@ -91,7 +92,7 @@ class Weigher:
         """
         self._check_edges(document)
         factors = [1.0] * len(document.ids)
-        if self._spans is None and self._data is None or len(document.ids) < 2:
+        if (self._spans is None and self._data is None) or len(document.ids) < 2:
             return factors
         if self.tokenizer is None:
             raise NotRecomputedError("spans and weights in the data, since no tokenizer was kept")
@@ -113,14 +114,16 @@ class Weigher:
         bos = getattr(self.tokenizer, "bos_token_id", None)
         if bos is not None and document.ids[:2] == [bos, bos]:
             self._problem("bos", f"a document begins twice with the token {self.tokenizer.bos_token!r}")
-        pad, eos = getattr(self.tokenizer, "pad_token_id", None), getattr(self.tokenizer, "eos_token_id", None)
+        pad, eos = self.pad, getattr(self.tokenizer, "eos_token_id", None)
         at_edges = [document.ids[0] == pad, (document.ids[-1], document.labels[-1]) == (pad, -100)]
         if pad is not None and pad != eos and any(at_edges):
             edge = "begins" if at_edges[0] else "ends"
-            self._problem("pad", f"a document {edge} with padding ({self.tokenizer.pad_token!r}), which counts as prompt")
+            self._problem(
+                "pad", f"a document {edge} with padding ({self.tokenizer.pad_token!r}), which counts as prompt"
+            )
 
         # LLaMA-Factory's efficient_eos predicts the end of a turn at the token behind it.
-        other = sum(l not in (-100, i, eos) for i, l in zip(document.ids, document.labels, strict=True))
+        other = sum(label not in (-100, i, eos) for i, label in zip(document.ids, document.labels, strict=True))
         if other:
             self._problem("labels", f"{other} labels of a document are not the tokens that stand there")
 
@@ -167,10 +170,10 @@ def _verify_step(step: Step, record: Record, weigh: Weigher, verdict: Verdict, m
         for number, batch in enumerate(share.batches):
             if "input_ids" not in batch:
                 raise NotRecomputedError("the model was called with embeddings in the place of ids")
-            for reading in readings(batch, number):
+            for reading in readings(batch, number, weigh.pad):
                 add(sums, model, reading, record.settings, weigh)
         by_rank.append(sums)
-    _check_own_loss(step, model, verdict)
+    _check_own_loss(step, model, weigh.pad, verdict)
     denominator = sum(sums.denominator for sums in by_rank)
     kept = {share.denominator for share in step.shares}
     if None in kept:
@@ -192,9 +195,9 @@ def _verify_step(step: Step, record: Record, weigh: Weigher, verdict: Verdict, m
         verdict.lines.append(Line(step.number, "log", logged, whole, dict(sorted(total.items())), differs))
 
 
-def _check_own_loss(step: Step, model: Any, verdict: Verdict) -> None:
+def _check_own_loss(step: Step, model: Any, pad: int | None, verdict: Verdict) -> None:
     """At the weights 0 and 1 the formula must be the loss that the model itself computes of a document."""
-    for reading in _single_documents(step):
+    for reading in _single_documents(step, pad):
         plain = Sums()
         settings = {"prompt_weight": 0.0, "response_weight": 1.0, "normalization": "nonzero_tokens", "strategies": {}}
         add(plain, model, reading, settings, lambda document: [1.0] * len(document.ids))
@@ -205,15 +208,14 @@ def _check_own_loss(step: Step, model: Any, verdict: Verdict) -> None:
         if not math.isclose(loss, expected, rel_tol=_OWN_LOSS, abs_tol=_OWN_LOSS):
             verdict.problems.append(
                 f"step {step.number}: the model itself computes a loss of {loss:.6g} where the cross entropy is "
-                f"{expected:.6g}: it has a loss of its own (a z-loss, an auxiliary loss), which the run left out or which is "
-                "not recomputed here"
+                f"{expected:.6g}: it has a loss of its own (a z-loss, further heads), which the run left out"
             )
         return
 
 
-def _single_documents(step: Step) -> Iterator[Reading]:
+def _single_documents(step: Step, pad: int | None) -> Iterator[Reading]:
     for batch in step.shares[0].batches:
-        for reading in readings(batch):
+        for reading in readings(batch, 0, pad):
             if len(reading.documents) == 1 and len(reading.documents[0].ids) > 1:
                 yield reading
 

@@ -24,6 +24,7 @@ class Share:
         losses (`list[float]`): of each micro-batch, as the trainer went backward from it.
         aux_losses (`list[float]`): what of these is an auxiliary loss.
         batches (`list[dict[str, torch.Tensor]]`): what the model was called with.
+        seconds (`float`): what it took to keep it.
     """
 
     rank: int
@@ -31,6 +32,7 @@ class Share:
     losses: list[float]
     aux_losses: list[float]
     batches: list[dict[str, torch.Tensor]]
+    seconds: float
 
     @property
     def loss(self) -> float:
@@ -73,6 +75,16 @@ class Record:
     planned: list[int]
     steps: list[Step]
 
+    @property
+    def megabytes(self) -> float:
+        """What lies in the folder."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()) / 1e6
+
+    @property
+    def seconds(self) -> float:
+        """By how much the run was longer: by what its slowest rank took for each step."""
+        return sum(max(share.seconds for share in step.shares) for step in self.steps)
+
 
 def read_record(run: Path) -> Record:
     """What was kept in a run's output folder.
@@ -109,6 +121,8 @@ def _read_step(folder: Path, number: int, ranks: int) -> Step:
         for name, value in load_file(tensors).items():
             index, _, key = name.partition(".")
             batches[int(index)][key] = value
-        shares.append(Share(rank, facts["denominator"], facts["losses"], facts["aux_losses"], batches))
+        shares.append(
+            Share(rank, facts["denominator"], facts["losses"], facts["aux_losses"], batches, facts["seconds"])
+        )
     logged = read_json(folder / "logged.json")
     return Step(number, folder / "model", shares, logged["loss"] if isinstance(logged, dict) else None)
