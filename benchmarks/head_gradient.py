@@ -24,7 +24,7 @@ from head_methods import METHODS, Method, Problem, wit
 from linear_cross_entropy import OUT_OF_MEMORY, exact, facts_of_run, step, synchronize, tidy
 from memory import peak_bytes
 
-from wit_plugins.linear_cross_entropy import logit_sources
+from wit_plugins.linear_cross_entropy import chunk_plan, logit_sources
 from wit_plugins.linear_cross_entropy.head_gradient import HeadGradient
 
 ERROR_SHAPES = ["4096x128x1000", "16384x128x1000", "65536x128x1000"]
@@ -74,13 +74,14 @@ class Pair(HeadGradient):
 
 @contextlib.contextmanager
 def patched(name: str, value: Any) -> Iterator[None]:
-    """`logit_sources.<name>` replaced for a while."""
-    kept = getattr(logit_sources, name)
-    setattr(logit_sources, name, value)
+    """An attribute of `logit_sources` or of `chunk_plan` replaced for a while."""
+    module = logit_sources if hasattr(logit_sources, name) else chunk_plan
+    kept = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        setattr(logit_sources, name, kept)
+        setattr(module, name, kept)
 
 
 def way(gradient: type[HeadGradient], chunks: float = 1) -> Callable[[Problem], torch.Tensor]:
@@ -89,8 +90,8 @@ def way(gradient: type[HeadGradient], chunks: float = 1) -> Callable[[Problem], 
     def loss(p: Problem) -> torch.Tensor:
         with contextlib.ExitStack() as stack:
             stack.enter_context(patched("HeadGradient", gradient))
-            for name in ("_CHUNK_TOKEN_BYTES", "_CHUNK_ELEMENTS"):
-                stack.enter_context(patched(name, int(getattr(logit_sources, name) * chunks)))
+            for name in ("_CHUNK_TOKEN_BYTES", "_CHUNK_ELEMENTS", "_GPU_CHUNK_TOKENS"):
+                stack.enter_context(patched(name, int(getattr(chunk_plan, name) * chunks)))
             return wit("auto")(p)
 
     return loss

@@ -15,12 +15,10 @@ import numpy as np
 import pytest
 import raw_half
 import torch
-from axokit import CHAT, LEARNING_RATE, Recorded, Workplace, axolotl, train_on_ranks
+from axokit import CHAT, LEARNING_RATE, Recorded, Workplace, axolotl, history, prepare, train_on_ranks
 from datasets import load_from_disk
 from safetensors.torch import load_file
 from support import Document, all_relative_error, document_logits, llama, plain_copy
-from test_axolotl_runs import history
-from test_axolotl_wit import prepare
 from words import tokenizer
 
 from wit_plugins.errors import WITError

@@ -6,14 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from axokit import LEARNING_RATE, Workplace, train_on_ranks
-from test_axolotl_exactness import LORA, PACKED
+from axokit import LEARNING_RATE, Workplace, train, train_on_ranks
 
 from wit_plugins.cli import main
 from wit_plugins.verify.recompute import verify
 from wit_plugins.verify.record import read_record
 
 WIT = {"prompt_weight": 0.2, "response_weight": 0.8, "verify": 3}
+PACKED = {"sample_packing": True, "micro_batch_size": 1, "pad_to_sequence_len": True}
+LORA = {
+    "adapter": "lora",
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "lora_target_modules": ["q_proj", "v_proj", "down_proj"],
+    **{f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")},
+}
 CASES: dict[str, dict[str, Any]] = {
     "padded": {"micro_batch_size": 2, "gradient_accumulation_steps": 2},
     "packed with LoRA on two ranks": {**PACKED, **LORA, "sequence_len": 64, "plugins": ["axokit.UseCPU"]},
@@ -30,7 +38,7 @@ def test_a_run_is_what_the_formula_gives(tmp_path: Path, name: str) -> None:
     if ranks > 1:
         train_on_ranks(path)
     else:
-        workplace_train(path)
+        train(path)
     run = path.parent / "out"
     verdict = verify(read_record(run))
     assert (verdict.problems, verdict.not_recomputed, verdict.missing) == ([], [], [])
@@ -38,8 +46,3 @@ def test_a_run_is_what_the_formula_gives(tmp_path: Path, name: str) -> None:
     assert not verdict.differs, verdict.lines
     assert main(["verify", str(run)]) == 0
 
-
-def workplace_train(path: Path) -> None:
-    from axokit import train
-
-    train(path)

@@ -2,13 +2,16 @@
 
 import importlib.metadata
 import random
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from clikit import wit
 from previewkit import byte_level_tokenizer
+from support import subprocess_env
 from trlkit import tokenizer
 
 from wit_plugins.cli.driver import FrameworkDriver, Job, choose_driver, drivers
@@ -135,3 +138,26 @@ def test_byte_fallback_and_word_marks(tmp_path):
     text = TokenText(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
     assert text.spell([1, 2, 3, 4, 5]) == [" the", "漢", "·", "·", "ing"]
     assert np.all([text(2) == "<E6>", text(0) == "<unk>"])
+
+
+def test_how_a_head_is_computed(capsys):
+    """The chunks of the plan, and the model of their time in the benchmarks."""
+    out = wit("env", "--head", "16384", "4096", "128256", capsys=capsys)[1]
+    assert "- head of 128,256 × 4,096, 16,384 tokens, bfloat16:" in out
+    assert "  - GPU, head trained: 4 chunks of 4,096 tokens, since " in out
+    assert "; 3 products, a buffer of 1,002 MiB, " in out  # 4096 × 128256 × 2 bytes
+    assert "  - GPU, head frozen: 16 chunks of 1,024 tokens, since " in out
+
+
+def test_the_model_of_the_head_s_time():
+    """No way is faster than three products; chunks as on a CPU and four products are slower than ours."""
+    script = Path(__file__).parents[2] / "benchmarks" / "roofline.py"
+    done = subprocess.run([sys.executable, str(script)], env=subprocess_env(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [re.findall(r"ms \(([\d.]+)\)", line) for line in done.stdout.splitlines() if line.startswith("| ")]
+    table = [[float(ratio) for ratio in row] for row in rows if row]
+    assert len(table) == 5
+    for ours, as_on_a_cpu, _, four_products in table:
+        assert 1 <= ours < 1.15
+        assert ours < as_on_a_cpu
+        assert ours < four_products

@@ -65,3 +65,11 @@ def test_the_readme_names_what_is_installed():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (line,) = re.findall(r"pip install \. +# brings ([^;]+); no framework", readme)
     assert set(line.split(", ")) == declared()
+
+
+def test_tests_share_by_the_kits_alone():
+    """No test imports another, and the path is made in one place: pytest's setting, `support.subprocess_env`."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"^\s*(from|import) test_", text, flags=re.MULTILINE), path
+        assert not re.search(r"sys\.path(\.insert|\.append|\.extend|\[:0\] =| \+=)", text), path

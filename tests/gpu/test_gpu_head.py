@@ -8,9 +8,9 @@ from gpukit import ON_GPU, skip_if
 from headkit import TOLERANCE, Rescale, assert_close, head_nll, make, reference
 
 from wit_plugins.linear_cross_entropy import (
+    chunk_plan,
     head_gradient,
     implementations,
-    logit_sources,
     softmax,
     usable_implementations,
 )
@@ -44,6 +44,12 @@ def both(device, n, h, v, dtype, impl, tolerance=None, **options):
         assert_close(grad.cpu(), 64 * want, tolerance or dtype, f"gradient of {name}")
 
 
+def chunks_of(monkeypatch, tokens):
+    """Chunks of so many tokens, whatever the device and the shape."""
+    for rule in ("_on_gpu", "_elsewhere"):
+        monkeypatch.setattr(chunk_plan, rule, lambda *_: (tokens, "a test asks for it"))
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "logit_scale": 0.5}], ids=["plain", "soft cap"])
@@ -52,8 +58,7 @@ def test_against_the_formula(device, shape, options, dtype, impl, monkeypatch):
     skip_unless_usable(impl, dtype)
     if not ON_GPU and shape[2] > 10000:
         pytest.skip("a vocabulary of this size takes a CPU too long")
-    monkeypatch.setattr(logit_sources, "_CHUNK_ELEMENTS", 0)
-    monkeypatch.setattr(logit_sources, "_MIN_CHUNK_TOKENS", 16)  # several chunks
+    chunks_of(monkeypatch, 16)  # several chunks
     both(device, *shape, dtype, impl, **options)
 
 
@@ -88,7 +93,7 @@ def test_the_error_does_not_grow_with_the_number_of_tokens(device, dtype, impl, 
     """∂weight over many chunks is as exact as one product of all logits."""
     skip_unless_usable(impl, dtype)
     tokens, h, v = (65536, 128, 4096) if ON_GPU else (4096, 16, 64)
-    monkeypatch.setattr(logit_sources, "_CHUNK_TOKEN_BYTES", 512 if ON_GPU else 128)
+    chunks_of(monkeypatch, 256 if ON_GPU else 64)
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(rows, h, generator=generator) for rows in (tokens, v))
     hidden, weight = hidden.to(device, dtype), (weight * 2 * h**-0.5).to(device, dtype).requires_grad_()
@@ -102,7 +107,6 @@ def test_the_error_does_not_grow_with_the_number_of_tokens(device, dtype, impl, 
     full = torch.nn.functional.cross_entropy((hidden @ weight.t()).float(), targets, reduction="none")
     (of_full,) = torch.autograd.grad((weights * full).sum(), weight)
     (ours,) = torch.autograd.grad(head_nll(hidden, weight, targets, weights, impl=impl).loss, weight)
-    assert len(logit_sources.even_slices(tokens, logit_sources.chunk_length(v, dtype))) > 32
     error, allowed = ((grad.double() - exact).norm() / exact.norm() for grad in (ours, of_full))
     assert error <= 1.02 * allowed, (error, allowed)
 
@@ -120,7 +124,7 @@ def test_memory_does_not_grow_with_the_batch(device, dtype):
     skip_if(None if ON_GPU else "needs a GPU")
     h, v = 512, 32000
     weight = torch.randn(v, h, device=device, dtype=dtype).requires_grad_()
-    chunk = logit_sources.chunk_length(v, dtype) * v * dtype.itemsize
+    chunk = chunk_plan.plan_chunks(16384, v, h, dtype, "cuda", dtype).buffer_bytes
     taken = []
     for tokens in (4096, 4096, 16384):  # the first also makes room for cuBLAS, once
         hidden = torch.randn(tokens, h, device=device, dtype=dtype).requires_grad_()

@@ -6,13 +6,25 @@ import json
 import numpy as np
 import pytest
 import yaml
+from commandkit import ARGS, TWO_PROCESSES, first_loss, run
 from datasets import Dataset
 from support import all_relative_error
-from test_cli import ARGS, TWO_PROCESSES, first_loss, run
 from transformers import LlamaForCausalLM
-from trl import SFTConfig
 from trlkit import LEARNING_RATE
-from weightkit import KEYS, MAX_LENGTH, dataset, expected_step, model, reference, rows, step_taken, tokenizer, trainer
+from weightkit import (
+    KEYS,
+    MAX_LENGTH,
+    config,
+    conversation,
+    dataset,
+    expected_step,
+    model,
+    reference,
+    rows,
+    step_taken,
+    tokenizer,
+    trainer,
+)
 from wit_trl import WITCallback, prepare_dataset
 from wit_trl.row_weights import opened
 from wit_trl.sft import WITArguments, make_parser
@@ -24,11 +36,6 @@ from wit_plugins.tokens.weighted_labels import read_prepared
 
 WEIGHTS = (0.2, 0.8)
 SETTINGS = {"prompt_weight": 0.2, "response_weight": 0.8}
-
-
-def config(**args):
-    settings = {"max_length": MAX_LENGTH, "report_to": [], "use_cpu": True, "bf16": False, **args}
-    return SFTConfig("unused", **settings)
 
 
 def is_exact(tmp_path, made, documents, weights=WEIGHTS, normalization="nonzero_tokens"):
@@ -98,11 +105,6 @@ def test_zero_and_one_are_the_masks_that_trl_knows(tmp_path):
     (loss, taken), (own_loss, own_taken) = step_taken(weighted), step_taken(own)
     assert loss == pytest.approx(own_loss, rel=1e-6)
     assert all_relative_error(taken, own_taken) < 1e-5
-
-
-def conversation(index):
-    said = [("user", "two plus"), ("assistant", f"four {index}"), ("user", "then?"), ("assistant", "the end " * index)]
-    return {"messages": [{"role": role, "content": content} for role, content in said]}
 
 
 def weighted_by(weight, row):

@@ -14,6 +14,7 @@ from wit_plugins.cli.driver import FrameworkDriver, drivers
 from wit_plugins.contract.plugins import strategy_names
 from wit_plugins.errors import WITConfigError
 from wit_plugins.linear_cross_entropy import usable_implementations
+from wit_plugins.linear_cross_entropy.chunk_plan import plan_chunks
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "tokenizers", "numpy", "pydantic", "pluggy")
 _OPTIONAL = ("liger-kernel", "triton", "deepspeed", "flash-attn", "bitsandbytes", "rich", "matplotlib", "optuna")
@@ -35,6 +36,17 @@ def report() -> str:
     lines.append(f"- strategies: {', '.join(strategy_names())}")
     lines.append(f"- libraries: {', '.join(_version(name) for name in _LIBRARIES)}")
     lines.append(f"- optional: {', '.join(_version(name) for name in _OPTIONAL)}")
+    return "\n".join(lines) + "\n"
+
+
+def head_plans(num_tokens: int, hidden_size: int, vocab_size: int) -> str:
+    """How a head of V × H computes N tokens in bfloat16: its chunks on a GPU and on a CPU, as Markdown."""
+    lines = [f"- head of {vocab_size:,} × {hidden_size:,}, {num_tokens:,} tokens, bfloat16:"]
+    for device, name in (("cuda", "GPU"), ("cpu", "CPU")):
+        for trained in (True, False):
+            head_dtype = torch.bfloat16 if trained else None
+            plan = plan_chunks(num_tokens, vocab_size, hidden_size, torch.bfloat16, device, head_dtype)
+            lines.append(f"  - {name}, head {'trained' if trained else 'frozen'}: {plan}")
     return "\n".join(lines) + "\n"
 
 

@@ -105,7 +105,14 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--base", metavar="MODEL", help="of a LoRA: the base model (default: the one it names)")
     command.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="(default: %(default)s)")
 
-    _command(commands, "env", "what is installed, for a bug report", _run_env)
+    command = _command(commands, "env", "what is installed, for a bug report", _run_env)
+    command.add_argument(
+        "--head",
+        nargs=3,
+        type=positive,
+        metavar=("N", "H", "V"),
+        help="also say how N tokens are computed by a head of V × H: chunks, products, memory",
+    )
     return parser
 
 
@@ -268,9 +275,11 @@ def _run_verify(options: argparse.Namespace) -> int:
 
 
 def _run_env(options: argparse.Namespace) -> int:
-    from wit_plugins.cli.environment import report
+    from wit_plugins.cli.environment import head_plans, report
 
     print(report(), end="")
+    if options.head:
+        print(head_plans(*options.head), end="")
     return 0
 
 

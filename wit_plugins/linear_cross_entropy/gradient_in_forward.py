@@ -12,6 +12,10 @@ first gradient is taken.
 
 What is given up for it: a second derivative, and a second backward over the same forward unless the incoming scalar
 is 1 (the gradients are scaled in place; a clear error says so).
+
+The incoming scalar is usually known before: trainers multiply the loss by the number of ranks. [`Tokens.grad_scale`]
+puts it into the weights, and what is left is 1. A GPU multiplies by what is left without anybody waiting for its value:
+its kernel returns at once where that is 1 up to rounding.
 """
 
 from __future__ import annotations
@@ -20,9 +24,10 @@ from typing import Any
 
 import torch
 
+from wit_plugins.linear_cross_entropy.implementations import triton_works
 from wit_plugins.linear_cross_entropy.logit_sources import GivenLogits, HiddenStates
 from wit_plugins.linear_cross_entropy.softmax import Scores, TorchSoftmax
-from wit_plugins.linear_cross_entropy.types import TokenNLL, Tokens, exact_dtype, weighted_sum, wide
+from wit_plugins.linear_cross_entropy.types import ROUNDING, TokenNLL, Tokens, exact_dtype, weighted_sum, wide
 
 Source = HiddenStates | GivenLogits
 
@@ -61,6 +66,9 @@ class Pass:
             self.late = scale if divisor is None else scale * divisor
         elif divisor is not None:
             weights = weights / divisor
+        if tokens.grad_scale != 1 and self.late is None:
+            weights = weights * tokens.grad_scale
+            self.late = torch.full((), tokens.grad_scale, dtype=exact, device=weights.device)
         weights = weights.to(dtype, copy=True)
         self.scores = Scores(tokens, weights)
         self.gradients: tuple[torch.Tensor | None, ...] = ()
@@ -83,8 +91,8 @@ class Pass:
 
     def _walk(self, needs: tuple[bool, ...]) -> None:
         """Fill the scores and the gradients chunk by chunk."""
-        source, chunks = self.source, self.source.chunks()
-        buffer = source.start(chunks[0].stop if chunks else 0, needs)
+        source = self.source
+        chunks, buffer = source.start(needs)
         if chunks:
             softmax = self.softmax(self.scores, buffer, source.logit_scale, source.softcap, any(needs))
             for chunk in chunks:
@@ -111,7 +119,7 @@ class _GradientInForward(torch.autograd.Function):
         with torch.autocast(scores.nll.device.type, enabled=False):
             loss = walk.run(needs)
         ctx.save_for_backward(walk.late, *walk.gradients)
-        ctx.used = ctx.scaled = False
+        ctx.first = None
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(x for x in (scores.nll, correct, entropy) if x is not None))
         return loss, scores.nll, correct, entropy
@@ -124,7 +132,8 @@ class _GradientInForward(torch.autograd.Function):
             raise RuntimeError(
                 "weighted_linear_cross_entropy has no second derivative; use impl='logits', which has one"
             )
-        if ctx.scaled:
+        first = ctx.first  # the factor of the first backward, which scaled the gradients in place
+        if first is not None and not _is_one(first):
             raise RuntimeError(
                 "backward ran a second time over one forward of weighted_linear_cross_entropy, whose gradients were "
                 "scaled in place by the first; run the forward again, or pass num_items so that nothing is to scale"
@@ -140,14 +149,26 @@ class _GradientInForward(torch.autograd.Function):
                 "forward again"
             ) from error
         factor = grad_loss if late is None else grad_loss / late
-        # Looking at the value makes a GPU wait, but scaling for nothing would read and write a head-sized gradient.
-        if factor.item() != 1:
-            if ctx.used:  # what the first backward returned belongs to somebody else now
-                grads = [None if grad is None else grad * factor for grad in grads]
-            else:
-                for grad in grads:
-                    if grad is not None:
-                        grad.mul_(factor)
-                ctx.scaled = True
-        ctx.used = True
+        if first is None:
+            ctx.first = factor
+            for grad in grads:
+                if grad is not None:
+                    _scale_in_place(grad, factor)
+        elif not _is_one(factor):  # what the first backward returned belongs to somebody else now
+            grads = [None if grad is None else grad * factor for grad in grads]
         return None, None, *grads
+
+
+def _is_one(factor: torch.Tensor) -> bool:
+    """Whether a factor is 1, up to the rounding of a division that trainers undo. Looking makes a GPU wait."""
+    return abs(factor.item() - 1) <= ROUNDING
+
+
+def _scale_in_place(grad: torch.Tensor, factor: torch.Tensor) -> None:
+    """Multiply a gradient by a scalar, which is 1 as a rule: then a gradient as large as the head is left alone."""
+    if grad.is_cuda and grad.is_contiguous() and grad.dtype != torch.float64 and triton_works(grad.device, grad.dtype):
+        from wit_plugins.linear_cross_entropy.triton_softmax import scale_
+
+        scale_(grad, factor.to(grad.device, torch.float32))
+    elif not _is_one(factor):
+        grad.mul_(factor)

@@ -40,11 +40,14 @@ class HeadGradient:
         if total.dtype == grads.dtype:
             total.addmm_(grads.t(), states, beta=0 if first else 1)  # beta = 0 does not read what is there
             return
+        if _adds_to_float32(total.device):
+            if first:  # which does not read what is there
+                torch.mm(grads.t(), states, out_dtype=total.dtype, out=total)
+            else:
+                torch.addmm(total, grads.t(), states, out_dtype=total.dtype, out=total)
+            return
         if first:
             total.zero_()
-        if _adds_to_float32(total.device):
-            torch.addmm(total, grads.t(), states, out_dtype=total.dtype, out=total)
-            return
         # No product of half-precision numbers leaves a float32 result here. If the sum stays float32 (autocast), each
         # product may be rounded, as the only one of full logits is; if it will be rounded itself, that is enough.
         rounded = self.dtype == total.dtype
@@ -72,6 +75,7 @@ def _adds_to_float32(device: torch.device) -> bool:
     half = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
     total = torch.zeros(16, 16, dtype=torch.float32, device=device)
     try:
+        torch.mm(half, half, out_dtype=total.dtype, out=total)
         torch.addmm(total, half, half, out_dtype=total.dtype, out=total)
     except (TypeError, RuntimeError):
         return False

@@ -102,7 +102,7 @@ def linear_nll(hidden: torch.Tensor, head: Head, tokens: Tokens, impl: str = "au
     """
     with gathered(head, hidden.dtype) as head:
         _check(hidden, head, tokens)
-        softmax = _softmax(impl, hidden)
+        softmax = _softmax(impl, hidden.device, product_dtype(hidden))
         if head.shard is not None:
             from wit_plugins.linear_cross_entropy.sharded_softmax import ShardedSoftmax
 
@@ -123,11 +123,12 @@ def logits_nll(logits: torch.Tensor, tokens: Tokens) -> TokenNLL:
     The only full-size tensor that it makes is their gradient, in their own dtype.
     """
     rows = tokens.rows if tokens.rows is not None else torch.arange(len(logits), device=logits.device)
-    return score(GivenLogits(logits, rows), tokens)
+    softmax = TorchSoftmax if tokens.retarget is not None else _softmax("auto", logits.device, logits.dtype)
+    return score(GivenLogits(logits, rows), tokens, softmax)
 
 
-def _softmax(impl: str, hidden: torch.Tensor) -> Any:
-    picked = choose(impl, hidden.device, product_dtype(hidden))
+def _softmax(impl: str, device: torch.device, dtype: torch.dtype) -> Any:
+    picked = choose(impl, device, dtype)
     if picked == "triton":
         from wit_plugins.linear_cross_entropy.triton_softmax import TritonSoftmax
 

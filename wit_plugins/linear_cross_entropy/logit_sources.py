@@ -8,15 +8,10 @@ from __future__ import annotations
 
 import torch
 
+from wit_plugins.linear_cross_entropy.chunk_plan import plan_chunks
 from wit_plugins.linear_cross_entropy.head_gradient import HeadGradient
 from wit_plugins.linear_cross_entropy.types import Head, product_dtype, wide
 
-# A chunk of tokens shares one reading of the head and one update of its gradient, so its length decides how much
-# memory slows the products down. On CPUs they gain little beyond 768 tokens in float32; half precision gets twice as
-# many for the same bytes. Large vocabularies get fewer.
-_CHUNK_TOKEN_BYTES = 3072
-_CHUNK_ELEMENTS = 3 << 24
-_MIN_CHUNK_TOKENS = 128
 # Given logits are only copied: 64 MiB of float32 at a time.
 _COPIED_ELEMENTS = 1 << 24
 
@@ -43,31 +38,33 @@ class HiddenStates:
         """What autograd may want the gradients of."""
         return self.hidden, self.head.weight, self.head.bias
 
-    def chunks(self) -> list[slice]:
-        """Slices of almost equal length over the tokens, as long as speed asks for and memory allows."""
-        shard = self.head.shard  # all ranks that share a head walk in step
-        rows = self.head.weight.shape[0] if shard is None else shard.longest
-        return even_slices(self.num_tokens, chunk_length(rows, self.dtype))
-
-    def start(self, longest: int, needs: tuple[bool, ...]) -> torch.Tensor:
-        """Make room for the gradients that are needed; returns a chunk's buffer `[longest, V]`.
+    def start(self, needs: tuple[bool, ...]) -> tuple[list[slice], torch.Tensor]:
+        """Make room for the gradients that are needed; returns the chunks, and a buffer `[n, V]` for the longest.
 
         Args:
-            longest (`int`): tokens of the longest chunk.
             needs: for each of `inputs`, whether its gradient is wanted.
         """
         hidden, head = self.hidden, self.head
+        plan = plan_chunks(
+            self.num_tokens,
+            head.weight.shape[0] if head.shard is None else head.shard.longest,  # ranks that share a head walk in step
+            hidden.shape[1],
+            self.dtype,
+            hidden.device.type,
+            head.weight.dtype if needs[1] else None,
+        )
         self.grad_hidden = self.grad_weight = self.grad_bias = None
         if needs[0]:  # zeros where the pass does not write everything itself
             self.grad_hidden = (torch.empty_like if self.rows is None else torch.zeros_like)(hidden)
         if needs[1]:
-            self.grad_weight = HeadGradient(head.weight, self.dtype, len(self.chunks()))
+            self.grad_weight = HeadGradient(head.weight, self.dtype, len(plan.slices))
         if needs[2] and head.bias is not None:
             self.grad_bias = torch.zeros_like(head.bias, dtype=wide(hidden.dtype))  # a vector: float32 costs nothing
         # Copies under autocast only, where autocast itself would make them.
         self._weight = head.weight.to(self.dtype)
         self._bias = None if head.bias is None else head.bias.to(self.dtype)
-        return torch.empty(longest, head.weight.shape[0], dtype=self.dtype, device=hidden.device)
+        buffer = torch.empty(plan.buffer, dtype=self.dtype, device=hidden.device)
+        return plan.slices, buffer[:, : head.weight.shape[0]]
 
     def logits(self, chunk: slice, buffer: torch.Tensor) -> torch.Tensor:
         """The logits `[n, V]` of a chunk, in the buffer, before scale and soft cap."""
@@ -118,14 +115,13 @@ class GivenLogits:
         """What autograd may want the gradient of."""
         return (self.given,)
 
-    def chunks(self) -> list[slice]:
-        """Slices of almost equal length over the tokens."""
-        return even_slices(len(self.rows), max(1, _COPIED_ELEMENTS // self.given.shape[1]))
-
-    def start(self, longest: int, needs: tuple[bool, ...]) -> torch.Tensor:
-        """Make room for the gradient if it is needed; returns a chunk's buffer `[longest, V]`."""
+    def start(self, needs: tuple[bool, ...]) -> tuple[list[slice], torch.Tensor]:
+        """Make room for the gradient if it is needed; returns the chunks, and a buffer `[n, V]` for the longest."""
         self.grad_logits = torch.zeros_like(self.given) if needs[0] else None
-        return torch.empty(longest, self.given.shape[1], dtype=self.dtype, device=self.given.device)
+        count, vocab_size = len(self.rows), self.given.shape[1]
+        size = min(count, max(1, _COPIED_ELEMENTS // vocab_size))
+        slices = [slice(start, min(start + size, count)) for start in range(0, count, max(1, size))]
+        return slices, torch.empty(size, vocab_size, dtype=self.dtype, device=self.given.device)
 
     def logits(self, chunk: slice, buffer: torch.Tensor) -> torch.Tensor:
         """A copy of a chunk's logits `[n, V]`, in the buffer."""
@@ -140,14 +136,3 @@ class GivenLogits:
     def gradients(self) -> Gradients:
         """That of `inputs`, if it was asked for."""
         return (self.grad_logits,)
-
-
-def chunk_length(vocab_size: int, dtype: torch.dtype) -> int:
-    """The most tokens that one chunk of products has."""
-    return min(_CHUNK_TOKEN_BYTES // dtype.itemsize, max(_MIN_CHUNK_TOKENS, _CHUNK_ELEMENTS // vocab_size))
-
-
-def even_slices(count: int, limit: int) -> list[slice]:
-    """Slices of almost equal length, at most `limit`, over `count` items."""
-    size = -(-count // max(1, -(-count // limit)))
-    return [slice(start, min(start + size, count)) for start in range(0, count, max(1, size))]

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+ROUNDING = 2.0**-22  # two float32 epsilons: what (1 / n) · n may differ from 1 by, and gradients need not be scaled for
+
 
 @dataclass(frozen=True)
 class VocabularyShard:
@@ -84,6 +86,8 @@ class Tokens:
         entropies (`tuple[int, ...]`): which entropies the dynamic weights are told: of the k most likely tokens,
             renormalised, for each k; 0 stands for all tokens.
         retarget ([`Retarget`], *optional*): what takes the targets' place in the loss; `nll` stays the targets'.
+        grad_scale (`float`): what the loss will be multiplied by before its backward, as far as that is known (the
+            number of ranks). The gradients are made with it, and the loss is not multiplied by it.
     """
 
     targets: torch.Tensor
@@ -95,6 +99,7 @@ class Tokens:
     with_entropy: bool = False
     entropies: tuple[int, ...] = ()
     retarget: Retarget | None = None
+    grad_scale: float = 1.0
 
     def divisor(self, dtype: torch.dtype) -> torch.Tensor | None:
         """The denominator as a scalar tensor beside the targets, 0 replaced by 1."""

@@ -21,6 +21,7 @@ class LossCall:
         prediction_loss_only (`bool`): in evaluation, whether nobody asked for the logits.
         aux_loss_scale (`float`): multiplies the auxiliary loss of a mixture of experts, beside its coefficient. What
             the trainer makes of the whole loss afterwards then leaves it as it is without weights.
+        grad_scale (`float`): what the trainer multiplies the whole loss by before its backward: the number of ranks.
         group_factors (`torch.Tensor | None`): `[G]`, the factors of each group's tokens, so that each group has a
             denominator of its own.
         shifted (`bool`): whether the codes, the spans and `shift_labels` stand where their tokens are predicted already
@@ -34,6 +35,7 @@ class LossCall:
     training: bool
     prediction_loss_only: bool = True
     aux_loss_scale: float = 1.0
+    grad_scale: float = 1.0
     group_factors: torch.Tensor | None = None
     shifted: bool = False
     number: int = 0

@@ -60,6 +60,7 @@ class MicroBatch:
         spans (`torch.Tensor`, *optional*): int64 `[B, L]`, see `wit_plugins.tokens.span_bits`; needed if any are.
         normalization (`str`): `nonzero_tokens` or `weight_sum`; used if `num_items` is `None`.
         num_items (`torch.Tensor`, *optional*): the whole step's denominator, a scalar.
+        grad_scale (`float`): see [`LossCall`].
         every_role (`bool`): compute tokens of weight 0 as well (evaluation), for the roles' own sums.
         response_metrics (`bool`): sum token accuracy and entropy over all response tokens, whatever their weights.
         drawing (`tuple[int, int]`, *optional*): the step's number and the run's seed, if targets may be drawn.
@@ -78,6 +79,7 @@ class MicroBatch:
         spans: torch.Tensor | None = None,
         normalization: str = "nonzero_tokens",
         num_items: torch.Tensor | None = None,
+        grad_scale: float = 1.0,
         every_role: bool = False,
         response_metrics: bool = False,
         drawing: tuple[int, int] | None = None,
@@ -104,7 +106,7 @@ class MicroBatch:
         self.labels_count = is_response.sum()
         if num_items is None:
             num_items = denominator(codes, normalization, strategies.needs.share_of_responses)
-        self.denominator = safe(num_items.to(codes.device))
+        self.denominator, self.grad_scale = safe(num_items.to(codes.device)), grad_scale
         self.strategies, self.every_role, self.metrics = strategies, every_role, response_metrics
         self._factors: torch.Tensor | None = None  # [N], the dynamic weights, kept in evaluation
         if every_role:
@@ -173,6 +175,7 @@ class MicroBatch:
             with_entropy=self.metrics,
             entropies=self.strategies.needs.entropies,
             retarget=None if self._chance is None else self._draw,
+            grad_scale=self.grad_scale,
         )
 
     def _weights_in_groups(self) -> torch.Tensor:
@@ -218,8 +221,8 @@ class MicroBatch:
         logged = 0 if spans is None else len(self.strategies.logged_spans)
         sums = of_tokens.new_zeros(self.batch_size, 4 + 4 * logged)
         sums[:, :4].index_add_(0, self.row, of_tokens)
-        if spans is not None:
-            for index in range(logged):
-                own = torch.where(inside(spans, index)[:, None], of_tokens, 0)
-                sums[:, 4 + 4 * index : 8 + 4 * index].index_add_(0, self.row, own)
+        if spans is not None and logged:  # all spans at once: [N, S, 4]
+            masks = torch.stack([inside(spans, index) for index in range(logged)], dim=1)
+            of_spans = torch.where(masks[:, :, None], of_tokens[:, None], 0)
+            sums[:, 4:].index_add_(0, self.row, of_spans.flatten(1))
         return sums

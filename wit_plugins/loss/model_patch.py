@@ -329,6 +329,7 @@ class WeightedHead:
             spans=aligned(batch.spans),
             normalization=self.normalization,
             num_items=call.num_items,
+            grad_scale=call.grad_scale,
             every_role=not call.training,
             response_metrics=self.adapter.response_metrics,
             drawing=(call.number, call.seed) if call.training else None,

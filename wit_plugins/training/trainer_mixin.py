@@ -161,6 +161,7 @@ class WeightedTrainerMixin(_Base):
             training,
             wit.run.prediction_loss_only,
             aux_loss_scale=1.0 if whole else self._aux_loss_scale(training) / self._loss_scale(),
+            grad_scale=1.0 if whole or not training else float(self._loss_scale()),
             group_factors=wit.run.group_factors if weighs_groups else None,
             shifted=wit.run.cut_to is not None or parts > 1,
             number=self.state.global_step,

@@ -60,9 +60,9 @@ def test_triton_kernel_interpreted():
     out = in_subprocess(
         """
         import torch, headkit as t
-        from wit_plugins.linear_cross_entropy import implementations, logit_sources, triton_softmax
-        logit_sources._CHUNK_ELEMENTS, logit_sources._MIN_CHUNK_TOKENS = 0, 8
-        for block in (8192, 32):  # all of the vocabulary at once, then in blocks
+        from wit_plugins.linear_cross_entropy import chunk_plan, implementations, triton_softmax
+        chunk_plan._CHUNK_ELEMENTS, chunk_plan._MIN_CHUNK_TOKENS = 0, 8
+        for block in (8192, 32):  # all of the vocabulary at once, then in whole blocks and a rest
             triton_softmax._BLOCK = block
             for dtype in (torch.float32, torch.float16, torch.bfloat16):
                 assert implementations.triton_works(torch.device("cpu"), dtype)
@@ -97,6 +97,12 @@ def test_triton_kernel_interpreted():
             rescale = t.Rescale(lambda p, s: p.exp(), per_token)
             step = lambda: t.head_nll(h, w, y, tw, impl="triton", rescale=rescale).loss.backward()
             assert t.products(step) == products * t.N * t.H * t.V
+        for dtype in (torch.float32, torch.bfloat16):
+            values = torch.arange(5000, dtype=torch.float32).to(dtype)
+            for factor in (1.0, 1 + 2**-23, 0.5):
+                mine = values.clone()
+                triton_softmax.scale_(mine, torch.tensor(factor))
+                assert torch.equal(mine, values if factor != 0.5 else values * 0.5)
         print("ok")
         """,
         TRITON_INTERPRET="1",
@@ -106,24 +112,43 @@ def test_triton_kernel_interpreted():
 
 @pytest.mark.slow
 def test_triton_kernel_compiles_for_gpus():
-    """Down to machine code for Ampere, Hopper and Blackwell; no GPU is needed for that."""
+    """Down to machine code for Ampere, Hopper and Blackwell; no GPU is needed for that.
+
+    For a vocabulary that is divisible by nothing, in rows that are: whole blocks are loaded and stored 16 bytes at a
+    time, and on Hopper six programs of 256 threads have room in a multiprocessor's 65,536 registers.
+    """
     pytest.importorskip("triton")
     in_subprocess(
         """
-        import triton
+        import re, struct, triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
         from wit_plugins.linear_cross_entropy.triton_softmax import _softmax_kernel, _WARPS, _BLOCK
-        pointers = {"targets_ptr": "*i64", "weights_ptr": "*fp32", "nll_ptr": "*fp32", "correct_ptr": "*u8",
-                    "entropy_ptr": "*fp32", "logits_stride": "i64", "vocab_size": "i32", "logit_scale": "fp32",
-                    "softcap": "fp32"}
-        flags = dict.fromkeys(["HAS_SOFTCAP", "WITH_CORRECT", "WITH_ENTROPY", "WITH_GRAD"], True)
+        types = {"targets_ptr": "*i64", "weights_ptr": "*fp32", "nll_ptr": "*fp32", "correct_ptr": "*u8",
+                 "entropy_ptr": "*fp32", "logits_stride": "i64", "vocab_size": "i32", "logit_scale": "fp32",
+                 "softcap": "fp32", "BLOCK": "constexpr"}
+        names = _softmax_kernel.arg_names
+        aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in ("logits_ptr", "logits_stride")}
+
+        def compiled(arch, dtype, **on):
+            flags = {n: n in on for n in ("HAS_SOFTCAP", "WITH_CORRECT", "WITH_ENTROPY", "WITH_GRAD")}
+            signature = {**types, "logits_ptr": dtype, **dict.fromkeys(flags, "constexpr")}
+            source = ASTSource(fn=_softmax_kernel, signature={n: signature[n] for n in names}, attrs=aligned,
+                               constexprs={**flags, "BLOCK": _BLOCK})
+            return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": _WARPS}).asm
+
+        def registers(cubin):  # of a thread: the attribute EIATTR_REGCOUNT, 4 bytes of a symbol and 4 of the number
+            (at,) = re.finditer(rb"\\x04\\x2f\\x08\\x00", cubin)
+            return struct.unpack_from("<II", cubin, at.end())[1]
+
+        every = dict.fromkeys(["HAS_SOFTCAP", "WITH_CORRECT", "WITH_ENTROPY", "WITH_GRAD"], True)
         for arch, dtype in ((80, "*bf16"), (90, "*fp32"), (100, "*fp16")):
-            constants = {**flags, "BLOCK": _BLOCK}
-            signature = {"logits_ptr": dtype, **pointers, **dict.fromkeys(constants, "constexpr")}
-            source = ASTSource(fn=_softmax_kernel, signature=signature, constexprs=constants)
-            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": _WARPS})
-            assert compiled.asm["cubin"]
+            assert compiled(arch, dtype, **every)["cubin"]
+        trained = compiled(90, "*bf16", WITH_GRAD=True)
+        assert len(re.findall(r"ld[.]global[.]v4[.]b32", trained["ptx"])) == 2
+        assert len(re.findall(r"st[.]global[.]v4[.]b32", trained["ptx"])) == 1
+        found = registers(trained["cubin"])
+        assert 16 < found and 6 * 32 * _WARPS * found <= 65536, found
         """,
         TRITON_INTERPRET="0",
     )

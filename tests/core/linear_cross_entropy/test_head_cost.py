@@ -20,18 +20,16 @@ from headkit import (
     make,
     products,
 )
+from memory import peak_bytes
 from support import subprocess_env
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wit_plugins.linear_cross_entropy import (
+    chunk_plan,
     head_gradient,
-    logit_sources,
     softmax,
     weighted_linear_cross_entropy,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
-from memory import peak_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -155,8 +153,8 @@ def test_memory_is_one_chunk(dtype, options, frozen, train, every, monkeypatch):
     is rounded at the end, with the chunk gone. Nothing of it for a frozen head.
     """
     h, v, chunk = 64, 1000, 64
-    monkeypatch.setattr(logit_sources, "_CHUNK_ELEMENTS", 0)
-    monkeypatch.setattr(logit_sources, "_MIN_CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(chunk_plan, "_CHUNK_ELEMENTS", 0)
+    monkeypatch.setattr(chunk_plan, "_MIN_CHUNK_TOKENS", chunk)
     monkeypatch.setattr(softmax, "_BLOCK_ELEMENTS_PER_THREAD", 4 * v)
     monkeypatch.setattr(head_gradient, "_CAST_ELEMENTS", 4 * v)
     allowed = chunk * v * dtype.itemsize + 2 * 4 * v * 4 + 2 * chunk * h * dtype.itemsize + 2048
@@ -187,8 +185,8 @@ def test_memory_against_full_logits():
 def test_autocast_takes_one_copy_of_the_weight(monkeypatch):
     """The half-precision copy that autocast itself would make, and products no larger than a chunk."""
     n, h, v, chunk = 256, 64, 1000, 16
-    monkeypatch.setattr(logit_sources, "_CHUNK_ELEMENTS", 0)
-    monkeypatch.setattr(logit_sources, "_MIN_CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(chunk_plan, "_CHUNK_ELEMENTS", 0)
+    monkeypatch.setattr(chunk_plan, "_MIN_CHUNK_TOKENS", chunk)
     monkeypatch.setattr(softmax, "_BLOCK_ELEMENTS_PER_THREAD", v)
     hidden, weight, _, targets, token_weights = make(n, h, v, ignored=0, zeros=0)
 
@@ -205,7 +203,7 @@ def test_autocast_takes_one_copy_of_the_weight(monkeypatch):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_chunks_follow_from_sizes(dtype):
     for tokens, vocab_size in itertools.product([0, 1, 7, 767, 769, 4096, 100_003], [2, 32_000, 128_256, 262_144]):
-        chunks = logit_sources.even_slices(tokens, logit_sources.chunk_length(vocab_size, dtype))
+        chunks = chunk_plan.plan_chunks(tokens, vocab_size, 64, dtype, "cpu", dtype).slices
         assert [i for chunk in chunks for i in range(chunk.start, chunk.stop)] == list(range(tokens))
         lengths = [chunk.stop - chunk.start for chunk in chunks]
         assert not lengths or lengths[0] == max(lengths)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from headkit import head_nll
 
-from wit_plugins.linear_cross_entropy import head_gradient, logit_sources
+from wit_plugins.linear_cross_entropy import chunk_plan, head_gradient
 
 H, V = 32, 256
 LENGTHS = (4096, 16384, 65536)
@@ -62,7 +62,7 @@ def errors(tokens, dtype, way):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_no_worse_than_full_logits_at_any_length(dtype):
-    chunks = logit_sources.even_slices(LENGTHS[-1], logit_sources.chunk_length(V, dtype))
+    chunks = chunk_plan.plan_chunks(LENGTHS[-1], V, H, dtype, "cpu", dtype).slices
     assert len(chunks) > 40
     for tokens in LENGTHS:
         for name, got, full in zip(

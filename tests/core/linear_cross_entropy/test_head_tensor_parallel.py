@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ import headkit as t
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from traffic import Traffic
-from wit_plugins.linear_cross_entropy import Head, Tokens, linear_nll, softmax, logit_sources
+from wit_plugins.linear_cross_entropy import Head, Tokens, linear_nll, softmax, chunk_plan
 
 rank, ranks, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=ranks)
@@ -36,11 +35,11 @@ def same_everywhere(tensor):
 VALUES = """
 # Chunks of 7 tokens for a part of 51 rows, which would be 8 for one of 50: the ranks have to walk in step.
 small = {"_CHUNK_ELEMENTS": 407, "_MIN_CHUNK_TOKENS": 1}
-large = {name: getattr(logit_sources, name) for name in small}
+large = {name: getattr(chunk_plan, name) for name in small}
 options = [{}, {"logit_scale": 0.3, "softcap": 2.0}, {"logit_scale": -1.5}]
 for dtype, choice, chunks in itertools.product(t.FLOATS, options, (large, small)):
     for name, value in chunks.items():
-        setattr(logit_sources, name, value)
+        setattr(chunk_plan, name, value)
     hidden, weight, bias, targets, token_weights = t.make(dtype=dtype, with_bias=chunks is small)
     expected, wanted = t.reference(
         hidden, weight, bias, targets, token_weights, num_items=11, scale=choice.get("logit_scale", 1.0),
@@ -170,7 +169,6 @@ assert torch.equal(call(lm_head_weight=whole), call(lm_head_weight=weight))
 def run(tmp_path: Path, ranks: int, impl: str, *parts: str, **changes: str) -> None:
     """The parts of a script on so many ranks, each of which must end well."""
     env = subprocess_env(CUDA_VISIBLE_DEVICES="", **changes)
-    env["PYTHONPATH"] += os.pathsep + str(Path(__file__).parent)
     (tmp_path / "script.py").write_text("".join([START, *parts, "dist.destroy_process_group()\n"]))
     command = [sys.executable, str(tmp_path / "script.py")]
     running = [

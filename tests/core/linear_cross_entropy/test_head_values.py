@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from wit_plugins.linear_cross_entropy import (
     Head,
     Tokens,
+    chunk_plan,
     linear_nll,
-    logit_sources,
     softmax,
     weighted_linear_cross_entropy,
 )
@@ -65,8 +65,8 @@ def test_matches_formula_at_any_size(
 ):
     problem = make(n, h, v, dtype, with_bias, seed, ignored, zeros)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logit_sources, "_CHUNK_ELEMENTS", 0)
-        patch.setattr(logit_sources, "_MIN_CHUNK_TOKENS", chunk)
+        patch.setattr(chunk_plan, "_CHUNK_ELEMENTS", 0)
+        patch.setattr(chunk_plan, "_MIN_CHUNK_TOKENS", chunk)
         patch.setattr(softmax, "_BLOCK_ELEMENTS_PER_THREAD", block)
         # Gradients that cancel almost wholly (few tokens, few words) may lose as many digits.
         loose = {torch.float64: torch.float64, torch.float32: torch.float32}.get(dtype, torch.bfloat16)
@@ -128,8 +128,8 @@ def test_autocast_adds_up_in_float32():
     grads = []
     for tokens in (512, 2):
         with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
-            patch.setattr(logit_sources, "_CHUNK_ELEMENTS", 0)
-            patch.setattr(logit_sources, "_MIN_CHUNK_TOKENS", tokens)
+            patch.setattr(chunk_plan, "_CHUNK_ELEMENTS", 0)
+            patch.setattr(chunk_plan, "_MIN_CHUNK_TOKENS", tokens)
             loss = weighted_linear_cross_entropy(hidden, weight, targets, token_weights, impl="torch")
             grads.append(torch.autograd.grad(loss, weight)[0].double())
     expected = reference(hidden, weight, None, targets, token_weights)[1][1]
@@ -142,8 +142,8 @@ def test_rounding_of_a_bfloat16_weight_gradient():
     """What adding chunk by chunk costs, as the documentation says: 16 chunks stay below the dtype's own step."""
     hidden, weight, _, targets, token_weights = make(2048, h=32, v=64, dtype=torch.bfloat16, ignored=0, zeros=0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logit_sources, "_CHUNK_ELEMENTS", 0)
-        patch.setattr(logit_sources, "_MIN_CHUNK_TOKENS", 128)
+        patch.setattr(chunk_plan, "_CHUNK_ELEMENTS", 0)
+        patch.setattr(chunk_plan, "_MIN_CHUNK_TOKENS", 128)
         loss = weighted_linear_cross_entropy(hidden, weight, targets, token_weights, impl="torch")
         (grad,) = torch.autograd.grad(loss, weight)
     single = [x.detach().double().requires_grad_() for x in (hidden, weight)]
