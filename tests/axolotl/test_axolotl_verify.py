@@ -45,4 +45,3 @@ def test_a_run_is_what_the_formula_gives(tmp_path: Path, name: str) -> None:
     assert [line.rank for line in verdict.lines] == [*map(str, range(ranks)), "log"] * 3
     assert not verdict.differs, verdict.lines
     assert main(["verify", str(run)]) == 0
-

@@ -146,16 +146,12 @@ class KeepingTrainerMixin(WeightedTrainerMixin):
 
     def _write_step(self) -> None:
         """Write this rank's share of the step: a crash after any micro-batch leaves what came before it."""
-        from safetensors.torch import save_file
-
         kept, rank = self._kept, self.args.process_index
         assert kept is not None
         folder = self._step_folder(kept["step"])
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            f"{i}.{name}": value.contiguous() for i, b in enumerate(kept["batches"]) for name, value in b.items()
-        }
-        save_file(tensors, folder / f"rank-{rank}.safetensors")
+        tensors = {f"{i}.{name}": value for i, b in enumerate(kept["batches"]) for name, value in b.items()}
+        torch.save(tensors, folder / f"rank-{rank}.pt")
         facts = {name: value for name, value in kept.items() if name != "batches"}
         write_json(folder / f"rank-{rank}.json", {**facts, "texts": self._texts(kept["batches"][0])})
 

@@ -110,15 +110,15 @@ def _begun(folder: Path, number: int) -> bool:
 
 
 def _read_step(folder: Path, number: int, ranks: int) -> Step:
-    from safetensors.torch import load_file
+    import torch
 
     shares = []
     for rank in range(ranks):
-        facts, tensors = read_json(folder / f"rank-{rank}.json"), folder / f"rank-{rank}.safetensors"
+        facts, tensors = read_json(folder / f"rank-{rank}.json"), folder / f"rank-{rank}.pt"
         if not isinstance(facts, dict) or not tensors.is_file():
             raise WITConfigError(f"{folder}: what rank {rank} of {ranks} kept is missing; copy the whole folder here")
         batches: list[dict[str, torch.Tensor]] = [{} for _ in facts["losses"]]
-        for name, value in load_file(tensors).items():
+        for name, value in torch.load(tensors, weights_only=True).items():
             index, _, key = name.partition(".")
             batches[int(index)][key] = value
         shares.append(
