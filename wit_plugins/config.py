@@ -74,6 +74,15 @@ class WITConfig(BaseModel):
         description="The column that says what all weights of an example are multiplied by: a number ≥ 0. `null` "
         "reads none.",
     )
+    verify: int = Field(
+        default=0,
+        strict=True,
+        ge=0,
+        le=100,
+        description="How many steps, from the first to the last, are kept in `wit_verify` below the output folder, so "
+        "that `wit verify` can recompute them: `3` keeps the first, a middle one and the last. `0` keeps nothing. "
+        "TRL's command calls it `wit_verify`.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -159,7 +168,8 @@ class WITConfig(BaseModel):
         """The settings in one line, for logs and messages; which keys of the data are read, where it is unusual."""
         own = self.model_dump(exclude={"strategies"})
         usual = {
-            name: type(self).model_fields[name].get_default() for name in ("message_weight_keys", "sample_weight_key")
+            name: type(self).model_fields[name].get_default()
+            for name in ("message_weight_keys", "sample_weight_key", "verify")
         }
         parts = [f"{name}={value!r}" for name, value in own.items() if name not in usual or value != usual[name]]
         if self.strategies:

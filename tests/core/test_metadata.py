@@ -13,7 +13,11 @@ ROOT = next(p for p in Path(__file__).parents if (p / "pyproject.toml").is_file(
 # Names that are imported, where the distribution has another.
 DISTRIBUTIONS = {"yaml": "pyyaml"}
 # Imported where they are found and not needed anywhere: kernels, and what a trainer that uses it brings.
-OPTIONAL = {"wit_plugins/linear_cross_entropy": {"triton", "liger-kernel"}, "wit_plugins": {"deepspeed"}}
+OPTIONAL = {
+    "wit_plugins/linear_cross_entropy": {"triton", "liger-kernel"},
+    "wit_plugins/verify": {"peft"},
+    "wit_plugins": {"deepspeed"},
+}
 # What of the packages may use what an extra brings.
 EXTRAS = {
     "wit_plugins/cli": {"cli"},
