@@ -94,6 +94,7 @@ GPU_EXTRAS = ["cut-cross-entropy==25.1.1", "bitsandbytes==0.50.2", "einops==0.8.
 BESIDE_TORCH = ["trl==1.16.0", "datasets==5.2.0", "dill==0.4.1", "multiprocess==0.70.19", "liger-kernel==0.8.5"]
 BESIDE_TORCH += ["pydantic==2.14.3", "pydantic-core==2.50.4", "annotated-types==0.8.0", "typing-inspection==0.4.5"]
 BESIDE_TORCH += ["typing-extensions==4.16.0", "cut-cross-entropy==25.1.1", "bitsandbytes==0.50.2"]
+# By any Python from 3.11 on; `gpu` takes the newer Axolotl where there is a Python 3.12.
 GPU = {"trl": "trl-1.16", "axolotl": "axolotl-0.19", "llamafactory": "llamafactory-0.9.5"}
 
 # The documentation as a website.
@@ -423,7 +424,8 @@ def gpu(session: nox.Session) -> None:
     Arguments go to `benchmarks/gpu.py`. A framework whose environment cannot be built is left out, and said to be.
     """
     pythons, paths = [], []
-    for framework, name in GPU.items():
+    newer = {} if interpreter("axolotl-0.21") is None else {"axolotl": "axolotl-0.21"}
+    for framework, name in {**GPU, **newer}.items():
         try:
             binaries, env = install(session, name)
         except nox.command.CommandFailed:

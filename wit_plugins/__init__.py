@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from wit_plugins.errors import WeightsNotAppliedError, WITConfigError, WITError
     from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
     from wit_plugins.training.attach import attach, attached, detach
+    from wit_plugins.training.own_loop import WeightedLoop
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "WITConfig",
     "WITConfigError",
     "WITError",
+    "WeightedLoop",
     "WeightsNotAppliedError",
     "attach",
     "attached",
@@ -53,6 +55,7 @@ _MODULES = {
     "errors": ("WITConfigError", "WITError", "WeightsNotAppliedError"),
     "training.attach": ("attach", "attached", "detach"),
     "contract.hookspecs": ("entropy_of_top", "hookimpl", "per_token", "reference_in", "share_kept", "snapshot_every"),
+    "training.own_loop": ("WeightedLoop",),
     "contract.plugins": ("register",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

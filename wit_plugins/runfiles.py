@@ -19,6 +19,7 @@ RUN_FOLDER = "WIT_RUN_FOLDER"
 RUN_OUTPUT = "WIT_RUN_OUTPUT"
 SWEEP_PID = "WIT_SWEEP_PID"
 METRICS_NAME, PROGRESS_NAME, STOP_NAME = "metrics.jsonl", "progress.json", "stop"
+VERIFY_FOLDER, VERIFY_RUN = "wit_verify", "run.json"  # what a run keeps for `wit verify`, below its output folder
 
 
 def sweep_process() -> str:

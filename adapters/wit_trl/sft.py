@@ -50,6 +50,7 @@ class WITArguments:
     sample_weight_key: str | None = field(
         default="weight", metadata={"help": _HELP["sample_weight_key"] + " On the command line: a name, or `none`."}
     )
+    wit_verify: int = field(default=0, metadata={"help": _HELP["verify"]})
 
     def config(self) -> WITConfig:
         """The settings, checked.
@@ -58,6 +59,7 @@ class WITArguments:
             WITConfigError: naming the setting, its value and the way out.
         """
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["verify"] = values.pop("wit_verify")
         if values["prompt_weight"] is None:
             raise WITConfigError(
                 "prompt_weight is missing; add --prompt_weight 0.2 (or prompt_weight: 0.2 to the YAML "

@@ -1,4 +1,4 @@
-"""Axolotl's part of the table of hostile inputs (tests/hostile.py).
+"""Axolotl's part of the table of hostile inputs (tests/kits/hostile.py).
 
 Nobody between the plugin and the interpreter catches its errors, so the answer is what `sys.excepthook` prints; one
 test looks at how the process ends.

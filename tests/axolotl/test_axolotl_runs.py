@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 from apart import apart
-from axokit import CHAT, LEARNING_RATE, axolotl, from_prepared, rows, train, weights_of
+from axokit import CHAT, LEARNING_RATE, PLUGINS, axolotl, from_prepared, history, rows, train, weights_of
 from safetensors.torch import load_file
 from support import all_relative_error, llama, reference_step, role_losses, subprocess_env
 
 BIN = Path(sys.executable).parent
-PLUGINS = ["axokit.Recorder", "axokit.UseCPU", "wit_axolotl.WITPlugin"]
 
 
 def shell(*args, cwd, **variables):
@@ -23,12 +22,6 @@ def shell(*args, cwd, **variables):
     done = subprocess.run([str(BIN / "axolotl"), *map(str, args)], env=env, cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
-
-
-def history(out):
-    """The log of a finished run, from its last checkpoint."""
-    last = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    return json.loads((last / "trainer_state.json").read_text())["log_history"]
 
 
 def logged(entries, key):

@@ -3,11 +3,10 @@
 import json
 
 import pytest
-from axokit import CHAT, LEARNING_RATE, Workplace, axolotl, from_prepared, train_on_ranks
+from axokit import CHAT, LEARNING_RATE, PLUGINS, Workplace, axolotl, from_prepared, history, train_on_ranks
 from safetensors.torch import load_file
 from span_reference import expected, from_ids, of_spans, span_logs, weighted_loss
 from support import all_relative_error, document_logits, llama, plain_copy
-from test_axolotl_runs import PLUGINS, history
 from words import tokenizer
 
 SPANS = [

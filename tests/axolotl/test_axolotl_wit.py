@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from axokit import CHAT, from_prepared
+from axokit import CHAT, from_prepared, job, prepare
 from axolotl.integrations.base import PluginManager
 from searchkit import EVERY, STEPS, finished_references, stopped_run
 from support import subprocess_env
 from wit_axolotl.driver import AxolotlDriver
 
 from wit_plugins.cli import main
-from wit_plugins.cli.driver import Job, choose_driver
+from wit_plugins.cli.driver import choose_driver
 from wit_plugins.cli.preview.documents import view
 from wit_plugins.cli.preview.summary import summarise
 from wit_plugins.errors import WITConfigError
@@ -24,17 +24,8 @@ from wit_plugins.tokens.text import TokenText
 ROOT = next(p for p in Path(__file__).parents if (p / "configs" / "axolotl").is_dir())
 
 
-def job(path, **weights):
-    return Job(path, yaml.safe_load(path.read_text()), {}, weights)
-
-
 def config(place, **settings):
     return place.config(**{"plugins": ["wit_axolotl.WITPlugin"], **settings})
-
-
-def prepare(path):
-    PluginManager.get_instance().plugins.clear()  # it outlives a run
-    return AxolotlDriver().prepare(job(path))
 
 
 def wit(capsys, *args):
@@ -267,7 +258,6 @@ def test_a_search(place, tmp_path, monkeypatch, capsys):
     path = config(place, val_set_size=0.25, max_steps=4, eval_steps=2, save_strategy="steps", save_steps=2)
     for name, value in subprocess_env().items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.path.dirname(__file__), os.environ["PYTHONPATH"]]))
     runs = tmp_path / "runs"
     code, _, err = wit(capsys, "sweep", path, "--trials", "3", "--param", "strategies.dft=on,off", "--output", runs)
     log = "".join(file.read_text()[-2000:] for file in runs.glob("*/log.txt"))

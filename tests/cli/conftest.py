@@ -1,9 +1,3 @@
-import sys
-from pathlib import Path
-
-# What the TRL tests share is shared with these too.
-sys.path.insert(0, str(Path(__file__).parents[1] / "trl"))
-
 import pytest
 from datasets import Dataset
 from previewkit import HOSTILE, byte_level_tokenizer

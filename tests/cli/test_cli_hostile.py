@@ -1,4 +1,4 @@
-"""The command's part of the table of hostile inputs (tests/hostile.py)."""
+"""The command's part of the table of hostile inputs (tests/kits/hostile.py)."""
 
 import json
 

@@ -96,7 +96,6 @@ def test_interrupted_it_stops_its_runs_and_goes_on_later(tmp_path, monkeypatch):
         time.sleep(3600)
     """
     script.write_text(
-        f"import sys; sys.path.insert(0, {str(os.path.dirname(__file__))!r}); import conftest\n"
         f"from sweepkit import made_up; import pathlib\nmade_up(pathlib.Path({str(tmp_path)!r}), {body!r}, '0')\n"
     )
     process = subprocess.Popen([sys.executable, str(script)], env=subprocess_env())

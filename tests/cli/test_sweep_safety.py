@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -170,8 +169,7 @@ def test_a_full_disk(tmp_path, room):
 
     def limited(what):
         arguments = [sys.executable, "-c", FULL, str(runs), str(room), what]
-        paths = os.pathsep.join([os.path.dirname(__file__), subprocess_env()["PYTHONPATH"]])
-        return subprocess.run(arguments, env=subprocess_env(PYTHONPATH=paths), capture_output=True, text=True)
+        return subprocess.run(arguments, env=subprocess_env(), capture_output=True, text=True)
 
     done = limited("report")
     assert done.returncode == 0, done.stderr

@@ -6,17 +6,14 @@ import json
 import math
 import sys
 import zipfile
-from pathlib import Path
 
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu
 import gpu_parts
 import gpu_report
 import head_methods
 import linear_cross_entropy as head
+import pytest
+import torch
 import training_step
 from command_line import command_line
 

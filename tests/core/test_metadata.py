@@ -13,7 +13,11 @@ ROOT = next(p for p in Path(__file__).parents if (p / "pyproject.toml").is_file(
 # Names that are imported, where the distribution has another.
 DISTRIBUTIONS = {"yaml": "pyyaml"}
 # Imported where they are found and not needed anywhere: kernels, and what a trainer that uses it brings.
-OPTIONAL = {"wit_plugins/linear_cross_entropy": {"triton", "liger-kernel"}, "wit_plugins": {"deepspeed"}}
+OPTIONAL = {
+    "wit_plugins/linear_cross_entropy": {"triton", "liger-kernel"},
+    "wit_plugins/verify": {"peft"},
+    "wit_plugins": {"deepspeed"},
+}
 # What of the packages may use what an extra brings.
 EXTRAS = {
     "wit_plugins/cli": {"cli"},
@@ -65,3 +69,11 @@ def test_the_readme_names_what_is_installed():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (line,) = re.findall(r"pip install \. +# brings ([^;]+); no framework", readme)
     assert set(line.split(", ")) == declared()
+
+
+def test_tests_share_by_the_kits_alone():
+    """No test imports another, and the path is made in one place: pytest's setting, `support.subprocess_env`."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"^\s*(from|import) test_", text, flags=re.MULTILINE), path
+        assert not re.search(r"sys\.path(\.insert|\.append|\.extend|\[:0\] =| \+=)", text), path

@@ -160,6 +160,7 @@ def test_what_strategies_need_is_found_out_once(registered):
         per_token=False,
         across_tokens=("asks", "changes"),
         draws_targets=False,
+        replaces_nll=(),
         changed_inputs=("changes",),
         text={"text": ("asks",)},
         spans=False,

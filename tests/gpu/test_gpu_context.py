@@ -6,7 +6,6 @@ The cases and what is asked of them are those of `tests/ranks`, where a CPU's ke
 from __future__ import annotations
 
 import json
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,11 +13,8 @@ import pytest
 import torch
 
 pytest.importorskip("trl.trainer", reason="TRL is not installed", exc_type=ImportError)
-from gpukit import DEVICE, ON_GPU, skip_if
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "ranks"))
-
 from context_cases import CASES, check_case, launch
+from gpukit import DEVICE, ON_GPU, skip_if
 
 # By what rows are cut, ranks, over how many of them a row is cut.
 LAYOUTS = {

@@ -6,7 +6,6 @@ Data parallel, fully sharded and tensor parallel.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from gpukit import DEVICE, ON_GPU, WEIGHTS, skip_if
 from support import all_relative_error, from_dataset, llama, reference_step, subprocess_env
 from trlkit import LEARNING_RATE, dataset
 
-RANKS = Path(__file__).parents[1] / "ranks"
+KITS = Path(__file__).parents[1] / "kits"
 SCRIPT = """
 import json, pathlib, sys, torch
 import torch.distributed as dist
@@ -89,18 +88,16 @@ def test_two_ranks_equal_one(device, tmp_path, arguments):
     ],
     ids=["plain", "accumulated, tied", "a soft cap", "a bias", "entropies", "drawn targets"],
 )
-def test_two_halves_of_a_model_take_the_step_of_the_whole(device, tmp_path, monkeypatch, case):
+def test_two_halves_of_a_model_take_the_step_of_the_whole(device, tmp_path, case):
     """Tensor parallelism, `tp_plan="auto"`: the kernel runs on each rank's part of the vocabulary."""
     few = ON_GPU and torch.cuda.device_count() < 2
     skip_if(f"needs two GPUs; here is {torch.cuda.device_count()}" if few else None)
     skip_if(None if version.parse(transformers.__version__) >= version.parse("5.23") else "needs transformers 5.23")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(RANKS / "ranks_tensor.py"), str(tmp_path), json.dumps([case])]
+    command += [str(KITS / "ranks_tensor.py"), str(tmp_path), json.dumps([case])]
     env = subprocess_env(WIT_GPU_DEVICE=DEVICE)
-    env["PYTHONPATH"] += os.pathsep + str(RANKS)
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    monkeypatch.syspath_prepend(str(RANKS))
     from ranks_tensor import assert_step_of_one_process
 
     assert_step_of_one_process(tmp_path, 0, case, tmp_path / "alone")

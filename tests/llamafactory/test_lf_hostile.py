@@ -1,4 +1,4 @@
-"""LLaMA-Factory's part of the table of hostile inputs (tests/hostile.py)."""
+"""LLaMA-Factory's part of the table of hostile inputs (tests/kits/hostile.py)."""
 
 import pytest
 import yaml

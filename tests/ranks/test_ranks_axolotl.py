@@ -98,8 +98,7 @@ def under_ray(launches: Launches, name: str, folder: Path, hidden: str = "") -> 
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump({**settings(launches.workplace, TABLE[name], "ddp", 2, folder), **changes}))
     environment = subprocess_env(**VARIABLES["ddp"], RAY_USAGE_STATS_ENABLED="0")
-    environment["PYTHONPATH"] += f"{os.pathsep}{Path(__file__).parent}"
-    script = [sys.executable, str(Path(__file__).parent / "ray_axolotl.py"), hidden]
+    script = [sys.executable, str(Path(__file__).parents[1] / "kits" / "ray_axolotl.py"), hidden]
     command = [*script, "train", str(file), "--use-ray", "--ray-num-workers", "2"]
     return run_together([command], [environment])
 

@@ -8,7 +8,6 @@ at the model's probabilities, those of one process. Nothing as large as the head
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,10 +43,9 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def of(ranks: int) -> Path:
         if ranks not in folders:
             folders[ranks] = folder = tmp_path_factory.mktemp(f"tensor-{ranks}")
-            script = Path(__file__).with_name("ranks_tensor.py")
+            script = Path(__file__).parents[1] / "kits" / "ranks_tensor.py"
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
             environment = subprocess_env()
-            environment["PYTHONPATH"] += os.pathsep + str(script.parent)
             done = subprocess.run(
                 [*command, str(script), str(folder), json.dumps(list(CASES.values()))],
                 env=environment,

@@ -1,30 +1,13 @@
 """`python -m wit_trl sft`: TRL's own script, launched by accelerate, with weights."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import yaml
+from commandkit import ARGS, TWO_PROCESSES, first_loss, run
 from support import from_dataset, llama, reference_step
-from trlkit import LEARNING_RATE, dataset, sft_trainer, tokenizer
+from trlkit import dataset, sft_trainer, tokenizer
 from wit_trl.__main__ import main
-
-ARGS = {
-    "per_device_train_batch_size": 8,
-    "num_train_epochs": 1,
-    "learning_rate": LEARNING_RATE,
-    "optim": "sgd",
-    "logging_steps": 1,
-    "save_strategy": "steps",
-    "save_steps": 1,
-    "report_to": "none",
-    "use_cpu": True,
-    "bf16": False,
-    "max_length": 64,
-}
-# `--multi_gpu` is accelerate's name for torchrun; on a machine without a GPU the two processes use gloo.
-TWO_PROCESSES = ["--multi_gpu", "--num_processes", "2"]
 
 
 @pytest.fixture
@@ -44,20 +27,9 @@ def workplace(tmp_path):
     return tmp_path
 
 
-def run(workplace, *args):
-    return subprocess.run(
-        [sys.executable, "-m", "wit_trl", *args], capture_output=True, text=True, cwd=workplace, timeout=600
-    )
-
-
 def expected_loss(tmp_path):
     trainer = sft_trainer(tmp_path / "reference", "conversational")
     return reference_step(trainer.model, from_dataset(trainer.train_dataset), 0.2, 0.8)[0]
-
-
-def first_loss(workplace):
-    state = json.loads((workplace / "out" / "checkpoint-1" / "trainer_state.json").read_text())
-    return state["log_history"][0]["loss"]
 
 
 def test_weights_on_the_command_line(workplace):

@@ -9,10 +9,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import groupkit
 import literature
 import numpy as np
 import pytest
-import test_groups
 import torch
 import yaml
 from support import document_logits, from_dataset, llama, plain_copy, subprocess_env
@@ -256,7 +256,7 @@ def test_the_documented_groups_are_mftcoder(tmp_path, registered):
     losses: dict[str, float] = {}
 
     def train(strategies: dict[str, Any]) -> list[float]:
-        data = test_groups.prepared(test_groups.rows(column="source"), strategies)
+        data = groupkit.prepared(groupkit.rows(column="source"), strategies)
         evaluation = {"trainer_kwargs": {"eval_dataset": data}, "eval_strategy": "steps", "eval_steps": 1}
         trainer = sft_trainer(tmp_path, data, num_train_epochs=2, **evaluation)
         trainer.add_callback(WITCallback(trainer, prompt_weight=0.3, strategies=strategies))
@@ -285,7 +285,7 @@ def test_what_the_table_of_methods_says_to_paste_trains(tmp_path):
             args = SFTConfig(str(tmp_path), use_cpu=True)
             settings["data"] = prepare_dataset(data, tokenizer(), args, strategies=strategies)
         if names[-1] in ("mftcoder", "coba"):
-            data = test_groups.prepared(test_groups.rows(), strategies)
+            data = groupkit.prepared(groupkit.rows(), strategies)
             settings |= {"data": data, "trainer_kwargs": {"eval_dataset": data}, "eval_strategy": "epoch"}
         trainer = sft_trainer(tmp_path, **settings)
         with warnings.catch_warnings():

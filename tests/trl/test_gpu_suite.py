@@ -6,14 +6,11 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
-import pytest
-from support import subprocess_env
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu
 import gpu_report
+import pytest
+from support import subprocess_env
 
 ROOT = gpu.ROOT
 ALL = {part.name for part in gpu.PARTS}

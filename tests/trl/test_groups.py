@@ -6,16 +6,14 @@ import literature
 import pytest
 import torch
 from apart import on_ranks
-from datasets import Dataset
-from support import Document, all_relative_error, document_logits, documents, plain_copy
-from test_literature import LEARNING_RATE, in_order
-from trl import SFTConfig
-from trlkit import logs, sft_trainer, tokenizer, weights_of
-from wit_trl import WITCallback, prepare_dataset
+from groupkit import MFTCODER, own, prepared, rows
+from methodkit import LEARNING_RATE, in_order
+from support import all_relative_error, document_logits, plain_copy
+from trlkit import logs, sft_trainer, weights_of
+from wit_trl import WITCallback
 
 from wit_plugins import WITConfigError
 
-MFTCODER = {"mftcoder": {"groups": literature.TASKS}}
 WEIGHTS = {"weighted": (0.2, 0.8), "response": (0.0, 1.0)}
 LAYOUTS = {
     "unpacked": {},
@@ -26,26 +24,6 @@ LAYOUTS = {
     "cut": {"packing": True, "packing_strategy": "bfd_split", "max_length": 10},
     "logits": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
 }
-
-
-def own(ids):
-    """A document whose every token says its task (modulo 3) and its role, however it is cut."""
-    return Document(list(ids), [i // 3 % 2 == 0 for i in ids])
-
-
-def rows(count=9, seed=0, column="task", rename=None):
-    """Tokenised examples of three tasks, half of them of the first, and what says so."""
-    made = []
-    for index, doc in enumerate(documents(count, seed, low=4, high=12)):
-        number = [0, 1, 0, 2, 0, 0][index % 6]
-        ids = [min(i, 59) // 3 * 3 + number for i in doc.input_ids]
-        made.append({**own(ids).example(), column: literature.task(ids)})
-    return Dataset.from_list(made)
-
-
-def prepared(data, strategies=MFTCODER, **settings):
-    args = SFTConfig("unused", use_cpu=True, bf16=False)
-    return prepare_dataset(data, tokenizer(), args, strategies=strategies, **settings)
 
 
 def pieces(row):

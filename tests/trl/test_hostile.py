@@ -1,4 +1,4 @@
-"""TRL's part of the table of hostile inputs (tests/hostile.py)."""
+"""TRL's part of the table of hostile inputs (tests/kits/hostile.py)."""
 
 import json
 import sys

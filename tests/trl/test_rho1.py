@@ -3,8 +3,8 @@
 import pytest
 import torch
 from literature import SHARE, adapted, rho1_step
+from methodkit import LAYOUTS, LEARNING_RATE, in_order
 from support import all_relative_error, llama, plain_copy
-from test_literature import LAYOUTS, LEARNING_RATE, in_order
 from trlkit import logs, sft_trainer, weights_of
 from wit_trl import WITCallback
 

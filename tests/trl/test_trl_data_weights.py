@@ -6,13 +6,25 @@ import json
 import numpy as np
 import pytest
 import yaml
+from commandkit import ARGS, TWO_PROCESSES, first_loss, run
 from datasets import Dataset
 from support import all_relative_error
-from test_cli import ARGS, TWO_PROCESSES, first_loss, run
 from transformers import LlamaForCausalLM
-from trl import SFTConfig
 from trlkit import LEARNING_RATE
-from weightkit import KEYS, MAX_LENGTH, dataset, expected_step, model, reference, rows, step_taken, tokenizer, trainer
+from weightkit import (
+    KEYS,
+    MAX_LENGTH,
+    config,
+    conversation,
+    dataset,
+    expected_step,
+    model,
+    reference,
+    rows,
+    step_taken,
+    tokenizer,
+    trainer,
+)
 from wit_trl import WITCallback, prepare_dataset
 from wit_trl.row_weights import opened
 from wit_trl.sft import WITArguments, make_parser
@@ -24,11 +36,6 @@ from wit_plugins.tokens.weighted_labels import read_prepared
 
 WEIGHTS = (0.2, 0.8)
 SETTINGS = {"prompt_weight": 0.2, "response_weight": 0.8}
-
-
-def config(**args):
-    settings = {"max_length": MAX_LENGTH, "report_to": [], "use_cpu": True, "bf16": False, **args}
-    return SFTConfig("unused", **settings)
 
 
 def is_exact(tmp_path, made, documents, weights=WEIGHTS, normalization="nonzero_tokens"):
@@ -60,6 +67,45 @@ def test_loss_and_step_are_those_of_the_text_and_its_weights(tmp_path, kind, arg
         documents = [piece for document in documents for piece in document.split(args["max_length"])]
         assert len(documents) > 8
     is_exact(tmp_path, made, documents)
+
+
+def some_below_zero():
+    """An answer, a part of one, a prompt and a sample that are not to be said."""
+    made = rows()
+    made[0]["messages"][1][KEYS[0]] = -0.5
+    made[2]["messages"][3]["content"][0]["weight"] = -1
+    made[1]["messages"][0]["weight"] = -0.25
+    made[6]["weight"] = -2.0
+    return made
+
+
+AGAINST = {**SETTINGS, "strategies": ["unlikelihood"]}
+
+
+@pytest.mark.parametrize("loss_impl", ["fused", "logits"])
+@pytest.mark.parametrize("normalization", ["nonzero_tokens", "weight_sum"])
+@pytest.mark.parametrize("args", [{}, {"packing": True}], ids=["unpacked", "packed"])
+def test_a_weight_below_0_trains_against_its_tokens(tmp_path, args, normalization, loss_impl):
+    asked = {"assistant_only_loss": True, **args}
+    data = prepare_dataset(dataset(some_below_zero()), tokenizer(), config(**asked), strategies=["unlikelihood"])
+    made = trainer(tmp_path, data, **asked)
+    made.add_callback(WITCallback(made, **AGAINST, normalization=normalization, loss_impl=loss_impl))
+    documents = reference(some_below_zero(), None if args else MAX_LENGTH)
+    assert sum(weight < 0 for document in documents for weight in document.data) > 20
+    is_exact(tmp_path, made, documents, normalization=normalization)
+    expected, _ = expected_step(made.model, documents, WEIGHTS, normalization)
+    assert made.evaluate(data)["eval_weighted_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_weight_below_0_needs_the_strategy(tmp_path):
+    """Whoever has not named it: when the data is prepared, and when prepared data is trained on."""
+    with pytest.raises(WITConfigError, match=r"below 0.*no lower bound.*or name the strategy unlikelihood, which trains"):
+        prepare_dataset(dataset(some_below_zero()), tokenizer(), config(assistant_only_loss=True))
+    asked = {"assistant_only_loss": True}
+    data = prepare_dataset(dataset(some_below_zero()), tokenizer(), config(**asked), strategies=["unlikelihood"])
+    made = trainer(tmp_path, data, **asked)
+    with pytest.raises(WITConfigError, match="read from it with other settings than this run's"):
+        made.add_callback(WITCallback(made, **SETTINGS))
 
 
 def test_tokens_of_weight_zero_are_not_counted_or_reported(tmp_path, capsys):
@@ -98,11 +144,6 @@ def test_zero_and_one_are_the_masks_that_trl_knows(tmp_path):
     (loss, taken), (own_loss, own_taken) = step_taken(weighted), step_taken(own)
     assert loss == pytest.approx(own_loss, rel=1e-6)
     assert all_relative_error(taken, own_taken) < 1e-5
-
-
-def conversation(index):
-    said = [("user", "two plus"), ("assistant", f"four {index}"), ("user", "then?"), ("assistant", "the end " * index)]
-    return {"messages": [{"role": role, "content": content} for role, content in said]}
 
 
 def weighted_by(weight, row):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from literature import SHARE, adapted, rho1_step, sstoken_step
+from methodkit import LAYOUTS, LEARNING_RATE, assert_ranks_are_one, for_two_ranks, in_order
 from support import all_relative_error, from_dataset, llama, plain_copy
-from test_literature import LAYOUTS, LEARNING_RATE, assert_ranks_are_one, for_two_ranks, in_order
 from trlkit import dataset, logs, sft_trainer, weights_of
 from wit_trl import WITCallback
 

@@ -9,16 +9,11 @@ from datasets import Dataset
 from span_reference import expected, from_ids, of_spans, span_logs, weighted_loss
 from support import all_relative_error, document_logits, from_dataset, llama, plain_copy
 from tokenizers_by_kind import byte_level
-from trlkit import LEARNING_RATE, logs, sft_trainer, weights_of
+from trlkit import LEARNING_RATE, TEMPLATE, logs, sft_trainer, weights_of
 from wit_trl import WITCallback
 
 from wit_plugins import WITConfigError
 
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
-)
 SPANS = [
     {"between": ["<think>", "</think>"], "role": "response", "weight": 0.5},
     {"named": "reasoning", "delimiters": False, "weight": 3},

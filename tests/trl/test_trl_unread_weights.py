@@ -10,8 +10,7 @@ import trl
 import wit_trl.label_weights
 from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
 from support import subprocess_env
-from test_trl_data_weights import config, conversation
-from weightkit import dataset, tokenizer, trainer
+from weightkit import OPTIONS, config, conversation, dataset, fingerprints, prepared, tokenizer, trainer
 from wit_trl import WITCallback, prepare_dataset
 from wit_trl.driver import _splits
 from wit_trl.row_weights import own_labels
@@ -19,8 +18,6 @@ from wit_trl.unread_weights import NOTES, _as_they_are
 
 from wit_plugins import WITConfig, WITConfigError, attach
 from wit_plugins.data_weights.reader import UnreadWeightWarning
-
-OPTIONS = {"assistant_only_loss": True}
 
 
 def one(place):
@@ -45,10 +42,6 @@ def one(place):
 def lines(made):
     """Rows as a stream whose columns nobody knows before they come, and that counts what is read."""
     yield from made
-
-
-def prepared(data, **settings):
-    return prepare_dataset(data, tokenizer(), config(**OPTIONS), **settings)
 
 
 PLACES = {
@@ -220,20 +213,13 @@ def test_packing_that_ignores_documents_is_refused(tmp_path):
         trainer(tmp_path, data, **OPTIONS, packing=True, packing_strategy="wrapped")
 
 
-def fingerprints(folder):
-    """Of one dataset, prepared with three settings."""
-    data = Dataset.from_json(f"{folder}/data.jsonl", cache_dir=f"{folder}/cache")
-    settings = ({}, {"prompt_weight": 0.7}, {"message_weight_keys": ["loss", "train"]})
-    return [prepared(data, **each)._fingerprint for each in settings]
-
-
 def test_a_cache_is_used_for_the_same_settings_alone(tmp_path):
     """In this process and in the next one; the roles' weights are not in it."""
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in one("message")))
     first, *others = said = fingerprints(tmp_path)
     assert [other == first for other in others] == [True, False]
     files = sorted(path.name for path in (tmp_path / "cache").rglob("cache-*.arrow"))
-    script = f"from test_trl_unread_weights import fingerprints; print(*fingerprints({str(tmp_path)!r}))"
+    script = f"from weightkit import fingerprints; print(*fingerprints({str(tmp_path)!r}))"
     done = subprocess.run(
         [sys.executable, "-c", script], env=subprocess_env(PYTHONHASHSEED="7"), capture_output=True, text=True
     )

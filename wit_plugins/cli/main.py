@@ -97,6 +97,14 @@ def make_parser() -> argparse.ArgumentParser:
     command = _command(commands, "best", "print a sweep's best cell as a block of the configuration", _run_best)
     result_arguments(command)
 
+    command = _command(commands, "verify", "compute again, from the formula, what a run was trained with", _run_verify)
+    command.add_argument("run_folder", type=Path, metavar="RUN_DIR", help="the output folder of a run with verify: 3")
+    command.add_argument(
+        "--data", type=Path, metavar="FILE", help="the rows it was trained on, where these hold weights"
+    )
+    command.add_argument("--base", metavar="MODEL", help="of a LoRA: the base model (default: the one it names)")
+    command.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="(default: %(default)s)")
+
     command = _command(commands, "env", "what is installed, for a bug report", _run_env)
     command.add_argument(
         "--head",
@@ -258,6 +266,12 @@ def _run_best(options: argparse.Namespace) -> int:
     from wit_plugins.cli.sweep.best import print_best
 
     return print_best(options.output, options.metric, options.storage)
+
+
+def _run_verify(options: argparse.Namespace) -> int:
+    from wit_plugins.cli.verify import verify
+
+    return verify(options.run_folder, options.data, options.dtype, options.base)
 
 
 def _run_env(options: argparse.Namespace) -> int:

@@ -24,6 +24,7 @@ SPAN_NAME = r"[A-Za-z0-9_.-]{1,64}"  # in the keys of the log
 MAX_SPANS = 62  # that are logged; the batch has a bit for each
 _ONE_AT_A_TIME = {  # hooks that only one strategy of a run may implement, and the error's words
     "select_tokens": "select tokens, each from what the other has left out",
+    "replace_nll": "put something else in the place of the nll",
     "draw_targets": "put other targets in the place of a token's own",
     "sample_groups": "sort the samples into groups",
 }
@@ -66,6 +67,8 @@ class ActiveStrategies:
         self.needs = Requirements.of(self._strategies)
         for hook, reason in _ONE_AT_A_TIME.items():
             both = [strategy.name for strategy in self._strategies if strategy.has(hook)]
+            if hook == "draw_targets":  # a loss of other targets' nll has no nll to replace
+                both += self.needs.replaces_nll
             if len(both) > 1:
                 raise WITConfigError(f"strategies: {' and '.join(both)} both {reason}; take one out")
 

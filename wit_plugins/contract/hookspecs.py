@@ -169,6 +169,19 @@ def draw_targets(
 
 
 @hookspec(firstresult=True)
+def replace_nll(
+    log_probs: torch.Tensor,
+    roles: torch.Tensor,
+    weights: torch.Tensor,
+    options: Mapping[str, Any] | Sequence[Any],
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What takes the place of the nll of `n` tokens: losses `[n]`, and their derivatives by the nll `[n]`.
+
+    It is multiplied by the absolute value of `weights`, which may be below 0 where the data says so.
+    """
+
+
+@hookspec(firstresult=True)
 def change_inputs(
     input_ids: torch.Tensor,
     roles: torch.Tensor,

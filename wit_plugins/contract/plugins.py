@@ -41,12 +41,14 @@ DEFAULT_STRATEGIES = {
     "sstoken": "wit_plugins.strategies.sstoken",
     "talr": "wit_plugins.strategies.talr",
     "tl_training": "wit_plugins.strategies.tl_training",
+    "unlikelihood": "wit_plugins.strategies.unlikelihood",
 }
 HOOKS_OF_A_STRATEGY = (
     "static_weights",
     "dynamic_weights",
     "select_tokens",
     "draw_targets",
+    "replace_nll",
     "change_inputs",
     "sample_groups",
     "group_weights",

@@ -48,6 +48,8 @@ class Requirements:
             by piece.
         across_tokens (`tuple[str, ...]`): more than one token at a time, or the place of one in the batch.
         draws_targets (`bool`): whether a strategy puts other targets in the place of a token's own.
+        replaces_nll (`tuple[str, ...]`): to put something else in the place of the nll; weights in the data may be
+            below 0.
         changed_inputs (`tuple[str, ...]`): to change what the model reads.
         text (`dict[str, tuple[str, ...]]`): by each of the arguments `tokenizer`, `text` and `offsets` that the
             collator is asked for: by which strategies.
@@ -66,6 +68,7 @@ class Requirements:
     per_token: bool
     across_tokens: tuple[str, ...]
     draws_targets: bool
+    replaces_nll: tuple[str, ...]
     changed_inputs: tuple[str, ...]
     text: dict[str, tuple[str, ...]]
     spans: bool
@@ -93,6 +96,7 @@ class Requirements:
             per_token=all(s.per_token for s in dynamic),
             across_tokens=_names(s for s in strategies if (s in dynamic and not s.per_token) or _looks_across(s)),
             draws_targets=any(s.has("draw_targets") for s in strategies),
+            replaces_nll=_names(s for s in strategies if s.has("replace_nll")),
             changed_inputs=_names(s for s in strategies if s.has("change_inputs")),
             text={argument: names for argument, names in text.items() if names},
             spans=any(s.has("find_spans") for s in strategies),

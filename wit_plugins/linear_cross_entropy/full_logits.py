@@ -35,6 +35,10 @@ def full_logits(hidden: torch.Tensor, head: Head, tokens: Tokens) -> TokenNLL:
         if factors is not None:
             weights = weights * factors.detach()
     losses = nll
+    replaced = None if tokens.replace is None else tokens.replace(-nll.detach(), slice(0, len(nll)))
+    if replaced is not None:  # the value of the one, the gradient of the other
+        change = torch.where(replaced[1] == 0, 0, replaced[1] * (nll - nll.detach()))
+        losses = replaced[0] + change
     drawn = None if tokens.retarget is None else tokens.retarget(log_probs.detach().exp(), slice(0, len(nll)))
     if drawn is not None:
         terms = drawn[1].detach() * -log_probs.gather(-1, drawn[0])  # [N, K]

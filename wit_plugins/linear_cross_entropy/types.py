@@ -72,6 +72,11 @@ class Rescale(Protocol):
 Retarget = Callable[["torch.Tensor", slice], "tuple[torch.Tensor, torch.Tensor] | None"]
 
 
+# From log-probabilities `[n]`, detached, and which of the `N` tokens they are of: what takes the place of their nll in
+# the loss, and its derivatives by the nll, `[n]` each; or `None` for the nll.
+Replace = Callable[["torch.Tensor", slice], "tuple[torch.Tensor, torch.Tensor] | None"]
+
+
 @dataclass(frozen=True)
 class Tokens:
     """The `N` tokens that are scored. Every one of them is projected, whatever its weight.
@@ -88,6 +93,7 @@ class Tokens:
         entropies (`tuple[int, ...]`): which entropies the dynamic weights are told: of the k most likely tokens,
             renormalised, for each k; 0 stands for all tokens, and `CONCENTRATION` for Σ p² over all tokens.
         retarget ([`Retarget`], *optional*): what takes the targets' place in the loss; `nll` stays the targets'.
+        replace ([`Replace`], *optional*): what takes the place of the nll in the loss; `nll` stays what it is.
         grad_scale (`float`): what the loss will be multiplied by before its backward, as far as that is known (the
             number of ranks). The gradients are made with it, and the loss is not multiplied by it.
     """
@@ -101,6 +107,7 @@ class Tokens:
     with_entropy: bool = False
     entropies: tuple[int, ...] = ()
     retarget: Retarget | None = None
+    replace: Replace | None = None
     grad_scale: float = 1.0
 
     def divisor(self, dtype: torch.dtype) -> torch.Tensor | None:

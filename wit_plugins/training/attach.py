@@ -72,6 +72,10 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
     model = causal_lm(trainer)
     claim(model, trainer)
     check_parallelism(trainer, adapter, strategies, model)
+    if config.verify:
+        from wit_plugins.training.kept_steps import check_can_keep
+
+        check_can_keep(trainer, model)
     if strategies.needs.references and strategies.needs.reference is None:
         from wit_plugins.loss.peft import check_base_model
 
@@ -123,7 +127,12 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
         adapter.prepare(trainer, changes)
         original_class = type(trainer)
         name = f"Weighted{original_class.__name__}"
-        changes.set(trainer, "__class__", type(name, (WeightedTrainerMixin, original_class), {}))
+        mixin: type[WeightedTrainerMixin] = WeightedTrainerMixin
+        if config.verify:
+            from wit_plugins.training.kept_steps import KeepingTrainerMixin
+
+            mixin = KeepingTrainerMixin
+        changes.set(trainer, "__class__", type(name, (mixin, original_class), {}))
     except BaseException:
         changes.undo()
         head.remove()

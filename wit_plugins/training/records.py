@@ -19,7 +19,7 @@ def save_config(config: WITConfig, folder: str | os.PathLike[str]) -> None:
     import wit_plugins
 
     Path(folder).mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**config.model_dump(), VERSION_KEY: wit_plugins.__version__}, indent=2) + "\n"
+    text = json.dumps({**config.model_dump(exclude={"verify"}), VERSION_KEY: wit_plugins.__version__}, indent=2) + "\n"
     Path(folder, CONFIG_NAME).write_text(text, encoding="utf-8")
 
 
@@ -45,7 +45,7 @@ def warn_if_changed(config: WITConfig, checkpoint: str | os.PathLike[str]) -> No
             stacklevel=3,
         )
         return
-    if saved == config:
+    if saved is not None and saved.model_copy(update={"verify": config.verify}) == config:
         return
     before = f"with {saved.summary()}" if saved else "without weights (it has no wit_config.json)"
     warnings.warn(f"{checkpoint} was trained {before}; it is resumed with {config.summary()}", stacklevel=3)

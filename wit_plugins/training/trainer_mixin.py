@@ -178,8 +178,8 @@ class WeightedTrainerMixin(_Base):
             if wit.head.outcome is None or wit.head.chosen != "fused" or not _reads_logits(error):
                 raise
             raise WeightsNotAppliedError(
-                f"{type(self).__mro__[2].__name__}.compute_loss failed after the loss was computed, probably because "
-                "it reads the logits, which the fused head never holds; set loss_impl: logits"
+                f"{type(self).__bases__[-1].__name__}.compute_loss failed after the loss was computed, probably "
+                "because it reads the logits, which the fused head never holds; set loss_impl: logits"
             ) from error
         finally:
             outcome, wit.run.cut_to = wit.head.end(), None
@@ -255,7 +255,7 @@ class WeightedTrainerMixin(_Base):
         loss = loss.detach().float()
         if not torch.allclose(loss, expected, rtol=1e-3, atol=1e-6, equal_nan=True):
             raise WeightsNotAppliedError(
-                f"{type(self).__mro__[2].__name__} computes a loss of {loss.item():.6g} where the weighted loss is "
+                f"{type(self).__bases__[-1].__name__} computes a loss of {loss.item():.6g} where the weighted loss is "
                 f"{expected.item():.6g}: its compute_loss does not use the loss of the model, so the weights cannot "
                 "be applied; switch off the option that replaces the loss"
             )

@@ -20,6 +20,7 @@ from headkit import (
     make,
     products,
 )
+from memory import peak_bytes
 from support import subprocess_env
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,9 +30,6 @@ from wit_plugins.linear_cross_entropy import (
     softmax,
     weighted_linear_cross_entropy,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
-from memory import peak_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

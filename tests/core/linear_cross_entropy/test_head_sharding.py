@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -102,7 +100,6 @@ dist.destroy_process_group()
 def test_fsdp2_head(precision, tmp_path):
     """Two processes with different batches: the sharded gradient is the mean of both, as FSDP2 itself makes it."""
     env = subprocess_env(CUDA_VISIBLE_DEVICES="", WORLD_SIZE="2")
-    env["PYTHONPATH"] += os.pathsep + str(Path(__file__).parent)
     script = tmp_path / "fsdp.py"
     script.write_text(FSDP)
     commands = [[sys.executable, str(script), str(rank), str(tmp_path / "store"), precision] for rank in (0, 1)]

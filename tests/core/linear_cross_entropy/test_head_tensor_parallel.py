@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -170,7 +169,6 @@ assert torch.equal(call(lm_head_weight=whole), call(lm_head_weight=weight))
 def run(tmp_path: Path, ranks: int, impl: str, *parts: str, **changes: str) -> None:
     """The parts of a script on so many ranks, each of which must end well."""
     env = subprocess_env(CUDA_VISIBLE_DEVICES="", **changes)
-    env["PYTHONPATH"] += os.pathsep + str(Path(__file__).parent)
     (tmp_path / "script.py").write_text("".join([START, *parts, "dist.destroy_process_group()\n"]))
     command = [sys.executable, str(tmp_path / "script.py")]
     running = [

@@ -7,8 +7,8 @@ import types
 
 import pytest
 import torch
+from patchkit import collate, run
 from support import all_relative_error, documents, llama
-from test_architectures import collate, run
 
 from wit_plugins import PROMPT, WITConfigError, hookimpl, register
 from wit_plugins.contract.active import ActiveStrategies

@@ -38,7 +38,7 @@ def _data_weights(**settings: Any) -> DataWeights:
 def test_labels_and_weights_survive(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 12))
     labels = np.array(data.draw(st.lists(st.sampled_from([-100, 0, 1, 2**21 - 1]), min_size=size, max_size=size)))
-    kinds = st.sampled_from([0.0, 0.1, 1.0, 1e-38, 3e38])
+    kinds = st.sampled_from([0.0, 0.1, 1.0, 1e-38, 3e38, -1.0, -0.3])
     weights = np.array(data.draw(st.lists(kinds, min_size=size, max_size=size)), dtype=np.float32)
     fingerprint = data.draw(st.integers(0, 2**31 - 1))
     prepared = prepare(labels, weights, fingerprint)

@@ -5,8 +5,8 @@ import resource
 
 import numpy as np
 import pytest
+from collators import FirstTokenMasked, FlatteningCollator, PaddingCollator
 from support import documents
-from test_transport import FirstTokenMasked, FlatteningCollator, PaddingCollator
 
 from wit_plugins import WeightsNotAppliedError, WITConfigError, hookimpl, reference_in
 from wit_plugins.contract.active import ActiveStrategies

@@ -5,9 +5,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from collators import FirstTokenMasked, FlatteningCollator, PaddingCollator, packed_examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_transport import FirstTokenMasked, FlatteningCollator, PaddingCollator, packed_examples
 
 from wit_plugins import WeightsNotAppliedError, WITConfigError, hookimpl
 from wit_plugins.contract.active import ActiveStrategies

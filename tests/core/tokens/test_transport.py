@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from collators import FirstTokenMasked, FlatteningCollator, PaddingCollator, packed_examples, pad
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,6 +46,24 @@ def test_round_trip_is_exact_even_through_float64(drawn):
     assert (labels == np.where(roles == 2, targets, -100)).all()
 
 
+def test_a_weight_below_zero_is_the_negative_of_a_code():
+    targets, roles = np.array([0, 5, 7, 100, 9, 3]), np.array([1, 2, 1, 2, 0, 2], np.uint8)
+    weights = np.array([-1e-45, -0.5, 2.0, -1e12, 1.0, 0.0], np.float32)
+    codes = encode(targets, roles, weights)
+    through = restore_codes(torch.from_numpy(codes).to(torch.float64))
+    read_targets, read_roles, read_weights = decode(through)
+    assert read_targets.tolist() == [0, 5, 7, 100, -100, 3]
+    assert read_roles.tolist() == roles.tolist()
+    assert read_weights.tolist() == [*weights[:4].tolist(), 0, 0]
+    assert framework_labels(through).tolist() == framework_labels(torch.from_numpy(encode(targets, roles, np.abs(weights)))).tolist()
+    assert is_weighing(codes).tolist() == [True, True, True, True, False, True]
+    assert locate(through[None])[1].tolist() == locate(torch.from_numpy(np.abs(codes)).where(roles_there(roles), -100)[None])[1].tolist()
+
+
+def roles_there(roles):
+    return torch.from_numpy(roles != 0)
+
+
 def test_negative_zero_is_zero():
     codes = encode(np.array([5]), np.array([1], np.uint8), np.array([-0.0], np.float32))
     targets, roles, weights = decode(torch.from_numpy(codes))
@@ -67,60 +86,6 @@ def test_weights_that_do_not_fit_are_refused(weight):
 def test_types_that_lose_bits_are_refused(dtype):
     with pytest.raises(ValueError, match="cannot hold the weights"):
         restore_codes(torch.zeros(3, dtype=dtype))
-
-
-def pad(rows, value, multiple):
-    width = -(-max(map(len, rows)) // multiple) * multiple
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
-
-
-class PaddingCollator:
-    """Pads on the right (or left), as TRL's and transformers' do."""
-
-    def __init__(self, multiple=1, left=False):
-        self.multiple, self.left = multiple, left
-
-    def __call__(self, examples):
-        flip = (lambda row: row[::-1]) if self.left else (lambda row: row)
-        ids = pad([flip(e["input_ids"]) for e in examples], 0, self.multiple)
-        labels = pad([flip(e["labels"]) for e in examples], -100, self.multiple)
-        if self.left:
-            ids, labels = ids.flip(1), labels.flip(1)
-        return {"input_ids": ids, "labels": labels}
-
-
-class FlatteningCollator:
-    """One row of everything, labels through float64 and nested batches allowed, as Axolotl's."""
-
-    def __call__(self, examples):
-        flat = [e for item in examples for e in (item if isinstance(item, list) else [item])]
-        labels = np.concatenate([[], *[e["labels"] for e in flat]])
-        return {
-            "input_ids": torch.tensor([[i for e in flat for i in e["input_ids"]]]),
-            "labels": torch.from_numpy(labels)[None],
-        }
-
-
-@st.composite
-def packed_examples(draw):
-    """Examples of one or more documents, and for each token what it must arrive as."""
-    vocab_size = draw(st.sampled_from([10, 32000, MAX_VOCAB_SIZE]))
-    examples, expected = [], []
-    for _ in range(draw(st.integers(1, 4))):
-        lengths = draw(st.lists(st.integers(1, 8), min_size=1, max_size=4))
-        total = sum(lengths)
-        ids = draw(st.lists(st.integers(0, vocab_size - 1), min_size=total, max_size=total))
-        masked = draw(st.lists(st.booleans(), min_size=total, max_size=total))
-        how = draw(st.sampled_from(["seq_lengths", "position_ids"])) if len(lengths) > 1 else None
-        example = {"input_ids": ids, "labels": [-100 if m else i for i, m in zip(ids, masked, strict=True)]}
-        if how == "seq_lengths":
-            example["seq_lengths"] = lengths
-        elif how == "position_ids":
-            example["position_ids"] = [p for n in lengths for p in range(n)]
-        firsts = {sum(lengths[:i]) for i in range(len(lengths))}
-        examples.append(example)
-        expected.append([(0, None) if t in firsts else (1 if masked[t] else 2, ids[t]) for t in range(total)])
-    return examples, expected
 
 
 @settings(deadline=None)
@@ -181,15 +146,6 @@ def test_padding_with_a_label_is_trained_on_as_in_the_framework():
     example = {"input_ids": [5, 6, 0], "labels": [-100, 6, 0], "attention_mask": [1, 1, 0]}
     batch = WeightedCollator(PaddingCollator(), wit())([example])
     assert decode(batch[CODES_KEY])[1].tolist() == [[0, 2, 2]]
-
-
-class FirstTokenMasked(PaddingCollator):
-    """Masks the labels at the starts of documents itself, as TRL's does where it flattens."""
-
-    def __call__(self, examples):
-        batch = super().__call__(examples)
-        batch["labels"][:, 0] = -100
-        return batch
 
 
 def test_a_collator_may_mask_what_is_never_predicted():

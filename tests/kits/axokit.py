@@ -18,7 +18,10 @@ from apart import apart, on_ranks
 from axolotl.integrations.base import BasePlugin, PluginManager
 from packaging.version import Version
 from support import Document, all_relative_error, documents, llama, reference_step
+from wit_axolotl.driver import AxolotlDriver
 from words import text, tokenizer
+
+from wit_plugins.cli.driver import Job
 
 LEARNING_RATE = 0.05
 AXOLOTL = Version(importlib.metadata.version("axolotl"))
@@ -325,3 +328,21 @@ def _train_on_a_rank(path: Path) -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"  # without a GPU: gloo, which accelerate takes only if it is told so
     trainer = train(path).trainer
     assert trainer.accelerator.num_processes == int(os.environ["WORLD_SIZE"])
+
+
+PLUGINS = ["axokit.Recorder", "axokit.UseCPU", "wit_axolotl.WITPlugin"]
+
+
+def history(out):
+    """The log of a finished run, from its last checkpoint."""
+    last = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    return json.loads((last / "trainer_state.json").read_text())["log_history"]
+
+
+def prepare(path):
+    PluginManager.get_instance().plugins.clear()  # it outlives a run
+    return AxolotlDriver().prepare(job(path))
+
+
+def job(path, **weights):
+    return Job(path, yaml.safe_load(path.read_text()), {}, weights)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import subprocess
 import sys
@@ -218,7 +217,6 @@ def launch(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += [str(HERE / "run_context.py"), str(folder), str(parts), device, json.dumps(list(cases.values()))]
     environment = subprocess_env(**launch_environment(folder, way, ranks, parts), **given)
-    environment["PYTHONPATH"] += os.pathsep + str(HERE)
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     return done.stdout + done.stderr
 

@@ -97,3 +97,10 @@ def assert_step_is_exact(
     loss, taken, expected_loss, expected = one_step(trainer, prompt_weight, response_weight)
     assert abs(loss - expected_loss) <= rel * abs(expected_loss), (loss, expected_loss)
     assert all_relative_error(taken, expected) < 10 * rel
+
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+)

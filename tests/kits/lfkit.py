@@ -238,7 +238,6 @@ def run_command(monkeypatch: Any, *argv: str) -> int:
 def environment(**changes: str) -> dict[str, str]:
     """Variables for another process: what tests import, and LLaMA-Factory's torchrun, are found."""
     base = subprocess_env(**{"LLAMAFACTORY_VERBOSITY": "INFO", **changes})
-    base["PYTHONPATH"] = f"{Path(__file__).parent}{os.pathsep}{base['PYTHONPATH']}"
     base["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{base['PATH']}"
     return base
 

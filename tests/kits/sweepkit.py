@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 import textwrap
@@ -136,9 +135,9 @@ def worker(tmp_path, body, before="", call="searched", **options):
 
     code = f"sys.exit({call}(pathlib.Path({str(tmp_path)!r}), {body!r}, **{options!r}))"
     code = f"import pathlib, sys\nfrom sweepkit import made_up, searched\n{before}{code}"
-    paths = os.pathsep.join([os.path.dirname(__file__), subprocess_env()["PYTHONPATH"]])
-    env = subprocess_env(PYTHONPATH=paths)
-    return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=subprocess_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 RECORD = {"framework": "madeup", "settings": {"a": 1}, "metric": "eval_response_loss", "direction": "min"}

@@ -226,7 +226,6 @@ def torchrun(module: str, arguments: Sequence[str], ranks: int, nodes: int = 1, 
     """
     environment = subprocess_env(**variables)
     here = Path(__file__).parent
-    environment["PYTHONPATH"] += "".join(f"{os.pathsep}{path}" for path in (here, here.parent / "llamafactory"))
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks // nodes}"]
     port, commands = free_port(), []
     for node in range(nodes):

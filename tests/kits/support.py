@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from tiny_model import byte_tokenizer, small_llama, word_tokenizer  # noqa: F401 (tokenizers are for the tests)
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from wit_plugins.loss.reference import reference_loss
-
-sys.path.insert(0, str(next(p for p in Path(__file__).parents if (p / "configs").is_dir()) / "configs"))
-from tiny_model import byte_tokenizer, small_llama, word_tokenizer  # noqa: F401 (tokenizers are for the tests)
 
 VOCAB_SIZE = 61
 GRID = [round(0.2 * i, 1) for i in range(6)]
@@ -161,6 +158,11 @@ def aux_loss_step(
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+def term(weight: float, nll: torch.Tensor) -> torch.Tensor:
+    """What a token adds to the loss: w·nll, or |w|·-log(1 - p) for a weight below 0 (unlikelihood)."""
+    return weight * nll if weight >= 0 else weight * torch.log1p(-torch.exp(-nll))
+
+
 def role_losses(model: torch.nn.Module, docs: Sequence[Document]) -> dict[str, float]:
     """Unweighted mean losses of prompt and response, and the numbers of tokens, from the formula at (1, 0), (0, 1)."""
     model = plain_copy(model).eval()
@@ -175,9 +177,10 @@ def role_losses(model: torch.nn.Module, docs: Sequence[Document]) -> dict[str, f
 
 
 def subprocess_env(**changes: str) -> dict[str, str]:
-    """Variables for a script that imports what tests import, whatever is on the path already."""
-    here = Path(__file__).parent
-    paths = [str(here), *(str(here / name) for name in ("exit", "trl", "axolotl")), os.environ.get("PYTHONPATH", "")]
+    """Variables for a script that imports what tests import: the one place where the path of a process is made."""
+    kits = Path(__file__).parent
+    folders = (kits, kits.parent / "exit", kits.parents[1] / "configs")
+    paths = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths)), **changes}
 
 

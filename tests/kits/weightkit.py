@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from support import Document, document_logits, llama, plain_copy
+from support import Document, document_logits, llama, plain_copy, term
 from tokenizers_by_kind import byte_level
+from trl import SFTConfig
 from trlkit import LEARNING_RATE, logs, sft_trainer, weights_of
+from wit_trl import prepare_dataset
 
 KEYS = ("weight", "loss_weight", "loss_scale", "train", "loss")
 TEMPLATE = (
@@ -164,8 +166,8 @@ def expected_step(
         log_probs = logits.to(torch.float64).log_softmax(-1)
         for t, weight in enumerate(document.weights(*weights)):
             if weight:
-                numerator = numerator - weight * log_probs[t - 1, ids[t]]
-                denominator += weight if normalization == "weight_sum" else 1
+                numerator = numerator + term(weight, -log_probs[t - 1, ids[t]])
+                denominator += abs(weight) if normalization == "weight_sum" else 1
     loss = numerator / denominator
     loss.backward()
     return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -188,3 +190,27 @@ def step_taken(made: Any) -> tuple[float, dict[str, torch.Tensor]]:
     assert made.state.global_step == 1
     after = weights_of(made)
     return logs(made)[0], {name: (before[name] - after[name]) / LEARNING_RATE for name in after}
+
+
+def config(**args):
+    settings = {"max_length": MAX_LENGTH, "report_to": [], "use_cpu": True, "bf16": False, **args}
+    return SFTConfig("unused", **settings)
+
+
+def conversation(index):
+    said = [("user", "two plus"), ("assistant", f"four {index}"), ("user", "then?"), ("assistant", "the end " * index)]
+    return {"messages": [{"role": role, "content": content} for role, content in said]}
+
+
+def fingerprints(folder):
+    """Of one dataset, prepared with three settings."""
+    data = Dataset.from_json(f"{folder}/data.jsonl", cache_dir=f"{folder}/cache")
+    settings = ({}, {"prompt_weight": 0.7}, {"message_weight_keys": ["loss", "train"]})
+    return [prepared(data, **each)._fingerprint for each in settings]
+
+
+def prepared(data, **settings):
+    return prepare_dataset(data, tokenizer(), config(**OPTIONS), **settings)
+
+
+OPTIONS = {"assistant_only_loss": True}

@@ -29,8 +29,6 @@ from wit_plugins.loss.reference import reference_loss
 DEVICE = os.environ.get("WIT_GPU_DEVICE", "cuda")
 ON_GPU = DEVICE == "cuda"
 WEIGHTS = (0.2, 0.8)
-HERE = Path(__file__).parent
-KITS = [HERE.parent / name for name in ("trl", "axolotl", "llamafactory", "core/linear_cross_entropy")]
 # Relative, against float64 from the same parameters: loss, and gradients as one vector.
 FLOAT32 = (1e-5, 1e-4)
 # What bfloat16 makes of a model depends on the model, so it is measured: the same documents, one at a time, through
@@ -194,11 +192,11 @@ def plain_gradients(model: Any, docs: Sequence[Document], dtype: torch.dtype) ->
 def in_a_process(module: str, call: str, folder: Path, **kwargs: Any) -> str:
     """`module.call(folder, **kwargs)` in a process of its own, for options that patch classes; what it printed."""
     code = (
-        f"import sys; sys.path[:0] = {[str(HERE), *map(str, KITS)]!r}\n"
         f"import json, pathlib, {module}\n"
         f"{module}.{call}(pathlib.Path({str(folder)!r}), **json.loads({json.dumps(kwargs)!r}))\n"
     )
     env = subprocess_env(WIT_GPU_DEVICE=DEVICE)
+    env["PYTHONPATH"] += os.pathsep + str(Path(__file__).parents[1] / "gpu")  # the module is a file of tests
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
     return done.stdout
