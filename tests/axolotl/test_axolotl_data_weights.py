@@ -147,7 +147,9 @@ def with_some_below_zero() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("layout", [{}, PACKED])
 def test_a_weight_below_0_trains_against_its_tokens(workplace: Workplace, layout: dict[str, Any]) -> None:
-    assert_exact(workplace.train(wit=AGAINST, **file(workplace.folder, with_some_below_zero()), **layout), with_some_below_zero())
+    assert_exact(
+        workplace.train(wit=AGAINST, **file(workplace.folder, with_some_below_zero()), **layout), with_some_below_zero()
+    )
 
 
 def test_packed_and_divided_by_the_weights(workplace: Workplace) -> None:

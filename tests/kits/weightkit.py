@@ -126,6 +126,16 @@ def _conversation(row: dict[str, Any]) -> tuple[list[tuple[str, bool, int, int |
     return pieces, of_messages, of_parts
 
 
+def some_below_zero():
+    """An answer, a part of one, a prompt and a sample that are not to be said."""
+    made = rows()
+    made[0]["messages"][1][KEYS[0]] = -0.5
+    made[2]["messages"][3]["content"][0]["weight"] = -1
+    made[1]["messages"][0]["weight"] = -0.25
+    made[6]["weight"] = -2.0
+    return made
+
+
 def reference(made: list[dict[str, Any]], max_length: int | None = None) -> list[Weighted]:
     """What the text and the weights of some rows say; cut as TRL cuts, without those that have no response then."""
     names, found = tokenizer(), []

@@ -5,13 +5,15 @@ from types import SimpleNamespace
 import pytest
 import second_shelf
 import torch
+import weightkit
 from apart import on_ranks
 from literature import adapted
 from second_shelf import CASES
 from support import all_relative_error, plain_copy
 from test_literature import LAYOUTS, LEARNING_RATE, for_two_ranks, in_order
 from trlkit import logs, weights_of
-from wit_trl import WITCallback
+from weightkit import some_below_zero
+from wit_trl import WITCallback, prepare_dataset
 
 import wit_plugins
 from wit_plugins import WITConfigError
@@ -100,6 +102,16 @@ def test_split_parameters_have_no_snapshot(tmp_path):
         check_snapshot(trainer.model, accelerator, ("psft",))
 
 
+def against(folder, **args):
+    """A trainer on data in which some weights are below 0, whose rows are all in one step."""
+    asked = {"assistant_only_loss": True}
+    rows = weightkit.dataset(some_below_zero())
+    data = prepare_dataset(rows, weightkit.tokenizer(), weightkit.config(**asked), strategies=["unlikelihood"])
+    trainer = weightkit.trainer(folder, data, **asked, **args)
+    trainer.add_callback(WITCallback(trainer, *WEIGHTED, strategies=["unlikelihood"]))
+    return trainer
+
+
 def train_on_ranks(folder):
     """Runs of a step each, one after the other; what came of them is kept by the first rank."""
     after = {}
@@ -113,6 +125,9 @@ def train_on_ranks(folder):
     trainer.add_callback(WITCallback(trainer, *WEIGHTED, strategies=dict([second_shelf.PSFT[:2]])))
     trainer.train()
     after["psft"] = logs(trainer)
+    trainer = against(folder, per_device_train_batch_size=4)
+    trainer.train()
+    after["unlikelihood"] = logs(trainer)[:1]
     if trainer.is_world_process_zero():
         torch.save(after, folder / "after.pt")
 
@@ -121,6 +136,9 @@ def test_two_ranks_are_one(tmp_path):
     """Each has half of the step's micro-batches. All methods in one launch."""
     on_ranks(train_on_ranks, tmp_path)
     after = torch.load(tmp_path / "after.pt")
+    documents = weightkit.reference(some_below_zero(), weightkit.MAX_LENGTH)
+    expected, _ = weightkit.expected_step(weightkit.model(), documents, WEIGHTED, "nonzero_tokens")
+    assert after["unlikelihood"] == pytest.approx([expected], rel=1e-5)
     assert after["psft"] == pytest.approx(psft_expected(*psft_trainer(tmp_path)), rel=1e-4)
     for name in CASES:
         trainer, batches = for_two_ranks(tmp_path, model=model_for(name))

@@ -21,6 +21,7 @@ from weightkit import (
     model,
     reference,
     rows,
+    some_below_zero,
     step_taken,
     tokenizer,
     trainer,
@@ -69,16 +70,6 @@ def test_loss_and_step_are_those_of_the_text_and_its_weights(tmp_path, kind, arg
     is_exact(tmp_path, made, documents)
 
 
-def some_below_zero():
-    """An answer, a part of one, a prompt and a sample that are not to be said."""
-    made = rows()
-    made[0]["messages"][1][KEYS[0]] = -0.5
-    made[2]["messages"][3]["content"][0]["weight"] = -1
-    made[1]["messages"][0]["weight"] = -0.25
-    made[6]["weight"] = -2.0
-    return made
-
-
 AGAINST = {**SETTINGS, "strategies": ["unlikelihood"]}
 
 
@@ -99,12 +90,14 @@ def test_a_weight_below_0_trains_against_its_tokens(tmp_path, args, normalizatio
 
 def test_a_weight_below_0_needs_the_strategy(tmp_path):
     """Whoever has not named it: when the data is prepared, and when prepared data is trained on."""
-    with pytest.raises(WITConfigError, match=r"below 0.*no lower bound.*or name the strategy unlikelihood, which trains"):
+    with pytest.raises(
+        WITConfigError, match=r"below 0.*no lower bound.*or name the strategy unlikelihood, which trains"
+    ):
         prepare_dataset(dataset(some_below_zero()), tokenizer(), config(assistant_only_loss=True))
     asked = {"assistant_only_loss": True}
     data = prepare_dataset(dataset(some_below_zero()), tokenizer(), config(**asked), strategies=["unlikelihood"])
     made = trainer(tmp_path, data, **asked)
-    with pytest.raises(WITConfigError, match="read from it with other settings than this run's"):
+    with pytest.raises(WITConfigError, match="was prepared with other settings than these"):
         made.add_callback(WITCallback(made, **SETTINGS))
 
 

@@ -7,7 +7,7 @@ import torch
 
 from wit_plugins import WITConfigError, hookimpl, snapshot_every
 from wit_plugins.contract.active import ActiveStrategies
-from wit_plugins.strategies import iw_sft, mile, talr
+from wit_plugins.strategies import iw_sft, mile, talr, unlikelihood
 from wit_plugins.testing import registered, weigh
 
 SAID = [("user", "two plus"), ("assistant", "two four")]
@@ -34,6 +34,7 @@ HALF = math.log(0.5)
         ("iw_sft", {"sum_over_time": False, "temp": 2}, "temp = 2: is read for one factor a document.*time: true"),
         ("iw_sft", {"sum_over_time": 1}, "sum_over_time = 1: is true"),
         ("iw_sft", {"temp": 0}, "temp = 0: is a number above 0"),
+        ("unlikelihood", {"alpha": 1}, "unlikelihood: takes no options"),
         ("psft", {"clip_ratio_high": -1}, "clip_ratio_high = -1: is a number >= 0"),
         ("psft", {"clip_ratio": 1}, "did you mean 'clip_ratio_high'"),
         ("psft", {"renew_steps": 0}, "psft: renew_steps = 0: is a whole number of optimizer steps, at least 1"),
@@ -92,6 +93,32 @@ def test_one_pace_a_run():
 
     with registered(Unmarked(), "unmarked"), pytest.raises(WITConfigError, match=r"put @snapshot_every"):
         ActiveStrategies({"unmarked": {}})
+
+
+def test_unlikelihood_by_hand():
+    """At p = 0.25, at a p that float32 rounds to 1, and at p = 0; a weight above 0 keeps its nll."""
+    log_probs = torch.tensor([math.log(0.25), -1e-12, -torch.inf, math.log(0.25)])
+    losses, slopes = unlikelihood.replace_nll(log_probs, torch.tensor([-1.0, -1.0, -2.0, 0.5]))
+    assert losses.tolist() == pytest.approx([-math.log(0.75), -math.log(1e-5), 0, -math.log(0.25)], rel=1e-5)
+    assert slopes.tolist() == pytest.approx([-1 / 3, -1e5, 0, 1], rel=1e-5)
+
+
+def test_what_has_other_targets_has_no_nll_to_replace():
+    with pytest.raises(WITConfigError, match="otr and unlikelihood both put other targets"):
+        ActiveStrategies({"otr": {"samples": 1, "beta": 0, "temperature": 1}, "unlikelihood": {}})
+
+
+def test_a_term_of_another_shape_is_refused():
+    class Short:
+        @hookimpl
+        def replace_nll(self, log_probs, weights, roles):
+            return log_probs[:1], log_probs[:1]
+
+    log_probs, ones = torch.zeros(2), torch.ones(2)
+    with registered(Short(), "short"):
+        asked = ActiveStrategies({"short": {}}).on_device
+        with pytest.raises(ValueError, match=r"'short' returned losses \(1,\) and slopes"):
+            asked.replace_nll(log_probs, ones.to(torch.uint8), ones)
 
 
 def test_what_weighs_nothing_changes_nobody_s_factor():

@@ -152,6 +152,30 @@ def test_what_is_no_weight_is_refused_by_name(message: dict[str, Any], said: str
         _data_weights().message_weight(message, "messages[0]")
 
 
+def test_a_weight_below_0_is_for_a_strategy_that_reads_it() -> None:
+    """Without it, also where the fingerprint of the settings was cut off; the two have caches of their own."""
+    data = _data_weights(strategies=["unlikelihood"])
+    assert data.message_weight({"weight": -0.5}, "messages[0]") == -0.5
+    assert data.sample_weight({"weight": -2}) == -2
+    assert data.fingerprint != _data_weights().fingerprint
+    with pytest.raises(BadExampleError, match="above 1e.12"):
+        data.sample_weight({"weight": -1e30})
+    ids = [10, 11, 12, 13]
+    labels = data.labels(ids, [-100, -100, 12, 13], np.array([1, 1, -0.5, 2], np.float32), {})[1:]
+    for names, said in ((["unlikelihood"], None), ([], "weights in the data are below 0, which only the strategy")):
+        config = WITConfig.parse({"prompt_weight": 0.2, "response_weight": 0.8, "strategies": names})
+        strategies = ActiveStrategies(config.active_strategies())
+        collator = WeightedCollator(
+            lambda rows: rows, strategies, with_data_weights(ExampleReader(), config, strategies)
+        )
+        if said is None:
+            codes = torch.from_numpy(collator.codes({"input_ids": ids[1:], "labels": labels}))
+            assert decode(codes)[2].tolist() == pytest.approx([0, -0.4, 1.6])
+        else:
+            with pytest.raises(BadExampleError, match=said):
+                collator.codes({"input_ids": ids[1:], "labels": labels})
+
+
 def test_a_sample_says_its_weight_under_its_own_name() -> None:
     assert _data_weights().sample_weight({"weight": 0.3}) == 0.3
     assert _data_weights(sample_weight_key="quality").sample_weight({"weight": 0.3, "quality": 2}) == 2.0

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.errors import WeightsNotAppliedError
-from wit_plugins.tokens.codes import MAX_VOCAB_SIZE, decode, encode, framework_labels, restore_codes
+from wit_plugins.tokens.codes import MAX_VOCAB_SIZE, decode, encode, framework_labels, restore_codes, weighing
 from wit_plugins.tokens.collator import CODES_KEY, WeightedCollator
 
 float32s = st.floats(0, float(np.finfo(np.float32).max), width=32, allow_subnormal=True)
@@ -55,13 +55,11 @@ def test_a_weight_below_zero_is_the_negative_of_a_code():
     assert read_targets.tolist() == [0, 5, 7, 100, -100, 3]
     assert read_roles.tolist() == roles.tolist()
     assert read_weights.tolist() == [*weights[:4].tolist(), 0, 0]
-    assert framework_labels(through).tolist() == framework_labels(torch.from_numpy(encode(targets, roles, np.abs(weights)))).tolist()
-    assert is_weighing(codes).tolist() == [True, True, True, True, False, True]
-    assert locate(through[None])[1].tolist() == locate(torch.from_numpy(np.abs(codes)).where(roles_there(roles), -100)[None])[1].tolist()
-
-
-def roles_there(roles):
-    return torch.from_numpy(roles != 0)
+    assert (
+        framework_labels(through).tolist()
+        == framework_labels(torch.from_numpy(encode(targets, roles, np.abs(weights)))).tolist()
+    )
+    assert weighing(codes).tolist() == [code for code in codes.tolist() if code != -100]
 
 
 def test_negative_zero_is_zero():
@@ -76,7 +74,7 @@ def test_ids_that_do_not_fit_are_refused(target):
         encode(np.array([target]), np.array([2], np.uint8), np.ones(1, np.float32))
 
 
-@pytest.mark.parametrize("weight", [-1.0, np.nan, np.inf])
+@pytest.mark.parametrize("weight", [-np.inf, np.nan, np.inf])
 def test_weights_that_do_not_fit_are_refused(weight):
     with pytest.raises(ValueError, match="finite"):
         encode(np.array([1]), np.array([2], np.uint8), np.array([weight], np.float32))
