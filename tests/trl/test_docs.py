@@ -55,14 +55,14 @@ def registered():
 
 
 def test_every_plugin_is_complete_in_under_ten_lines():
-    assert len(complete_plugins()) == 10
+    assert len(complete_plugins()) == 11
     for code in complete_plugins():
         assert len(code.strip().splitlines()) < 10
 
 
 def test_lighter_reasoning_tokens_in_a_real_run(tmp_path, registered):
     """As documented: half the weight between the two markers, registered and configured by the documented lines."""
-    static, *_, validate, _, _ = complete_plugins()
+    static, *_, validate, _, _, _ = complete_plugins()
     module = as_module(static + validate, "reasoning")
     trainer = sft_trainer(tmp_path)
     docs = from_dataset(trainer.train_dataset)
@@ -97,7 +97,7 @@ def test_lighter_reasoning_tokens_in_a_real_run(tmp_path, registered):
 
 
 def test_wrong_options_of_the_documented_plugin(tmp_path, registered):
-    static, *_, validate, _, _ = complete_plugins()
+    static, *_, validate, _, _, _ = complete_plugins()
     registered(as_module(static + validate, "reasoning"), "reasoning")
     with pytest.raises(wit_plugins.WITConfigError, match=r"reasoning: needs open, close and weight, got \['weight'\]"):
         WITCallback(sft_trainer(tmp_path), prompt_weight=0.2, strategies={"reasoning": {"weight": 0.5}})
@@ -105,7 +105,7 @@ def test_wrong_options_of_the_documented_plugin(tmp_path, registered):
 
 def test_the_documented_spans_are_looked_for(tmp_path, registered):
     """Not a word where the markers are, a warning that names the span where they are not; and they are logged."""
-    static, *_, spans, logged = complete_plugins()
+    static, *_, spans, logged, _ = complete_plugins()
     registered(as_module(static + spans + logged, "reasoning"), "reasoning")
     for opened, closed in ((200, 201), (None, None)):
         trainer = sft_trainer(tmp_path)
@@ -232,6 +232,23 @@ def test_the_documented_targets_are_a_margin(tmp_path, registered):
     trainer.add_callback(WITCallback(trainer, prompt_weight=0.0, strategies={"margin": {"margin": 0.3}}))
     trainer.train()
     assert logs(trainer)[0] == pytest.approx(sum(found) / len(found), rel=1e-5)
+
+
+def test_the_documented_term_counts_small_losses_less(tmp_path, registered):
+    """Value and gradient of a real run: nll² / (2 · much) up to much, then nll - much / 2."""
+    registered(as_module(complete_plugins()[-1], "small"), "small")
+    trainer = sft_trainer(tmp_path)
+    losses = [
+        -logits.log_softmax(-1)[t - 1, ids[t]]
+        for logits, ids, is_response in document_logits(plain_copy(trainer.model), from_dataset(trainer.train_dataset))
+        for t in range(1, len(ids))
+        if is_response[t]
+    ]
+    much = sorted(losses)[len(losses) // 2].item()
+    expected = sum(nll**2 / (2 * much) if nll <= much else nll - much / 2 for nll in losses) / len(losses)
+    trainer.add_callback(WITCallback(trainer, prompt_weight=0.0, strategies={"small": {"much": much}}))
+    trainer.train()
+    assert logs(trainer)[0] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_documented_inputs_are_masked_thought(tmp_path, registered):

@@ -14,6 +14,12 @@ SAID = [("user", "two plus"), ("assistant", "two four")]
 HALF = math.log(0.5)
 
 
+class Short:
+    @hookimpl
+    def replace_nll(self, log_probs, weights, roles):
+        return log_probs[:1], log_probs[:1]
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -109,11 +115,6 @@ def test_what_has_other_targets_has_no_nll_to_replace():
 
 
 def test_a_term_of_another_shape_is_refused():
-    class Short:
-        @hookimpl
-        def replace_nll(self, log_probs, weights, roles):
-            return log_probs[:1], log_probs[:1]
-
     log_probs, ones = torch.zeros(2), torch.ones(2)
     with registered(Short(), "short"):
         asked = ActiveStrategies({"short": {}}).on_device
