@@ -40,6 +40,8 @@ class Short:
         ("iw_sft", {"sum_over_time": False, "temp": 2}, "temp = 2: is read for one factor a document.*time: true"),
         ("iw_sft", {"sum_over_time": 1}, "sum_over_time = 1: is true"),
         ("iw_sft", {"temp": 0}, "temp = 0: is a number above 0"),
+        ("asft", {"alpha": 0}, "alpha = 0: is a number above 0, such as 0.1; dft: {} is the loss without it"),
+        ("asft", {"kl_weight": 0.1}, "there is no option 'kl_weight'"),
         ("unlikelihood", {"alpha": 1}, "unlikelihood: takes no options"),
         ("psft", {"clip_ratio_high": -1}, "clip_ratio_high = -1: is a number >= 0"),
         ("psft", {"clip_ratio": 1}, "did you mean 'clip_ratio_high'"),
