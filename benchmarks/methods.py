@@ -81,6 +81,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rho1, LoRA": {"rho1": {"share": 0.6}},
     "sstoken, LoRA": {"sstoken": {}},
     "psft, LoRA": {"psft": {}},
+    "asft, LoRA": {"asft": {}},
 }
 
 

@@ -105,20 +105,13 @@ def test_evaluation_adds_the_kl_as_well(tmp_path, loss_impl):
     assert logged["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: None, "asft compares with a reference.*has none; train with LoRA"),
-        (
-            lambda: with_a_head_of_its_own(),
-            "asft compares with the whole distribution.*a copy of its head|is trained beside",
-        ),
-    ],
-)
-def test_asft_is_refused_where_there_is_no_reference(tmp_path, make, message):
-    trainer, _ = in_order(tmp_path, model=make())
-    with pytest.raises(WITConfigError, match=message):
+def test_asft_is_refused_where_there_is_no_reference(tmp_path):
+    trainer, _ = in_order(tmp_path)
+    with pytest.raises(WITConfigError, match="asft compares with a reference.*has none; train with LoRA"):
         trainer.add_callback(WITCallback(trainer, *WEIGHTED, strategies=["asft"]))
+    trainer, _ = in_order(tmp_path, model=with_a_head_of_its_own())
+    trainer.add_callback(WITCallback(trainer, *WEIGHTED, strategies=["asft"]))
+    with pytest.raises(WITConfigError, match="asft compares with the whole distribution.*a copy of its head"):
         trainer.train()
 
 

@@ -51,7 +51,7 @@ def anchor_below_adapter(model: Any, forward: Callable[[], Any], weight: float, 
                 f"strategies: {', '.join(asking)} compares with the whole distribution of the model without its "
                 f"adapter, but {obstacle}; train an adapter that leaves the head alone"
             )
-        keeping = _Keeping(fused, linear, called, lambda *_: None)  # type: ignore[arg-type, return-value]
+        keeping = _Keeping(fused, linear, called, lambda *_: None)  # type: ignore[arg-type]
         with keeping.in_place():
             forward()
     if keeping.calls != 1 or keeping.hidden is None:

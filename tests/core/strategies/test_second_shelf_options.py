@@ -14,6 +14,18 @@ SAID = [("user", "two plus"), ("assistant", "two four")]
 HALF = math.log(0.5)
 
 
+class Near:
+    @hookimpl
+    def anchor_weight(self, options):
+        return options["pull"]
+
+
+def test_anchors_add_up():
+    with registered(Near(), "near"):
+        assert ActiveStrategies({"near": {"pull": 0.2}, "asft": {}}).needs.anchor_weight == pytest.approx(0.3)
+    assert ActiveStrategies({"dft": {}}).needs.anchor_weight == 0
+
+
 class Short:
     @hookimpl
     def replace_nll(self, log_probs, weights, roles):
