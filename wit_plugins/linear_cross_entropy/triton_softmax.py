@@ -207,7 +207,7 @@ class TritonSoftmax:
         correct = None if scores.correct is None else scores.correct[chunk]
         entropy = None if scores.entropy is None else scores.entropy[chunk]
         scores.look(logits, chunk, scale, cap)
-        if scores.rescale is not None:  # the factors need the nll, so the kernel runs once for it and once with them
+        if scores.weighs_by_nll:  # the factors need the nll, so the kernel runs once for it and once with them
             softmax_(logits, targets, None, nll, None, entropy if scores.told_entropy else None, scale, cap)
         weights = scores.weigh(chunk)
         softmax_(logits, targets, weights if self.with_grad else None, nll, correct, entropy, scale, cap)

@@ -83,10 +83,19 @@ def test_triton_kernel_interpreted():
                     if train:
                         for mine, want in zip(*(torch.autograd.grad(r.loss, [h, w, b]) for r in both)):
                             t.assert_close(mine, want.double(), dtype)
+                    both = [
+                        t.head_nll(h, w, y, tw, softcap=3.0, impl=impl, replace=lambda p, s: (p.square(), -2 * p))
+                        for impl in ("triton", "torch")
+                    ]
+                    t.assert_close(both[0].loss.detach(), both[1].loss.detach().double(), dtype, "a term")
+                    if train:
+                        for mine, want in zip(*(torch.autograd.grad(r.loss, [h, w]) for r in both)):
+                            t.assert_close(mine, want.double(), dtype)
                     for per_token in (True, False):
                         both = [
-                            t.head_nll(h, w, y, tw, softcap=3.0, impl=impl, entropies=(0, 5), with_entropy=per_token,
-                                       rescale=t.Rescale(lambda p, s, e: e[0] + e[5], per_token))
+                            t.head_nll(h, w, y, tw, softcap=3.0, impl=impl, entropies=(-1, 0, 5),
+                                       with_entropy=per_token,
+                                       rescale=t.Rescale(lambda p, s, e: e[0] + e[5] + e[-1], per_token))
                             for impl in ("triton", "torch")
                         ]
                         t.assert_close(both[0].loss.detach(), both[1].loss.detach().double(), dtype, "entropies")
