@@ -67,6 +67,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "deft": {"deft": {}},
     "talr": {"talr": {"min_weight": 0}},
     "mile": {"mile": {}},
+    "unlikelihood": {"unlikelihood": {}},
     "psft": {"psft": {}},
     "otr": {"otr": {"samples": 8, "beta": 0.0, "temperature": 1.0}},
     "masked_thought": {"masked_thought": {"mask_token_id": 2}},
@@ -80,6 +81,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rho1, LoRA": {"rho1": {"share": 0.6}},
     "sstoken, LoRA": {"sstoken": {}},
     "psft, LoRA": {"psft": {}},
+    "asft, LoRA": {"asft": {}},
 }
 
 

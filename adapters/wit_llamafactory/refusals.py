@@ -20,8 +20,8 @@ _REFUSED = {
     "strategies: {dft: {}}",
     "use_eaft_loss": "it would replace the weighted loss; set it to false and name the strategy within wit: "
     "strategies: {eaft: {alpha: 1.0}} (its alpha is eaft_alpha)",
-    "use_asft_loss": "it would replace the weighted loss; set it to false. Its DFT part is a strategy within wit: "
-    "strategies: {dft: {}}; its divergence from a reference model is not supported",
+    "use_asft_loss": "it would replace the weighted loss; set it to false and, with LoRA, name the strategy within "
+    "wit: strategies: {asft: {alpha: 0.1}} (its alpha is asft_alpha)",
     "use_unsloth": "Unsloth replaces the model's forward, which the weights go through; set it to false",
     "use_mca": "Megatron Core trains with another trainer and its own loss; set it to false, and take USE_MCA out of "
     "the environment",

@@ -161,6 +161,8 @@ def test_what_strategies_need_is_found_out_once(registered):
         across_tokens=("asks", "changes"),
         draws_targets=False,
         replaces_nll=(),
+        anchors=(),
+        anchor_weight=0.0,
         changed_inputs=("changes",),
         text={"text": ("asks",)},
         spans=False,

@@ -90,6 +90,17 @@ def psft(tokens: Sequence[Token], clip_ratio_high: float, renew_steps: int = 0) 
     return [ratio if ratio <= 1 + clip_ratio_high else 0.0 for ratio in ratios]
 
 
+def asft(tokens: Sequence[Token], alpha: float) -> list[float]:
+    """p on the nll; the KL is added by `step`."""
+    return [token.p for token in tokens]
+
+
+def kl(token: Token) -> torch.Tensor:
+    """KL(π_ref ‖ π) over the vocabulary."""
+    assert token.reference is not None
+    return (token.reference.exp() * (token.reference - token.log_probs)).sum()
+
+
 Case = tuple[str, dict[str, Any], Callable[..., list[float]]]
 CASES: dict[str, Case] = {  # by a name: the strategy, its options and its factors
     "power": ("power", {"q": 0.5}, power),
@@ -99,6 +110,7 @@ CASES: dict[str, Case] = {  # by a name: the strategy, its options and its facto
     "deft": ("deft", {}, deft),
     "deft, cayley": ("deft", {"cayley": True}, deft),
     "iw_sft": ("iw_sft", {"temp": 1.5, "cap": 1.2}, iw_sft),
+    "asft": ("asft", {"alpha": 0.3}, asft),
     "iw_sft, a token": ("iw_sft", {"sum_over_time": False, "clip": 0.3}, iw_sft),
 }
 
@@ -154,6 +166,8 @@ def step(
         tokens = tokens_of(model, docs, weights, reference)
         for token, factor in zip(tokens, factors(tokens, **options), strict=True):
             total = total + token.weight * factor * token.nll
+            if factors is asft:
+                total = total + token.weight * options["alpha"] * kl(token)
         count += len(tokens)
     loss = total / count
     loss.backward()

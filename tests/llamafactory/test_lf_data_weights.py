@@ -114,7 +114,7 @@ def test_a_weight_below_0_trains_against_its_tokens(workplace, tmp_path, layout)
         {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a, "weight": own}], "weight": w}
         for (q, a), (w, own) in zip(texts, given, strict=True)
     ]
-    workplace.dataset("against", [{**row, "system": ""} for row in rows], **OPENAI)
+    workplace.dataset("against", [{**row, "system": ""} for row in rows], **SHAREGPT)
     docs = [
         Written.of_segments(*turn("user", q, w), *turn("assistant", a, w * own))
         for (q, a), (w, own) in zip(texts, given, strict=True)

@@ -55,14 +55,14 @@ def registered():
 
 
 def test_every_plugin_is_complete_in_under_ten_lines():
-    assert len(complete_plugins()) == 10
+    assert len(complete_plugins()) == 12
     for code in complete_plugins():
         assert len(code.strip().splitlines()) < 10
 
 
 def test_lighter_reasoning_tokens_in_a_real_run(tmp_path, registered):
     """As documented: half the weight between the two markers, registered and configured by the documented lines."""
-    static, *_, validate, _, _ = complete_plugins()
+    static, *_, validate, _, _, _, _ = complete_plugins()
     module = as_module(static + validate, "reasoning")
     trainer = sft_trainer(tmp_path)
     docs = from_dataset(trainer.train_dataset)
@@ -97,7 +97,7 @@ def test_lighter_reasoning_tokens_in_a_real_run(tmp_path, registered):
 
 
 def test_wrong_options_of_the_documented_plugin(tmp_path, registered):
-    static, *_, validate, _, _ = complete_plugins()
+    static, *_, validate, _, _, _, _ = complete_plugins()
     registered(as_module(static + validate, "reasoning"), "reasoning")
     with pytest.raises(wit_plugins.WITConfigError, match=r"reasoning: needs open, close and weight, got \['weight'\]"):
         WITCallback(sft_trainer(tmp_path), prompt_weight=0.2, strategies={"reasoning": {"weight": 0.5}})
@@ -105,7 +105,7 @@ def test_wrong_options_of_the_documented_plugin(tmp_path, registered):
 
 def test_the_documented_spans_are_looked_for(tmp_path, registered):
     """Not a word where the markers are, a warning that names the span where they are not; and they are logged."""
-    static, *_, spans, logged = complete_plugins()
+    static, *_, spans, logged, _, _ = complete_plugins()
     registered(as_module(static + spans + logged, "reasoning"), "reasoning")
     for opened, closed in ((200, 201), (None, None)):
         trainer = sft_trainer(tmp_path)
@@ -234,6 +234,34 @@ def test_the_documented_targets_are_a_margin(tmp_path, registered):
     assert logs(trainer)[0] == pytest.approx(sum(found) / len(found), rel=1e-5)
 
 
+def test_the_documented_term_counts_small_losses_less(tmp_path, registered):
+    """Value and gradient of a real run: nll² / (2 · much) up to much, then nll - much / 2."""
+    registered(as_module(complete_plugins()[-2], "small"), "small")
+    trainer = sft_trainer(tmp_path)
+    losses = [
+        -logits.log_softmax(-1)[t - 1, ids[t]]
+        for logits, ids, is_response in document_logits(plain_copy(trainer.model), from_dataset(trainer.train_dataset))
+        for t in range(1, len(ids))
+        if is_response[t]
+    ]
+    much = sorted(losses)[len(losses) // 2].item()
+    expected = sum(nll**2 / (2 * much) if nll <= much else nll - much / 2 for nll in losses) / len(losses)
+    trainer.add_callback(WITCallback(trainer, prompt_weight=0.0, strategies={"small": {"much": much}}))
+    trainer.train()
+    assert logs(trainer)[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_documented_anchor_and_dft_are_asft(tmp_path, registered):
+    registered(as_module(complete_plugins()[-1], "near"), "near")
+    losses = []
+    for strategies in ({"asft": {"alpha": 0.3}}, {"near": {"pull": 0.3}, "dft": {}}):
+        trainer = sft_trainer(tmp_path, model=literature.adapted())
+        trainer.add_callback(WITCallback(trainer, prompt_weight=0.3, strategies=strategies))
+        trainer.train()
+        losses.append(logs(trainer)[0])
+    assert losses[0] == losses[1]
+
+
 def test_the_documented_inputs_are_masked_thought(tmp_path, registered):
     registered(as_module(complete_plugins()[4], "hidden"), "hidden")
     losses = []
@@ -278,7 +306,7 @@ def test_what_the_table_of_methods_says_to_paste_trains(tmp_path):
         strategies = yaml.safe_load(row)["strategies"]
         names += strategies
         settings: dict[str, Any] = {
-            "model": literature.adapted() if strategies.keys() & {"rho1", "sstoken", "iw_sft"} else None
+            "model": literature.adapted() if strategies.keys() & {"rho1", "sstoken", "iw_sft", "asft"} else None
         }
         if "fait" in strategies:  # which reads a column of the data
             data = dataset("plain").add_column("wrong", ["w01 w02"] * 8)

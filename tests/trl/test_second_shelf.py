@@ -9,7 +9,7 @@ import weightkit
 from apart import on_ranks
 from literature import adapted
 from second_shelf import CASES
-from support import all_relative_error, plain_copy
+from support import all_relative_error, llama, plain_copy
 from test_literature import LAYOUTS, LEARNING_RATE, for_two_ranks, in_order
 from trlkit import logs, weights_of
 from weightkit import some_below_zero
@@ -20,8 +20,8 @@ from wit_plugins import WITConfigError
 from wit_plugins.loss.snapshot import check_snapshot
 
 WEIGHTED = (0.2, 0.8)
-COMPARING = ("iw_sft",)  # with the model without its adapter
-OF_DOCUMENTS = ("talr", "iw_sft")  # which look at documents, packed or not
+COMPARING = ("iw_sft", "asft")  # with the model without its adapter
+OF_DOCUMENTS = ("talr", "iw_sft", "asft")  # which look at documents, packed or not, or at rows twice
 
 
 def model_for(name):
@@ -95,10 +95,37 @@ def test_evaluation_compares_with_the_same_older_model(tmp_path):
     assert [copy for _, copy in snapshot._copies] == kept
 
 
+@pytest.mark.parametrize("loss_impl", ["fused", "logits"])
+def test_evaluation_adds_the_kl_as_well(tmp_path, loss_impl):
+    trainer, batches = in_order(tmp_path, model=adapted(), learning_rate=0.0)
+    trainer.add_callback(WITCallback(trainer, *WEIGHTED, strategies={"asft": {"alpha": 0.3}}, loss_impl=loss_impl))
+    expected, _ = second_shelf.step(plain_copy(trainer.model), batches, WEIGHTED, "asft")
+    logged = trainer.evaluate(trainer.train_dataset)
+    assert logged["eval_weighted_loss"] == pytest.approx(expected, rel=1e-5)
+    assert logged["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_asft_is_refused_where_there_is_no_reference(tmp_path):
+    trainer, _ = in_order(tmp_path)
+    with pytest.raises(WITConfigError, match="asft compares with a reference.*has none; train with LoRA"):
+        trainer.add_callback(WITCallback(trainer, *WEIGHTED, strategies=["asft"]))
+    trainer, _ = in_order(tmp_path, model=with_a_head_of_its_own())
+    trainer.add_callback(WITCallback(trainer, *WEIGHTED, strategies=["asft"]))
+    with pytest.raises(WITConfigError, match="asft compares with the whole distribution.*a copy of its head"):
+        trainer.train()
+
+
+def with_a_head_of_its_own():
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    return get_peft_model(llama(), config)
+
+
 def test_split_parameters_have_no_snapshot(tmp_path):
     trainer, _ = psft_trainer(tmp_path)
     accelerator = SimpleNamespace(distributed_type=SimpleNamespace(name="FSDP"))
-    with pytest.raises(WITConfigError, match="psft compares with a copy.*with FSDP no process has whole ones"):
+    with pytest.raises(WITConfigError, match="psft needs whole parameters.*with FSDP no process has them"):
         check_snapshot(trainer.model, accelerator, ("psft",))
 
 

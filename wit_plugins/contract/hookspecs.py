@@ -182,6 +182,14 @@ def replace_nll(
 
 
 @hookspec(firstresult=True)
+def anchor_weight(options: Mapping[str, Any] | Sequence[Any]) -> float | None:
+    """The α > 0 of α · KL(π_ref ‖ π), over the whole vocabulary, which is added to the loss of every token.
+
+    π_ref is the model without its adapter. Static weights multiply the term, dynamic factors do not.
+    """
+
+
+@hookspec(firstresult=True)
 def change_inputs(
     input_ids: torch.Tensor,
     roles: torch.Tensor,

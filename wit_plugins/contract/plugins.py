@@ -24,6 +24,7 @@ ENTRY_POINT_GROUP = "wit_plugins"
 DEFAULT_STRATEGIES = {
     "wit": "wit_plugins.strategies.wit",
     "dft": "wit_plugins.strategies.dft",
+    "asft": "wit_plugins.strategies.asft",
     "coba": "wit_plugins.strategies.coba",
     "deft": "wit_plugins.strategies.deft",
     "eaft": "wit_plugins.strategies.eaft",
@@ -49,6 +50,7 @@ HOOKS_OF_A_STRATEGY = (
     "select_tokens",
     "draw_targets",
     "replace_nll",
+    "anchor_weight",
     "change_inputs",
     "sample_groups",
     "group_weights",

@@ -25,7 +25,7 @@ def without_references() -> Iterator[None]:
 
 _BY_DOCUMENT = ("documents", "positions", "random", "prompt_attention")  # arguments that tell documents apart
 _ACROSS_TOKENS = (*_BY_DOCUMENT, "reference_log_probs", "snapshot_log_probs")  # the last two: a second pass over rows
-_ON_WHOLE_ROWS = ("select_tokens", "draw_targets", "change_inputs")  # hooks
+_ON_WHOLE_ROWS = ("select_tokens", "draw_targets", "change_inputs", "anchor_weight")  # hooks
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Requirements:
         draws_targets (`bool`): whether a strategy puts other targets in the place of a token's own.
         replaces_nll (`tuple[str, ...]`): to put something else in the place of the nll; weights in the data may be
             below 0.
+        anchors (`tuple[str, ...]`): to add a KL from the model without its adapter to every token's loss.
+        anchor_weight (`float`): what it is multiplied by, the sum over these strategies.
         changed_inputs (`tuple[str, ...]`): to change what the model reads.
         text (`dict[str, tuple[str, ...]]`): by each of the arguments `tokenizer`, `text` and `offsets` that the
             collator is asked for: by which strategies.
@@ -69,6 +71,8 @@ class Requirements:
     across_tokens: tuple[str, ...]
     draws_targets: bool
     replaces_nll: tuple[str, ...]
+    anchors: tuple[str, ...]
+    anchor_weight: float
     changed_inputs: tuple[str, ...]
     text: dict[str, tuple[str, ...]]
     spans: bool
@@ -97,6 +101,8 @@ class Requirements:
             across_tokens=_names(s for s in strategies if (s in dynamic and not s.per_token) or _looks_across(s)),
             draws_targets=any(s.has("draw_targets") for s in strategies),
             replaces_nll=_names(s for s in strategies if s.has("replace_nll")),
+            anchors=_names(s for s in strategies if s.has("anchor_weight")),
+            anchor_weight=sum(s.call("anchor_weight") or 0.0 for s in strategies),
             changed_inputs=_names(s for s in strategies if s.has("change_inputs")),
             text={argument: names for argument, names in text.items() if names},
             spans=any(s.has("find_spans") for s in strategies),

@@ -2,10 +2,11 @@
 
 from wit_plugins.linear_cross_entropy.implementations import IMPLEMENTATIONS, usable_implementations
 from wit_plugins.linear_cross_entropy.interface import linear_nll, logits_nll, weighted_linear_cross_entropy
-from wit_plugins.linear_cross_entropy.types import Head, TokenNLL, Tokens
+from wit_plugins.linear_cross_entropy.types import Anchor, Head, TokenNLL, Tokens
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "Anchor",
     "Head",
     "TokenNLL",
     "Tokens",

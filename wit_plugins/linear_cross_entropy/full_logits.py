@@ -28,6 +28,14 @@ def full_logits(hidden: torch.Tensor, head: Head, tokens: Tokens) -> TokenNLL:
     exact = exact_dtype(nll.device)
     weights, divisor = tokens.weights.detach().to(exact), tokens.divisor(exact)
     weights = (weights if divisor is None else weights / divisor).to(nll.dtype)
+    anchored, pulled = None, nll.new_zeros(())
+    if tokens.anchor is not None:
+        reference = tokens.anchor.log_probs(slice(0, len(nll)) if tokens.rows is None else tokens.rows)
+        reference = reference.to(log_probs.dtype)
+        anchored = tokens.anchor.weight * torch.nn.functional.kl_div(
+            log_probs, reference, reduction="none", log_target=True
+        ).sum(dim=-1)
+        pulled = weighted_sum(weights, anchored)
     if tokens.rescale is not None and len(nll):
         z = logits.detach()
         entropies = {k: looked_at(z, k or z.shape[-1], 1.0, None) for k in tokens.entropies}
@@ -44,7 +52,8 @@ def full_logits(hidden: torch.Tensor, head: Head, tokens: Tokens) -> TokenNLL:
         terms = drawn[1].detach() * -log_probs.gather(-1, drawn[0])  # [N, K]
         losses = torch.where(drawn[1] == 0, 0, terms).sum(dim=-1)
     return TokenNLL(
-        loss=weighted_sum(weights, losses),
+        loss=weighted_sum(weights, losses) + pulled,
+        anchored=None if anchored is None else anchored.detach(),
         nll=nll.detach(),
         correct=logits.argmax(dim=-1) == tokens.targets if tokens.with_correct else None,
         entropy=torch.special.entr(log_probs.detach().exp()).sum(dim=-1) if tokens.with_entropy else None,

@@ -41,7 +41,10 @@ def score(source: Source, tokens: Tokens, softmax: Any = TorchSoftmax) -> TokenN
         softmax: the class that turns chunks of logits into scores and gradients.
     """
     with_grad = torch.is_grad_enabled()
-    return TokenNLL(*_GradientInForward.apply(Pass(source, tokens, softmax), with_grad, *source.inputs))
+    walk = Pass(source, tokens, softmax)
+    result = TokenNLL(*_GradientInForward.apply(walk, with_grad, *source.inputs))
+    result.anchored = walk.scores.anchored
+    return result
 
 
 class Pass:
@@ -87,6 +90,8 @@ class Pass:
                 self._walk(needs)
         self.gradients = self.source.gradients()  # by now the buffers are gone
         loss = weighted_sum(scores.weights, scores.losses)
+        if scores.static is not None and scores.anchored is not None:
+            loss = loss + weighted_sum(scores.static, scores.anchored)
         return loss if self.late is None else (loss / self.late).to(loss.dtype)
 
     def _walk(self, needs: tuple[bool, ...]) -> None:

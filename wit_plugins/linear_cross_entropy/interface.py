@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from wit_plugins.errors import WITConfigError
 from wit_plugins.linear_cross_entropy.gradient_in_forward import score
 from wit_plugins.linear_cross_entropy.implementations import choose
 from wit_plugins.linear_cross_entropy.logit_sources import GivenLogits, HiddenStates
@@ -103,12 +104,14 @@ def linear_nll(hidden: torch.Tensor, head: Head, tokens: Tokens, impl: str = "au
     with gathered(head, hidden.dtype) as head:
         _check(hidden, head, tokens)
         softmax = _softmax(impl, hidden.device, product_dtype(hidden))
+        if head.shard is not None and tokens.anchor is not None:
+            raise WITConfigError("a KL from a reference is not computed where tensor parallelism splits the head")
         if head.shard is not None:
             from wit_plugins.linear_cross_entropy.sharded_softmax import ShardedSoftmax
 
             softmax = functools.partial(ShardedSoftmax, head.shard, softmax or TorchSoftmax)
-        elif tokens.retarget is not None and softmax is not None:
-            softmax = TorchSoftmax  # the kernel knows one target
+        elif not (tokens.retarget is tokens.anchor is None) and softmax is not None:
+            softmax = TorchSoftmax  # the kernel knows one target, and no other distribution
         if softmax is None:
             from wit_plugins.linear_cross_entropy.full_logits import full_logits
 
@@ -123,7 +126,8 @@ def logits_nll(logits: torch.Tensor, tokens: Tokens) -> TokenNLL:
     The only full-size tensor that it makes is their gradient, in their own dtype.
     """
     rows = tokens.rows if tokens.rows is not None else torch.arange(len(logits), device=logits.device)
-    softmax = TorchSoftmax if tokens.retarget is not None else _softmax("auto", logits.device, logits.dtype)
+    plain = tokens.retarget is tokens.anchor is None
+    softmax = _softmax("auto", logits.device, logits.dtype) if plain else TorchSoftmax
     return score(GivenLogits(logits, rows), tokens, softmax)
 
 

@@ -36,6 +36,9 @@ class Scores:
         self.retarget = tokens.retarget
         self.replace = tokens.replace
         self.losses = self.nll if tokens.retarget is tokens.replace is None else torch.empty_like(weights)
+        self.anchor, self.rows = tokens.anchor, tokens.rows
+        self.anchored = None if tokens.anchor is None else torch.empty_like(weights)
+        self.static = None if tokens.anchor is None else weights.clone()  # without the dynamic factors
         self.correct = torch.empty_like(weights, dtype=torch.bool) if tokens.with_correct else None
         asked = set(tokens.entropies) if tokens.rescale is not None else set()
         self.told_entropy = 0 in asked
@@ -90,6 +93,22 @@ class Scores:
         others = torch.where(ids == self.targets[tokens, None], nll[:, None], others)
         self.losses[tokens] = torch.where(coefficients == 0, 0, coefficients * others).sum(dim=-1)
         return ids, coefficients
+
+    def anchor_at(self, log_probs: torch.Tensor, tokens: slice) -> torch.Tensor:
+        """w · α · (π - π_ref) `[m, V]`, the gradient of the KL by the logits; fills the KL of these tokens.
+
+        Args:
+            log_probs (`torch.Tensor`): `[m, V]`, the model's.
+            tokens (`slice`): which tokens they are of.
+        """
+        assert self.anchor is not None
+        assert self.anchored is not None
+        assert self.static is not None
+        reference = self.anchor.log_probs(tokens if self.rows is None else self.rows[tokens]).to(log_probs.dtype)
+        q = reference.exp()
+        kl = torch.where(q == 0, 0, q * (reference - log_probs)).sum(dim=-1)
+        self.anchored[tokens] = self.anchor.weight * kl
+        return (log_probs.exp() - q) * (self.anchor.weight * self.static[tokens])[:, None]
 
     def look(self, logits: torch.Tensor, chunk: slice, logit_scale: float, softcap: float | None) -> None:
         """Compute the top-k entropies of a chunk of raw logits `[n, V]`, before the softmax overwrites them."""
@@ -159,6 +178,7 @@ class TorchSoftmax:
         z.sub_(z.amax(dim=-1, keepdim=True))
         at_target = z.gather(-1, targets)
         terms = None if self.terms is None else self.terms[: len(z)].copy_(z)
+        shifted = None if scores.anchor is None else z.clone()
         total = z.exp_().sum(dim=-1, keepdim=True)
         log_total = total.log()
         scores.nll[tokens] = (log_total - at_target)[:, 0]
@@ -167,6 +187,7 @@ class TorchSoftmax:
             terms.clamp_(min=torch.finfo(terms.dtype).min)
             mean = terms.mul_(z).sum(dim=-1, keepdim=True) / total
             scores.entropy[tokens] = (log_total - mean)[:, 0]
+        pull = None if shifted is None else scores.anchor_at(shifted - log_total, tokens)
         weights = scores.weigh(tokens)  # [m]
         drawn = scores.draw(z, total, tokens)
         if self.with_grad:
@@ -176,5 +197,7 @@ class TorchSoftmax:
                 targets, weights = drawn[0], weights * drawn[1]
                 scale = weights.sum(dim=-1, keepdim=True) / total
             z.mul_(scale).scatter_add_(-1, targets, -weights)  # w · scale · (softmax - one-hot), a sum over all targets
+            if pull is not None:
+                z.add_(pull, alpha=self.logit_scale)
             if self.slope is not None:
                 z.mul_(self.slope[: len(z)])

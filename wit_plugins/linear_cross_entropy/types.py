@@ -78,6 +78,31 @@ Replace = Callable[["torch.Tensor", slice], "tuple[torch.Tensor, torch.Tensor] |
 
 
 @dataclass(frozen=True)
+class Anchor:
+    """A reference's whole distribution at each token, and what the KL from it is multiplied by.
+
+    Attributes:
+        hidden (`torch.Tensor`): `[R, H]`: what the reference's head is applied to, row by row as for [`Tokens`].
+        head ([`Head`]): the reference's head, whole.
+        weight (`float`): α in w · α · KL(π_ref ‖ π), which is added to the loss; dynamic weights do not multiply it.
+    """
+
+    hidden: torch.Tensor
+    head: Head
+    weight: float
+
+    @torch.no_grad()
+    def log_probs(self, rows: torch.Tensor | slice) -> torch.Tensor:
+        """The reference's log-probabilities `[n, V]` of some rows: one product with its head."""
+        head = self.head
+        logits = torch.nn.functional.linear(self.hidden[rows].to(head.weight.dtype), head.weight, head.bias)
+        logits = logits.to(wide(logits.dtype)) * head.logit_scale
+        if head.softcap is not None:
+            logits = head.softcap * torch.tanh(logits / head.softcap)
+        return torch.log_softmax(logits, dim=-1)
+
+
+@dataclass(frozen=True)
 class Tokens:
     """The `N` tokens that are scored. Every one of them is projected, whatever its weight.
 
@@ -94,6 +119,7 @@ class Tokens:
             renormalised, for each k; 0 stands for all tokens, and `CONCENTRATION` for Σ p² over all tokens.
         retarget ([`Retarget`], *optional*): what takes the targets' place in the loss; `nll` stays the targets'.
         replace ([`Replace`], *optional*): what takes the place of the nll in the loss; `nll` stays what it is.
+        anchor ([`Anchor`], *optional*): a reference, the KL from which is added to the loss.
         grad_scale (`float`): what the loss will be multiplied by before its backward, as far as that is known (the
             number of ranks). The gradients are made with it, and the loss is not multiplied by it.
     """
@@ -108,6 +134,7 @@ class Tokens:
     entropies: tuple[int, ...] = ()
     retarget: Retarget | None = None
     replace: Replace | None = None
+    anchor: Anchor | None = None
     grad_scale: float = 1.0
 
     def divisor(self, dtype: torch.dtype) -> torch.Tensor | None:
@@ -140,12 +167,14 @@ class TokenNLL:
         correct (`torch.Tensor | None`): bool `[N]`: whether the target is the model's first choice. If asked for.
         entropy (`torch.Tensor | None`): `[N]` detached, of the loss's dtype: entropy of the model's distribution, in
             nats. If asked for.
+        anchored (`torch.Tensor | None`): `[N]` detached: α · KL from the reference. If there is one.
     """
 
     loss: torch.Tensor
     nll: torch.Tensor
     correct: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
+    anchored: torch.Tensor | None = None
 
 
 def entropy_of_top(logits: torch.Tensor, k: int, logit_scale: float, softcap: float | None) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from wit_plugins.contract.active import ActiveStrategies
-from wit_plugins.linear_cross_entropy import Head, TokenNLL, Tokens, linear_nll, logits_nll
+from wit_plugins.linear_cross_entropy import Anchor, Head, TokenNLL, Tokens, linear_nll, logits_nll
 from wit_plugins.loss.normalization import counted, denominator, safe
 from wit_plugins.tokens.codes import decode, locate
 from wit_plugins.tokens.roles import IGNORE_INDEX, PROMPT, RESPONSE
@@ -67,6 +67,7 @@ class MicroBatch:
         group_factors (`torch.Tensor`, *optional*): `[G]`, what the tokens of each group are multiplied by.
         reference_nll (`torch.Tensor`, *optional*): `[N]`, the same tokens' nll by a reference, for the strategies.
         snapshot_nll (`torch.Tensor`, *optional*): the same by the model as it was some steps ago.
+        anchor ([`Anchor`], *optional*): a reference's distributions, the KL from which is added to the loss.
         scores (`torch.Tensor`, *optional*): int64 `[B, L]`, the bits of each token's log-probability in float32 by a
             reference in a folder, for the strategies.
         attention ([`PromptAttention`], *optional*): how much tokens attend to the prompt, for the strategies.
@@ -88,6 +89,7 @@ class MicroBatch:
         shifted: bool = False,
         reference_nll: torch.Tensor | None = None,
         snapshot_nll: torch.Tensor | None = None,
+        anchor: Anchor | None = None,
         scores: torch.Tensor | None = None,
         attention: PromptAttention | None = None,
     ) -> None:
@@ -104,7 +106,7 @@ class MicroBatch:
         self.row, column = torch.nonzero(wanted, as_tuple=True)
         self.positions = self.row * length + column  # [N], of [B, L]: the position that predicts the token
         self.targets, self.roles, self.weights = (x[self.row, column] for x in (targets, roles, weights))  # [N]
-        self._signed = self.weights
+        self._anchor, self._signed = anchor, self.weights
         if strategies.needs.replaces_nll:
             self.weights = self._signed.abs()
         self.spans = None if spans is None else spans[:, first:][self.row, column]  # [N]
@@ -187,6 +189,7 @@ class MicroBatch:
             entropies=self.strategies.needs.entropies,
             retarget=None if self._chance is None else self._draw,
             replace=self._replace if self.strategies.needs.replaces_nll else None,
+            anchor=self._anchor,
             grad_scale=self.grad_scale,
         )
 
@@ -204,6 +207,9 @@ class MicroBatch:
         result = WeightedLoss(tokens.loss, self.denominator, self._role_sums(tokens.nll), self.labels_count)
         if self.every_role:
             result.weighted_sums = self._weighted_sums(tokens.nll, result.role_sums.dtype)
+            if tokens.anchored is not None:
+                pulled = torch.where(self.weights == 0, 0, self.weights * tokens.anchored)
+                result.weighted_sums[:, 0].index_add_(0, self.row, pulled.to(result.weighted_sums.dtype))
         if tokens.correct is not None and tokens.entropy is not None:
             on_response = self.roles == RESPONSE
             result.correct = (tokens.correct & on_response).sum()

@@ -23,6 +23,7 @@ from torch import nn
 
 from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.errors import WeightsNotAppliedError, WITConfigError
+from wit_plugins.linear_cross_entropy import Anchor
 from wit_plugins.loss.fused import FusedHead, LossForLogits, uncompiled
 from wit_plugins.loss.loss_call import LossCall, LossOutcome, OutputFormat
 from wit_plugins.loss.micro_batch import MicroBatch, WeightedLoss
@@ -201,7 +202,9 @@ class WeightedHead:
             shape = (len(codes), min(SHAPE[1], codes.shape[1])) if call.shifted else SHAPE
             check_own_loss(self.model, self._original_of(model), codes, labels.device, shape)
             self._is_own_loss = True
-        make = functools.partial(self._micro_batch, batch, self._reference_nll(batch), self._snapshot_nll(batch))
+        make = functools.partial(
+            self._micro_batch, batch, self._reference_nll(batch), self._snapshot_nll(batch), self._anchor(batch)
+        )
         output, result = None, None
         with nullcontext() if self.attention is None else self.attention.watching(codes):
             if self.fused is not None and not self.adapter.reads_logits(call):
@@ -245,6 +248,15 @@ class WeightedHead:
             return None
         self.snapshot.renew(self.model, batch.call.number)
         return self._nll_within(self.snapshot.in_place(batch.model), batch)
+
+    def _anchor(self, batch: _Batch) -> Anchor | None:
+        """The distributions of the model without its adapters, if a strategy adds a KL from them."""
+        needs = self.strategies.needs
+        if not needs.anchors:
+            return None
+        from wit_plugins.loss.anchor import anchor_below_adapter
+
+        return anchor_below_adapter(batch.model, batch.forward, needs.anchor_weight, needs.anchors)
 
     def _nll_within(self, context: AbstractContextManager[None], batch: _Batch) -> torch.Tensor:
         """The nll `[N]` of the batch's tokens by what a context makes of the model, without gradients."""
@@ -332,6 +344,7 @@ class WeightedHead:
         batch: _Batch,
         reference_nll: torch.Tensor | None,
         snapshot_nll: torch.Tensor | None,
+        anchor: Anchor | None,
         num_logits: int,
         device: torch.device,
     ) -> MicroBatch:
@@ -358,6 +371,7 @@ class WeightedHead:
             shifted=call.shifted,
             reference_nll=None if reference_nll is None else reference_nll.to(device),
             snapshot_nll=None if snapshot_nll is None else snapshot_nll.to(device),
+            anchor=anchor,
             scores=aligned(batch.scores),
             attention=self.attention,
         )

@@ -31,8 +31,8 @@ def check_snapshot(model: nn.Module, accelerator: Any, asking: tuple[str, ...]) 
     split = any(hasattr(parameter, "placements") or hasattr(parameter, "ds_id") for parameter in model.parameters())
     if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM") or split:
         raise WITConfigError(
-            f"strategies: {', '.join(asking)} compares with a copy of the model's earlier parameters, and with {kind} "
-            "no process has whole ones to copy; train on one device or under DDP"
+            f"strategies: {', '.join(asking)} needs whole parameters, to copy them or to ask a reference's head, and "
+            f"with {kind} no process has them; train on one device or under DDP"
         )
 
 

@@ -76,14 +76,15 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
         from wit_plugins.training.kept_steps import check_can_keep
 
         check_can_keep(trainer, model)
-    if strategies.needs.references and strategies.needs.reference is None:
+    below = strategies.needs.anchors + (strategies.needs.references if strategies.needs.reference is None else ())
+    if below:
         from wit_plugins.loss.peft import check_base_model
 
-        check_base_model(model, strategies.needs.references)
-    if strategies.needs.snapshots:
+        check_base_model(model, below)
+    if whole := strategies.needs.snapshots + strategies.needs.anchors:
         from wit_plugins.loss.snapshot import check_snapshot
 
-        check_snapshot(model, trainer.accelerator, strategies.needs.snapshots)
+        check_snapshot(model, trainer.accelerator, whole)
     aux_loss_sums = adapter.aux_loss_sums(trainer)  # before it is changed
     make_head = functools.partial(
         WeightedHead,

@@ -14,10 +14,12 @@ from headkit import (
     assert_close,
     head_nll,
     make,
+    products,
     reference,
 )
 
 from wit_plugins.contract.strategy import CONCENTRATION
+from wit_plugins.linear_cross_entropy import Anchor, Head
 
 
 @pytest.mark.parametrize("impl", ["logits", "torch"])
@@ -290,3 +292,32 @@ def test_no_term_after_all(impl):
     plain = head_nll(hidden, weight, targets, token_weights, impl=impl)
     asked = head_nll(hidden, weight, targets, token_weights, replace=lambda *_: None, impl=impl)
     assert torch.equal(plain.loss, asked.loss)
+
+
+@pytest.mark.parametrize("impl", ["logits", "torch"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("per_token", [None, True, False])
+def test_a_kl_from_a_reference(impl, dtype, per_token, small_chunks):
+    """Its value and its gradient; dynamic weights of either kind do not multiply it; the head may be another."""
+    hidden, weight, bias, targets, token_weights = make(dtype=dtype, with_bias=True, ignored=0)
+    other, other_weight, other_bias, *_ = make(dtype=dtype, with_bias=True, ignored=0, seed=7)
+    anchor = Anchor(other.detach(), Head(other_weight.detach(), other_bias.detach(), 1.5, 4.0), 0.3)
+    rescale = None if per_token is None else Rescale(lambda log_probs, _: log_probs.exp(), per_token)
+    options = {"bias": bias, "softcap": 3.0, "logit_scale": 0.7, "num_items": 7, "impl": impl}
+    result = head_nll(hidden, weight, targets, token_weights, anchor=anchor, rescale=rescale, **options)
+    leaves = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
+    log_probs = (3 * torch.tanh(0.7 * (leaves[0] @ leaves[1].t() + leaves[2]) / 3)).log_softmax(-1)
+    theirs = other.detach().double() @ other_weight.detach().double().t() + other_bias.detach().double()
+    q = (4 * torch.tanh(1.5 * theirs / 4)).softmax(-1)
+    kl = (q * (q.log() - log_probs)).sum(-1)
+    nll = -log_probs[torch.arange(N), targets]
+    factors = 1 if rescale is None else torch.exp(-nll.detach())
+    loss = (token_weights.double() * (factors * nll + 0.3 * kl)).sum() / 7
+    assert_close(result.loss.detach(), loss.detach(), dtype, "loss")
+    assert_close(result.anchored, 0.3 * kl.detach(), dtype, "KL")
+    grads = torch.autograd.grad(result.loss, [hidden, weight, bias])
+    for grad, want in zip(grads, torch.autograd.grad(loss, leaves), strict=True):
+        assert_close(grad, want, dtype)
+    if impl == "torch" and per_token is not False:  # the reference's head, beside the three
+        step = lambda: head_nll(hidden, weight, targets, token_weights, anchor=anchor, **options).loss.backward()  # noqa: E731
+        assert products(step) == 4 * N * hidden.shape[1] * V

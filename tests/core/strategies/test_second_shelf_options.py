@@ -14,6 +14,24 @@ SAID = [("user", "two plus"), ("assistant", "two four")]
 HALF = math.log(0.5)
 
 
+class Near:
+    @hookimpl
+    def anchor_weight(self, options):
+        return options["pull"]
+
+
+def test_anchors_add_up():
+    with registered(Near(), "near"):
+        assert ActiveStrategies({"near": {"pull": 0.2}, "asft": {}}).needs.anchor_weight == pytest.approx(0.3)
+    assert ActiveStrategies({"dft": {}}).needs.anchor_weight == 0
+
+
+class Short:
+    @hookimpl
+    def replace_nll(self, log_probs, weights, roles):
+        return log_probs[:1], log_probs[:1]
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -34,6 +52,8 @@ HALF = math.log(0.5)
         ("iw_sft", {"sum_over_time": False, "temp": 2}, "temp = 2: is read for one factor a document.*time: true"),
         ("iw_sft", {"sum_over_time": 1}, "sum_over_time = 1: is true"),
         ("iw_sft", {"temp": 0}, "temp = 0: is a number above 0"),
+        ("asft", {"alpha": 0}, "alpha = 0: is a number above 0, such as 0.1; dft: {} is the loss without it"),
+        ("asft", {"kl_weight": 0.1}, "there is no option 'kl_weight'"),
         ("unlikelihood", {"alpha": 1}, "unlikelihood: takes no options"),
         ("psft", {"clip_ratio_high": -1}, "clip_ratio_high = -1: is a number >= 0"),
         ("psft", {"clip_ratio": 1}, "did you mean 'clip_ratio_high'"),
@@ -109,11 +129,6 @@ def test_what_has_other_targets_has_no_nll_to_replace():
 
 
 def test_a_term_of_another_shape_is_refused():
-    class Short:
-        @hookimpl
-        def replace_nll(self, log_probs, weights, roles):
-            return log_probs[:1], log_probs[:1]
-
     log_probs, ones = torch.zeros(2), torch.ones(2)
     with registered(Short(), "short"):
         asked = ActiveStrategies({"short": {}}).on_device
