@@ -34,8 +34,7 @@ SECONDS = 60  # of a mutant's tests; one that takes longer has changed something
 TARGETS: dict[str, dict[str, list[str]]] = {
     "core": {
         "wit_plugins/tokens/roles.py": [
-            *["tests/core/tokens/test_transport.py", "tests/core/tokens/test_documents.py"],
-            "tests/core/tokens/test_dataset_check.py",
+            *["tests/core/tokens/test_roles.py", "tests/core/tokens/test_transport.py"],
         ],
         "wit_plugins/tokens/codes.py": [
             *["tests/core/tokens/test_transport.py", "tests/core/tokens/test_documents.py"],
