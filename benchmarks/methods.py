@@ -63,16 +63,23 @@ METHODS: dict[str, dict[str, Any]] = {
     "fait": {"fait": {"wrong_key": "wrong", "weight": 2.0}},
     "dft": {"dft": {}},
     "eaft": {"eaft": {}},
+    "power": {"power": {"q": 0.5}},
+    "deft": {"deft": {}},
+    "talr": {"talr": {"min_weight": 0}},
+    "mile": {"mile": {}},
+    "psft": {"psft": {}},
     "otr": {"otr": {"samples": 8, "beta": 0.0, "temperature": 1.0}},
     "masked_thought": {"masked_thought": {"mask_token_id": 2}},
     "rho1, scores": {"rho1": {"share": 0.6, "reference": SCORES}},
     "sstoken, scores": {"sstoken": {"reference": SCORES}},
+    "iw_sft, scores": {"iw_sft": {"reference": SCORES}},
     "qtuning": {"qtuning": {"r_sample": 0.5, "r_token": 0.7}},
     "mftcoder": {"mftcoder": {"groups": dict.fromkeys(TASKS, 1.0)}},
     "coba": {"coba": {"groups": TASKS, "coba_warmup_steps": 2}},
     "wit, LoRA": {},
     "rho1, LoRA": {"rho1": {"share": 0.6}},
     "sstoken, LoRA": {"sstoken": {}},
+    "psft, LoRA": {"psft": {}},
 }
 
 

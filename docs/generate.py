@@ -27,8 +27,8 @@ DOCS = Path(__file__).parent
 # The public interface: everything else may change without notice.
 PUBLIC = {
     "wit_plugins": [
-        *["attach", "attached", "detach", "register", "per_token", "entropy_of_top", "share_kept", "reference_in"],
-        *["WITConfig"],
+        *["attach", "attached", "detach", "WeightedLoop", "register", "per_token", "entropy_of_top"],
+        *["share_kept", "reference_in", "snapshot_every", "WITConfig"],
         *["WITError", "WITConfigError", "WeightsNotAppliedError"],
     ],
     "wit_plugins.linear_cross_entropy": ["weighted_linear_cross_entropy"],

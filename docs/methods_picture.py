@@ -4,8 +4,9 @@
 
 A small decoder is trained on the demo's conversations, built and read as everywhere in this repository, and then asked
 about one that it has not seen. Factors are those of the strategies themselves, by the hooks that a run calls. The
-reference of Rho-1 and ssToken is the model of half the steps before; beside Q-Tuning's sample stand three others, and
-the wrong answer of FAIT is written here. One tiny model: it shows how the methods differ, not which is best.
+reference of Rho-1, ssToken and iw-SFT, and the older model of PSFT, is the model of half the steps before; beside
+Q-Tuning's sample stand three others, and the wrong answer of FAIT is written here. One tiny model: it shows how the
+methods differ, not which is best.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "configs"))
 from tiny_model import DATA, byte_tokenizer, small_llama
 
 from wit_plugins.contract.active import ActiveStrategies
-from wit_plugins.linear_cross_entropy.types import entropy_of_top
+from wit_plugins.linear_cross_entropy.types import looked_at
 from wit_plugins.strategies import masked_thought
 from wit_plugins.tokens.codes import decode
 from wit_plugins.tokens.collator import WeightedCollator
@@ -42,6 +43,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "wit (0.2, 0.8)": {"wit": WIT},
     "dft": {"wit": ONE, "dft": {}},
     "eaft": {"wit": ONE, "eaft": {}},
+    "power, q = 0.5": {"wit": ONE, "power": {"q": 0.5}},
+    "deft": {"wit": ONE, "deft": {}},
+    "talr, 0": {"wit": ONE, "talr": {"min_weight": 0}},
+    "mile, 1": {"wit": ONE, "mile": {}},
+    "iw_sft, a token": {"wit": ONE, "iw_sft": {"sum_over_time": False}},
+    "psft, 0.28": {"wit": ONE, "psft": {}},
     "otr, K = 8, β = 0": {"wit": ONE, "otr": {"samples": 8, "beta": 0.0, "temperature": 1.0}},
     "rho1, 0.6": {"wit": ONE, "rho1": {"share": 0.6}},
     "sstoken, 0.6": {"wit": ONE, "sstoken": {}},
@@ -118,6 +125,7 @@ def known(
         before, now = models[0](input_ids=ids), models[1](input_ids=ids, output_attentions=True)
     logits, attention = now.logits[0, :-1], now.attentions[-1][0].mean(dim=0)
     log_probs = logits.log_softmax(dim=-1)
+    earlier = before.logits[0, :-1].log_softmax(dim=-1).gather(-1, targets[:, None])[:, 0]
     return {
         "codes": codes,
         "targets": targets,
@@ -125,11 +133,12 @@ def known(
         "roles": roles,
         "weights": weights,
         "log_probs": log_probs.gather(-1, targets[:, None])[:, 0],
-        "reference_log_probs": before.logits[0, :-1].log_softmax(dim=-1).gather(-1, targets[:, None])[:, 0],
+        "reference_log_probs": earlier,
+        "snapshot_log_probs": earlier,
         "prompt_attention": (attention * (decode(codes)[1][0] != RESPONSE)).sum(dim=-1)[1:],
         "documents": torch.full_like(targets, number),
         "positions": torch.arange(1, len(targets) + 1),
-        "entropies": {k: entropy_of_top(logits, k or logits.shape[-1], 1.0, None) for k in active.needs.entropies},
+        "entropies": {k: looked_at(logits, k or logits.shape[-1], 1.0, None) for k in active.needs.entropies},
     }
 
 

@@ -11,11 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wit_plugins.config import WITConfig
-    from wit_plugins.contract.hookspecs import entropy_of_top, hookimpl, per_token, reference_in, share_kept
+    from wit_plugins.contract.hookspecs import (
+        entropy_of_top,
+        hookimpl,
+        per_token,
+        reference_in,
+        share_kept,
+        snapshot_every,
+    )
     from wit_plugins.contract.plugins import register
     from wit_plugins.errors import WeightsNotAppliedError, WITConfigError, WITError
     from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
     from wit_plugins.training.attach import attach, attached, detach
+    from wit_plugins.training.own_loop import WeightedLoop
 
 __version__ = "0.1.0"
 
@@ -26,6 +34,7 @@ __all__ = [
     "WITConfig",
     "WITConfigError",
     "WITError",
+    "WeightedLoop",
     "WeightsNotAppliedError",
     "attach",
     "attached",
@@ -36,6 +45,7 @@ __all__ = [
     "reference_in",
     "register",
     "share_kept",
+    "snapshot_every",
 ]
 
 # Looked up when they are first used: a command that only reads a file must not wait for torch.
@@ -44,7 +54,8 @@ _MODULES = {
     "config": ("WITConfig",),
     "errors": ("WITConfigError", "WITError", "WeightsNotAppliedError"),
     "training.attach": ("attach", "attached", "detach"),
-    "contract.hookspecs": ("entropy_of_top", "hookimpl", "per_token", "reference_in", "share_kept"),
+    "contract.hookspecs": ("entropy_of_top", "hookimpl", "per_token", "reference_in", "share_kept", "snapshot_every"),
+    "training.own_loop": ("WeightedLoop",),
     "contract.plugins": ("register",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

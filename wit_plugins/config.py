@@ -227,7 +227,7 @@ def multiplied(weights: np.ndarray, factors: np.ndarray | float, what: str) -> n
     exact = weights.astype(np.float64) * np.asarray(factors, dtype=np.float64)
     with np.errstate(over="ignore", under="ignore"):
         product = exact.astype(np.float32)
-    lost = ~(exact <= MAX_WEIGHT) | ((product == 0) & (exact != 0))
+    lost = ~(np.abs(exact) <= MAX_WEIGHT) | ((product == 0) & (exact != 0))
     if lost.any():
         raise ValueError(
             f"the product of the weights is {exact[lost][0]:.3g} with {what}: it is at most {MAX_WEIGHT:g}, and not "
@@ -236,20 +236,20 @@ def multiplied(weights: np.ndarray, factors: np.ndarray | float, what: str) -> n
     return product
 
 
-def checked_weight(value: Any, key: str) -> float:
-    """A weight that a user wrote, if it is one.
+def checked_weight(value: Any, key: str, negative: bool = False) -> float:
+    """A weight that a user wrote, if it is one. With `negative` it may be below 0.
 
     Raises:
         ValueError: naming the key, the value and the way out.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{key} = {value!r}: a weight is a finite number >= 0, such as 0.5")
-    if value < 0:
+    if value < 0 and not negative:
         raise ValueError(
             f"{key} = {value!r}: is below 0, under which the loss has no lower bound (a token's loss can be made as "
             "large as you like); use 0 to take tokens out"
         )
-    if (reason := _out_of_range(float(value))) is not None:
+    if (reason := _out_of_range(abs(float(value)))) is not None:
         raise ValueError(f"{key} = {value!r}: {reason}")
     return float(value)
 

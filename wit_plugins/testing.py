@@ -21,6 +21,7 @@ import torch
 from wit_plugins.config import WITConfig
 from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.contract.plugins import plugin_manager, register
+from wit_plugins.contract.strategy import CONCENTRATION
 from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
 from wit_plugins.tokens.text import TokenText
 
@@ -80,6 +81,7 @@ def weigh(
     columns: Mapping[str, Any] | None = None,
     log_probs: Sequence[float] | None = None,
     entropies: Sequence[float] | None = None,
+    concentrations: Sequence[float] | None = None,
 ) -> WeighedTokens:
     """What every token of one conversation weighs.
 
@@ -97,6 +99,8 @@ def weigh(
             Without it only static weights are shown.
         entropies (`Sequence[float]`, *optional*): the entropy at each token but the first, in nats, for dynamic weights
             that ask for one (of all tokens or of the top k).
+        concentrations (`Sequence[float]`, *optional*): Σ p² at each token but the first, for dynamic weights that ask
+            for it.
 
     Raises:
         WITConfigError: if a strategy is not registered or refuses its options.
@@ -136,20 +140,29 @@ def weigh(
             raise ValueError(
                 f"{', '.join(active.needs.references)} compares with a reference model, and there is none here"
             )
+        if active.needs.snapshots:
+            raise ValueError(
+                f"{', '.join(active.needs.snapshots)} compares with an earlier state of a model, and there is none here"
+            )
         if active.needs.prompt_attention:
             raise ValueError(
                 f"{', '.join(active.needs.prompt_attention)} asks for a model's attention, and there is none here"
             )
-        if active.needs.entropies and (entropies is None or len(entropies) != len(log_probs)):
-            raise ValueError(
-                f"a strategy asks for the entropy; give entropies, as many as log_probs ({len(log_probs)})"
-            )
         count = len(log_probs)
+        known_of_each = {}
+        for k in active.needs.entropies:
+            name, values_given = "entropies", entropies
+            if k == CONCENTRATION:
+                name, values_given = "concentrations", concentrations
+            if values_given is None or len(values_given) != count:
+                what = "entropy" if name == "entropies" else "concentration"
+                raise ValueError(f"a strategy asks for the {what}; give {name}, as many as log_probs ({count})")
+            known_of_each[k] = torch.tensor(values_given, dtype=torch.float32)
         factors = active.on_device.dynamic_weights(
             torch.tensor(log_probs, dtype=torch.float32),
             torch.from_numpy(role_array[1:]),
             weights=torch.from_numpy(weights[1:].copy()),
-            entropies={k: torch.tensor(entropies, dtype=torch.float32) for k in active.needs.entropies},
+            entropies=known_of_each,
             documents=torch.zeros(count, dtype=torch.int64),
             positions=torch.arange(1, count + 1),
         )

@@ -18,7 +18,7 @@ import torch
 from axokit import CHAT, LEARNING_RATE, Recorded, Workplace, axolotl, history, prepare, train_on_ranks
 from datasets import load_from_disk
 from safetensors.torch import load_file
-from support import Document, all_relative_error, document_logits, llama, plain_copy
+from support import Document, all_relative_error, document_logits, llama, plain_copy, term
 from words import tokenizer
 
 from wit_plugins.errors import WITError
@@ -95,8 +95,8 @@ def reference(
         nll = -logits.to(torch.float64).log_softmax(-1)
         for t, (_, response, weight) in enumerate(written[1:], 1):
             weight *= roles[response]
-            total = total + weight * nll[t - 1, ids[t]]
-            divisor += weight if by == "weight_sum" else weight != 0
+            total = total + term(weight, nll[t - 1, ids[t]])
+            divisor += abs(weight) if by == "weight_sum" else weight != 0
     loss = total / divisor
     loss.backward()
     return loss.item(), {name: p.grad for name, p in copied.named_parameters() if p.grad is not None}
@@ -131,6 +131,25 @@ def test_loss_and_step_are_those_of_the_data(workplace: Workplace) -> None:
     predicted = [word for row in rows() for word in words_of(row)[1:]]
     assert run.logged("response_tokens") == [sum(response and weight != 0 for _, response, weight in predicted)]
     assert run.logged("prompt_tokens") == [sum(not response and weight != 0 for _, response, weight in predicted)]
+
+
+AGAINST = {"prompt_weight": 0.2, "response_weight": 0.8, "strategies": ["unlikelihood"]}
+
+
+def with_some_below_zero() -> list[dict[str, Any]]:
+    """An answer, a part of one and a sample that are not to be said."""
+    made = rows()
+    made[0]["messages"][1]["weight"] = -0.5
+    made[3]["messages"][3]["content"][1]["loss_weight"] = -2
+    made[6]["weight"] = -1
+    return made
+
+
+@pytest.mark.parametrize("layout", [{}, PACKED])
+def test_a_weight_below_0_trains_against_its_tokens(workplace: Workplace, layout: dict[str, Any]) -> None:
+    assert_exact(
+        workplace.train(wit=AGAINST, **file(workplace.folder, with_some_below_zero()), **layout), with_some_below_zero()
+    )
 
 
 def test_packed_and_divided_by_the_weights(workplace: Workplace) -> None:

@@ -158,6 +158,11 @@ def aux_loss_step(
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+def term(weight: float, nll: torch.Tensor) -> torch.Tensor:
+    """What a token adds to the loss: w·nll, or |w|·-log(1 - p) for a weight below 0 (unlikelihood)."""
+    return weight * nll if weight >= 0 else weight * torch.log1p(-torch.exp(-nll))
+
+
 def role_losses(model: torch.nn.Module, docs: Sequence[Document]) -> dict[str, float]:
     """Unweighted mean losses of prompt and response, and the numbers of tokens, from the formula at (1, 0), (0, 1)."""
     model = plain_copy(model).eval()

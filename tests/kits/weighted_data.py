@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from lfkit import LOSS, Doc, alone, in_rows, pairs, rows_of, tokenizer
-from support import all_relative_error
+from support import all_relative_error, term
 
 LAMBDA = {"prompt_weight": 0.2, "response_weight": 0.8}
 OPENAI = {
@@ -94,8 +94,8 @@ def expected(model, scored, weights, normalization="nonzero_tokens"):
     for (logits, targets, *_), own in zip(scored(model), weights, strict=True):
         log_probs = logits.double().log_softmax(-1)
         for t in range(1, len(targets)):
-            numerator = numerator - own[t] * log_probs[t - 1, targets[t]]
-            count += float(np.float32(own[t])) if normalization == "weight_sum" else own[t] != 0
+            numerator = numerator + term(own[t], -log_probs[t - 1, targets[t]])
+            count += abs(float(np.float32(own[t]))) if normalization == "weight_sum" else own[t] != 0
     loss = numerator / count
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from support import Document, document_logits, llama, plain_copy
+from support import Document, document_logits, llama, plain_copy, term
 from tokenizers_by_kind import byte_level
 from trl import SFTConfig
 from trlkit import LEARNING_RATE, logs, sft_trainer, weights_of
@@ -126,6 +126,16 @@ def _conversation(row: dict[str, Any]) -> tuple[list[tuple[str, bool, int, int |
     return pieces, of_messages, of_parts
 
 
+def some_below_zero():
+    """An answer, a part of one, a prompt and a sample that are not to be said."""
+    made = rows()
+    made[0]["messages"][1][KEYS[0]] = -0.5
+    made[2]["messages"][3]["content"][0]["weight"] = -1
+    made[1]["messages"][0]["weight"] = -0.25
+    made[6]["weight"] = -2.0
+    return made
+
+
 def reference(made: list[dict[str, Any]], max_length: int | None = None) -> list[Weighted]:
     """What the text and the weights of some rows say; cut as TRL cuts, without those that have no response then."""
     names, found = tokenizer(), []
@@ -166,8 +176,8 @@ def expected_step(
         log_probs = logits.to(torch.float64).log_softmax(-1)
         for t, weight in enumerate(document.weights(*weights)):
             if weight:
-                numerator = numerator - weight * log_probs[t - 1, ids[t]]
-                denominator += weight if normalization == "weight_sum" else 1
+                numerator = numerator + term(weight, -log_probs[t - 1, ids[t]])
+                denominator += abs(weight) if normalization == "weight_sum" else 1
     loss = numerator / denominator
     loss.backward()
     return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -106,6 +106,24 @@ def test_samples_of_alpaca(workplace, tmp_path):
     assert_step(recorder, docs)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_weight_below_0_trains_against_its_tokens(workplace, tmp_path, layout):
+    texts = pairs(6, seed=9)
+    given = [(1.0, -0.5), (-2.0, 1.0), (1.0, 1.0), (0.5, -1.0), (1.0, 0), (-1.0, -0.25)]  # of samples and answers
+    rows = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a, "weight": own}], "weight": w}
+        for (q, a), (w, own) in zip(texts, given, strict=True)
+    ]
+    workplace.dataset("against", [{**row, "system": ""} for row in rows], **OPENAI)
+    docs = [
+        Written.of_segments(*turn("user", q, w), *turn("assistant", a, w * own))
+        for (q, a), (w, own) in zip(texts, given, strict=True)
+    ]
+    changes = {"dataset": "against", "output_dir": str(tmp_path), "cutoff_len": 512, **layout_args(layout)}
+    recorder = run(workplace.config(**changes), {**LAMBDA, "strategies": ["unlikelihood"]})
+    assert_step(recorder, docs, layout)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_run_in_which_nothing_weighs_anything_is_refused(workplace, tmp_path, stream):
     rows = [{"instruction": q, "input": "", "output": a, "weight": 0.0} for q, a in pairs(6, seed=9)]

@@ -277,7 +277,9 @@ def test_what_the_table_of_methods_says_to_paste_trains(tmp_path):
     for row in rows:
         strategies = yaml.safe_load(row)["strategies"]
         names += strategies
-        settings: dict[str, Any] = {"model": literature.adapted() if strategies.keys() & {"rho1", "sstoken"} else None}
+        settings: dict[str, Any] = {
+            "model": literature.adapted() if strategies.keys() & {"rho1", "sstoken", "iw_sft"} else None
+        }
         if "fait" in strategies:  # which reads a column of the data
             data = dataset("plain").add_column("wrong", ["w01 w02"] * 8)
             args = SFTConfig(str(tmp_path), use_cpu=True)

@@ -21,6 +21,7 @@ from weightkit import (
     model,
     reference,
     rows,
+    some_below_zero,
     step_taken,
     tokenizer,
     trainer,
@@ -67,6 +68,37 @@ def test_loss_and_step_are_those_of_the_text_and_its_weights(tmp_path, kind, arg
         documents = [piece for document in documents for piece in document.split(args["max_length"])]
         assert len(documents) > 8
     is_exact(tmp_path, made, documents)
+
+
+AGAINST = {**SETTINGS, "strategies": ["unlikelihood"]}
+
+
+@pytest.mark.parametrize("loss_impl", ["fused", "logits"])
+@pytest.mark.parametrize("normalization", ["nonzero_tokens", "weight_sum"])
+@pytest.mark.parametrize("args", [{}, {"packing": True}], ids=["unpacked", "packed"])
+def test_a_weight_below_0_trains_against_its_tokens(tmp_path, args, normalization, loss_impl):
+    asked = {"assistant_only_loss": True, **args}
+    data = prepare_dataset(dataset(some_below_zero()), tokenizer(), config(**asked), strategies=["unlikelihood"])
+    made = trainer(tmp_path, data, **asked)
+    made.add_callback(WITCallback(made, **AGAINST, normalization=normalization, loss_impl=loss_impl))
+    documents = reference(some_below_zero(), None if args else MAX_LENGTH)
+    assert sum(weight < 0 for document in documents for weight in document.data) > 20
+    is_exact(tmp_path, made, documents, normalization=normalization)
+    expected, _ = expected_step(made.model, documents, WEIGHTS, normalization)
+    assert made.evaluate(data)["eval_weighted_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_weight_below_0_needs_the_strategy(tmp_path):
+    """Whoever has not named it: when the data is prepared, and when prepared data is trained on."""
+    with pytest.raises(
+        WITConfigError, match=r"below 0.*no lower bound.*or name the strategy unlikelihood, which trains"
+    ):
+        prepare_dataset(dataset(some_below_zero()), tokenizer(), config(assistant_only_loss=True))
+    asked = {"assistant_only_loss": True}
+    data = prepare_dataset(dataset(some_below_zero()), tokenizer(), config(**asked), strategies=["unlikelihood"])
+    made = trainer(tmp_path, data, **asked)
+    with pytest.raises(WITConfigError, match="was prepared with other settings than these"):
+        made.add_callback(WITCallback(made, **SETTINGS))
 
 
 def test_tokens_of_weight_zero_are_not_counted_or_reported(tmp_path, capsys):

@@ -24,6 +24,7 @@ SPAN_NAME = r"[A-Za-z0-9_.-]{1,64}"  # in the keys of the log
 MAX_SPANS = 62  # that are logged; the batch has a bit for each
 _ONE_AT_A_TIME = {  # hooks that only one strategy of a run may implement, and the error's words
     "select_tokens": "select tokens, each from what the other has left out",
+    "replace_nll": "put something else in the place of the nll",
     "draw_targets": "put other targets in the place of a token's own",
     "sample_groups": "sort the samples into groups",
 }
@@ -66,6 +67,8 @@ class ActiveStrategies:
         self.needs = Requirements.of(self._strategies)
         for hook, reason in _ONE_AT_A_TIME.items():
             both = [strategy.name for strategy in self._strategies if strategy.has(hook)]
+            if hook == "draw_targets":  # a loss of other targets' nll has no nll to replace
+                both += self.needs.replaces_nll
             if len(both) > 1:
                 raise WITConfigError(f"strategies: {' and '.join(both)} both {reason}; take one out")
 
@@ -86,7 +89,8 @@ class ActiveStrategies:
             if isinstance(options, list):
                 raise WITConfigError(no_list) from error
             raise
-        _ = strategy.top_k, strategy.share, strategy.reference  # each of these checks the option that it reads
+        # Each of these checks the option that it reads.
+        _ = strategy.top_k, strategy.share, strategy.reference, strategy.renewed_every
 
     def _bind(self) -> None:
         self._strategies = [Strategy(name, options) for name, options in self.options_by_name.items()]

@@ -25,14 +25,19 @@ hookimpl = pluggy.HookimplMarker(PROJECT_NAME)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def per_token(function: _Function) -> _Function:
+def per_token(function: Any = None, *, unless: str | None = None, default: bool = False) -> Any:
     """Mark a `dynamic_weights` whose factor for a token depends on nothing but that token's own arguments.
 
     It is then asked for some tokens at a time, which saves one pass over the head. That it keeps the promise is
-    checked when it is first called.
+    checked when it is first called. With `unless`, the mark holds only where the option of that name is false;
+    `default` is the option's value if it is not set.
     """
-    function.wit_per_token = True  # type: ignore[attr-defined]
-    return function
+
+    def mark(function: _Function) -> _Function:
+        function.wit_per_token = True if unless is None else (unless, default)  # type: ignore[attr-defined]
+        return function
+
+    return mark if function is None else mark(function)
 
 
 def entropy_of_top(k: int, option: str | None = None) -> Callable[[_Function], _Function]:
@@ -74,6 +79,19 @@ def reference_in(option: str) -> Callable[[_Function], _Function]:
     return mark
 
 
+def snapshot_every(option: str, default: int | None = None) -> Callable[[_Function], _Function]:
+    """Say which option is the number of optimizer steps after which the model of `snapshot_log_probs` is renewed.
+
+    They are the log-probabilities by the model as it was when so many steps began.
+    """
+
+    def mark(function: _Function) -> _Function:
+        function.wit_snapshot = (option, default)  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
 @hookspec(firstresult=True)
 def validate_options(options: Mapping[str, Any] | Sequence[Any]) -> None:
     """Raise `ValueError` if these options of this strategy are wrong; called before training starts."""
@@ -104,9 +122,11 @@ def dynamic_weights(
     weights: torch.Tensor,
     entropy: torch.Tensor,
     topk_entropy: torch.Tensor,
+    concentration: torch.Tensor,
     documents: torch.Tensor,
     positions: torch.Tensor,
     reference_log_probs: torch.Tensor,
+    snapshot_log_probs: torch.Tensor,
     prompt_attention: torch.Tensor,
     options: Mapping[str, Any] | Sequence[Any],
 ) -> torch.Tensor | None:
@@ -123,9 +143,11 @@ def select_tokens(
     weights: torch.Tensor,
     entropy: torch.Tensor,
     topk_entropy: torch.Tensor,
+    concentration: torch.Tensor,
     documents: torch.Tensor,
     positions: torch.Tensor,
     reference_log_probs: torch.Tensor,
+    snapshot_log_probs: torch.Tensor,
     prompt_attention: torch.Tensor,
     options: Mapping[str, Any] | Sequence[Any],
 ) -> torch.Tensor | None:
@@ -143,6 +165,19 @@ def draw_targets(
     """In training: `K` targets for each of `n` tokens, int64 `[n, K]`, and their coefficients `[n, K]`.
 
     The loss of a token becomes the sum of coefficient times -log p over them.
+    """
+
+
+@hookspec(firstresult=True)
+def replace_nll(
+    log_probs: torch.Tensor,
+    roles: torch.Tensor,
+    weights: torch.Tensor,
+    options: Mapping[str, Any] | Sequence[Any],
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What takes the place of the nll of `n` tokens: losses `[n]`, and their derivatives by the nll `[n]`.
+
+    It is multiplied by the absolute value of `weights`, which may be below 0 where the data says so.
     """
 
 

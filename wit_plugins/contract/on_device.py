@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from wit_plugins.contract.strategy import ON_TOKENS, Strategy
+from wit_plugins.contract.strategy import CONCENTRATION, ON_TOKENS, Strategy
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +49,7 @@ class HooksOnDevice:
         for strategy in self._dynamic:
             facts = {"log_probs": log_probs, "roles": roles, **known}
             facts["entropy"], facts["topk_entropy"] = entropies.get(0), entropies.get(strategy.top_k)
+            facts["concentration"] = entropies.get(CONCENTRATION)
             for hook in ON_TOKENS:
                 own = strategy.call(hook, **facts)
                 if own is None:
@@ -105,6 +106,31 @@ class HooksOnDevice:
                 f"{tuple(coefficients.shape)}; both are [{len(targets)}, K], the targets torch.int64"
             )
         return ids, coefficients
+
+    def replace_nll(
+        self, log_probs: torch.Tensor, roles: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Losses `[n]` in the place of the nll, and their derivatives by it `[n]`, or `None` for the nll.
+
+        Args:
+            log_probs (`torch.Tensor`): `[n]`, detached, float32 or float64.
+            roles (`torch.Tensor`): uint8 `[n]`.
+            weights (`torch.Tensor`): float32 `[n]`, below 0 where the data says so.
+
+        Raises:
+            ValueError: if the strategy returns other shapes.
+        """
+        (strategy,) = (strategy for strategy in self._strategies if strategy.has("replace_nll"))
+        replaced = strategy.call("replace_nll", log_probs=log_probs, roles=roles, weights=weights)
+        if replaced is None:
+            return None
+        losses, slopes = replaced
+        if losses.shape != log_probs.shape or slopes.shape != log_probs.shape:
+            raise ValueError(
+                f"strategy {strategy.name!r} returned losses {tuple(losses.shape)} and slopes {tuple(slopes.shape)} "
+                f"for {tuple(log_probs.shape)} tokens"
+            )
+        return losses.detach().to(log_probs.dtype), slopes.detach().to(log_probs.dtype)
 
     def change_inputs(
         self, input_ids: torch.Tensor, roles: torch.Tensor, random: torch.Tensor, progress: float, vocab_size: int

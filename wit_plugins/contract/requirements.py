@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from wit_plugins.contract.strategy import ON_TOKENS, TEXT_ARGUMENTS, Strategy
+from wit_plugins.contract.strategy import CONCENTRATION, ON_TOKENS, TEXT_ARGUMENTS, Strategy
 from wit_plugins.errors import WITConfigError
 
 _references: ContextVar[bool] = ContextVar("references", default=True)
@@ -24,7 +24,7 @@ def without_references() -> Iterator[None]:
 
 
 _BY_DOCUMENT = ("documents", "positions", "random", "prompt_attention")  # arguments that tell documents apart
-_ACROSS_TOKENS = (*_BY_DOCUMENT, "reference_log_probs")  # a reference's come from a second pass over whole rows
+_ACROSS_TOKENS = (*_BY_DOCUMENT, "reference_log_probs", "snapshot_log_probs")  # the last two: a second pass over rows
 _ON_WHOLE_ROWS = ("select_tokens", "draw_targets", "change_inputs")  # hooks
 
 
@@ -34,9 +34,12 @@ class Requirements:
 
     Attributes:
         dynamic (`tuple[str, ...]`): to rescale weights on the device, or to select tokens there.
-        entropies (`tuple[int, ...]`): the entropies of the k most likely tokens, for each k; 0 stands for all tokens.
+        entropies (`tuple[int, ...]`): the entropies of the k most likely tokens, for each k; 0 stands for all tokens,
+            and `CONCENTRATION` for Σ p² over all tokens.
         references (`tuple[str, ...]`): a reference's log-probabilities.
         reference (`str | None`): the folder of scores that they are in; `None` for the model without its adapter.
+        snapshots (`tuple[str, ...]`): the log-probabilities by the model as it was some steps ago.
+        snapshot_every (`int | None`): after how many steps that model is renewed.
         prompt_attention (`tuple[str, ...]`): how much a token attends to its prompt.
         share_of_responses (`float | None`): the share of each document's response tokens that is kept, where it is a
             share of these.
@@ -45,6 +48,8 @@ class Requirements:
             by piece.
         across_tokens (`tuple[str, ...]`): more than one token at a time, or the place of one in the batch.
         draws_targets (`bool`): whether a strategy puts other targets in the place of a token's own.
+        replaces_nll (`tuple[str, ...]`): to put something else in the place of the nll; weights in the data may be
+            below 0.
         changed_inputs (`tuple[str, ...]`): to change what the model reads.
         text (`dict[str, tuple[str, ...]]`): by each of the arguments `tokenizer`, `text` and `offsets` that the
             collator is asked for: by which strategies.
@@ -55,12 +60,15 @@ class Requirements:
     entropies: tuple[int, ...]
     references: tuple[str, ...]
     reference: str | None
+    snapshots: tuple[str, ...]
+    snapshot_every: int | None
     prompt_attention: tuple[str, ...]
     share_of_responses: float | None
     documents: tuple[str, ...]
     per_token: bool
     across_tokens: tuple[str, ...]
     draws_targets: bool
+    replaces_nll: tuple[str, ...]
     changed_inputs: tuple[str, ...]
     text: dict[str, tuple[str, ...]]
     spans: bool
@@ -70,7 +78,7 @@ class Requirements:
         """Those of some strategies.
 
         Raises:
-            WITConfigError: if they compare with different references.
+            WITConfigError: if they compare with different references or snapshots.
         """
         dynamic = [s for s in strategies if any(s.has(hook) for hook in ON_TOKENS)]
         referring = [s for s in dynamic if s.asks_for("reference_log_probs")] if _references.get() else []
@@ -80,12 +88,15 @@ class Requirements:
             entropies=_entropies(dynamic),
             references=_names(referring),
             reference=_reference(referring),
+            snapshots=_names(s for s in dynamic if s.renewed_every is not None),
+            snapshot_every=_renewed_every(dynamic),
             prompt_attention=_names(s for s in dynamic if s.asks_for("prompt_attention")),
             share_of_responses=next((s.share for s in dynamic if s.shares_each_response), None),
             documents=_names(s for s in strategies if s.shares_each_response or any(map(s.asks_for, _BY_DOCUMENT))),
             per_token=all(s.per_token for s in dynamic),
             across_tokens=_names(s for s in strategies if (s in dynamic and not s.per_token) or _looks_across(s)),
             draws_targets=any(s.has("draw_targets") for s in strategies),
+            replaces_nll=_names(s for s in strategies if s.has("replace_nll")),
             changed_inputs=_names(s for s in strategies if s.has("change_inputs")),
             text={argument: names for argument, names in text.items() if names},
             spans=any(s.has("find_spans") for s in strategies),
@@ -102,7 +113,16 @@ def _looks_across(strategy: Strategy) -> bool:
 
 def _entropies(dynamic: Sequence[Strategy]) -> tuple[int, ...]:
     every = {0} if any(strategy.asks_for("entropy") for strategy in dynamic) else set()
+    every |= {CONCENTRATION for strategy in dynamic if strategy.asks_for("concentration")}
     return tuple(sorted(every | {k for strategy in dynamic if (k := strategy.top_k) is not None}))
+
+
+def _renewed_every(dynamic: Sequence[Strategy]) -> int | None:
+    steps = {s.name: every for s in dynamic if (every := s.renewed_every) is not None}
+    if len(set(steps.values())) > 1:
+        listed = ", ".join(f"{name} after {every} steps" for name, every in steps.items())
+        raise WITConfigError(f"strategies: a run keeps one snapshot of the model, renewed at one pace, not {listed}")
+    return next(iter(steps.values()), None)
 
 
 def _reference(referring: Sequence[Strategy]) -> str | None:

@@ -18,6 +18,7 @@ Options = Mapping[str, Any] | Sequence[Any]
 RAW_ARGUMENT = "raw_example"  # of a `static_weights` that is called while the framework tokenises
 TEXT_ARGUMENTS = frozenset({"tokenizer", "text", "offsets"})  # of hooks that are called with a document
 ON_TOKENS = ("dynamic_weights", "select_tokens")  # called with the predicted tokens of a micro-batch
+CONCENTRATION = -1  # stands among the numbers of tokens that entropies are of for Σ p² over all tokens
 
 
 class Strategy:
@@ -84,7 +85,11 @@ class Strategy:
     @property
     def per_token(self) -> bool:
         """Whether it may be asked for some tokens at a time."""
-        return bool(self.mark("dynamic_weights", "wit_per_token")) and not self.has("select_tokens")
+        mark = self.mark("dynamic_weights", "wit_per_token")
+        if isinstance(mark, tuple):
+            option, default = mark
+            mark = not (self.options.get(option, default) if isinstance(self.options, Mapping) else default)
+        return bool(mark) and not self.has("select_tokens")
 
     @property
     def top_k(self) -> int | None:
@@ -139,6 +144,29 @@ class Strategy:
                 f"strategies: {self.name}: {options[0]} = {folder!r}: is the name of a folder that `wit score` wrote"
             )
         return folder
+
+    @property
+    def renewed_every(self) -> int | None:
+        """After how many steps the model of its `snapshot_log_probs` is renewed; `None` if it does not ask for them.
+
+        Raises:
+            WITConfigError: if nothing says so, or the option that does is no number of steps.
+        """
+        if not self.asks_for("snapshot_log_probs"):
+            return None
+        marks = [mark for hook in ON_TOKENS if (mark := self.mark(hook, "wit_snapshot")) is not None]
+        if not marks:
+            raise WITConfigError(
+                f"strategies: {self.name}: asks for snapshot_log_probs and does not say after how many steps they are "
+                'renewed; put @snapshot_every("renew_steps", default=8) above it'
+            )
+        option, default = marks[0]
+        steps = self.options.get(option, default) if isinstance(self.options, Mapping) else default
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise WITConfigError(
+                f"strategies: {self.name}: {option} = {steps!r}: is a whole number of optimizer steps, at least 1"
+            )
+        return steps
 
     @property
     def shares_each_response(self) -> bool:

@@ -51,6 +51,7 @@ class DataWeights:
         self.tokenizer = tokenizer
         strategies = ActiveStrategies(config.active_strategies())
         self.groups, self.strategies = strategies.groups, ActiveStrategies(strategies.reading_raw)
+        self.negative = bool(strategies.needs.replaces_nll)  # whether a weight may be below 0
         self._fingerprint = fingerprint(keys, self.sample_key, strategies)
         self._warned: set[str] = set()
 
@@ -76,7 +77,7 @@ class DataWeights:
             BadExampleError: if what it says is no weight.
         """
         value = example.get(self.sample_key) if self.sample_key else None
-        return 1.0 if value is None else _weight(value, str(self.sample_key))
+        return 1.0 if value is None else _weight(value, str(self.sample_key), self.negative)
 
     @functools.cached_property
     def _token_text(self) -> TokenText:
@@ -103,7 +104,7 @@ class DataWeights:
         self._find_unread_keys(message, where)
         for key, value in said.items():
             if is_answer or not isinstance(value, (bool, np.bool_)):
-                return _weight(value, f"{where}.{key}")
+                return _weight(value, f"{where}.{key}", self.negative)
         return 1.0
 
     def group(self, example: Mapping[str, Any]) -> int:
@@ -321,12 +322,14 @@ def fingerprint(message_keys: Sequence[str], sample_key: str | None, strategies:
     said: list[Any] = [_VERSION, list(message_keys), sample_key, strategies.reading_raw, strategies.code_reading_raw]
     if strategies.groups is not None:  # which they are; what they weigh is in no label
         said += [strategies.groups.key, strategies.groups.names]
+    if strategies.needs.replaces_nll:  # under which weights may be below 0
+        said.append("negative")
     digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> (64 - FINGERPRINT_BITS)
 
 
-def _weight(value: Any, key: str) -> float:
-    """A weight as the data has it: a number ≥ 0, or true and false for 1 and 0.
+def _weight(value: Any, key: str, negative: bool) -> float:
+    """A weight as the data has it: a number ≥ 0 (or any, with `negative`), or true and false for 1 and 0.
 
     Raises:
         BadExampleError: if it is anything else.
@@ -334,6 +337,8 @@ def _weight(value: Any, key: str) -> float:
     if isinstance(value, np.generic):
         value = value.item()
     try:
-        return checked_weight(float(value) if isinstance(value, bool) else value, key)
+        return checked_weight(float(value) if isinstance(value, bool) else value, key, negative)
     except ValueError as error:
-        raise BadExampleError(str(error)) from None
+        below = isinstance(value, (int, float)) and value < 0 and not negative
+        way = ", or name the strategy unlikelihood, which trains against tokens of such a weight" if below else ""
+        raise BadExampleError(f"{error}{way}") from None

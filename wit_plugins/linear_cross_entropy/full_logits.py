@@ -8,8 +8,8 @@ from wit_plugins.linear_cross_entropy.types import (
     Head,
     TokenNLL,
     Tokens,
-    entropy_of_top,
     exact_dtype,
+    looked_at,
     weighted_sum,
     wide,
 )
@@ -30,11 +30,15 @@ def full_logits(hidden: torch.Tensor, head: Head, tokens: Tokens) -> TokenNLL:
     weights = (weights if divisor is None else weights / divisor).to(nll.dtype)
     if tokens.rescale is not None and len(nll):
         z = logits.detach()
-        entropies = {k: entropy_of_top(z, k or z.shape[-1], 1.0, None) for k in tokens.entropies}
+        entropies = {k: looked_at(z, k or z.shape[-1], 1.0, None) for k in tokens.entropies}
         factors = tokens.rescale(-nll.detach(), slice(0, len(nll)), entropies)
         if factors is not None:
             weights = weights * factors.detach()
     losses = nll
+    replaced = None if tokens.replace is None else tokens.replace(-nll.detach(), slice(0, len(nll)))
+    if replaced is not None:  # the value of the one, the gradient of the other
+        change = torch.where(replaced[1] == 0, 0, replaced[1] * (nll - nll.detach()))
+        losses = replaced[0] + change
     drawn = None if tokens.retarget is None else tokens.retarget(log_probs.detach().exp(), slice(0, len(nll)))
     if drawn is not None:
         terms = drawn[1].detach() * -log_probs.gather(-1, drawn[0])  # [N, K]

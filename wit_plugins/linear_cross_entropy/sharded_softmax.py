@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+from wit_plugins.contract.strategy import CONCENTRATION
 from wit_plugins.linear_cross_entropy.sharding import exchange
 from wit_plugins.linear_cross_entropy.softmax import Scores
 from wit_plugins.linear_cross_entropy.types import Tokens, VocabularyShard, entropy_of_top
@@ -67,9 +68,11 @@ class ShardedSoftmax:
             facts.append((peak + self.shard.start).to(dtype))  # float32 holds ids up to 2^24
         if own.entropy is not None:
             facts.append(own.entropy)
-        sizes = {k: min(k, self.shard.longest) for k in scores.top_entropies}
+        sizes = {k: min(k, self.shard.longest) for k in scores.top_entropies if k != CONCENTRATION}
         for size in sizes.values():
             facts += self._top(logits, size).unbind(dim=1)
+        if CONCENTRATION in scores.top_entropies:
+            facts.append((2 * self._final(logits)).logsumexp(dim=-1))
         everyone = iter(exchange(torch.stack(facts), self.shard).unbind(dim=1))  # of each fact, [ranks, n]
 
         peaks, log_sums = next(everyone), next(everyone)
@@ -86,6 +89,8 @@ class ShardedSoftmax:
         for k, size in sizes.items():
             candidates = torch.cat([next(everyone) for _ in range(size)]).t()  # [n, size · ranks]
             scores.top_entropies[k][chunk] = entropy_of_top(candidates, k, 1.0, None)
+        if CONCENTRATION in scores.top_entropies:
+            scores.top_entropies[CONCENTRATION][chunk] = (next(everyone).logsumexp(dim=0) - 2 * (top + log_total)).exp()
         weights = scores.weigh(chunk)
         drawn = self._draw(logits, top + log_total, chunk)
         if self.with_grad:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from wit_plugins.linear_cross_entropy.types import entropy_of_top
+from wit_plugins.linear_cross_entropy.types import looked_at
 
 if TYPE_CHECKING:
     from wit_plugins.linear_cross_entropy.types import Rescale, Tokens
@@ -21,11 +21,12 @@ class Scores:
 
     Attributes:
         nll (`torch.Tensor`): `[N]`, float32 or float64, in nats.
-        losses (`torch.Tensor`): `[N]`: the same, or what other targets make of it.
+        losses (`torch.Tensor`): `[N]`: the same, or what other targets make of it, or what takes its place.
         weights (`torch.Tensor`): `[N]`, of the same dtype: those of the gradient, dynamic factors included.
         correct (`torch.Tensor | None`): bool `[N]`.
         entropy (`torch.Tensor | None`): `[N]`.
-        top_entropies (`dict[int, torch.Tensor]`): `[N]` each, by the number of most likely tokens that it is of.
+        top_entropies (`dict[int, torch.Tensor]`): `[N]` each, by the number of most likely tokens that it is of, or by
+            `CONCENTRATION`, which is Σ p².
     """
 
     def __init__(self, tokens: Tokens, weights: torch.Tensor) -> None:
@@ -33,7 +34,8 @@ class Scores:
         self.weights = weights
         self.nll = torch.empty_like(weights)
         self.retarget = tokens.retarget
-        self.losses = self.nll if tokens.retarget is None else torch.empty_like(weights)
+        self.replace = tokens.replace
+        self.losses = self.nll if tokens.retarget is tokens.replace is None else torch.empty_like(weights)
         self.correct = torch.empty_like(weights, dtype=torch.bool) if tokens.with_correct else None
         asked = set(tokens.entropies) if tokens.rescale is not None else set()
         self.told_entropy = 0 in asked
@@ -43,10 +45,19 @@ class Scores:
         self.rescale = tokens.rescale if tokens.rescale is not None and tokens.rescale.per_token else None
 
     def weigh(self, tokens: slice) -> torch.Tensor:
-        """The weights `[n]` of tokens whose nll is known, with their dynamic factors."""
+        """What multiplies ∂nll of tokens whose nll is known, `[n]`: their weights with dynamic factors, as a rule."""
         if self.rescale is not None:
             self.rescale_by(self.rescale, tokens)
-        return self.weights[tokens]
+        if self.replace is None:
+            return self.weights[tokens]
+        replaced = self.replace(-self.nll[tokens], tokens)
+        self.losses[tokens], slopes = (self.nll[tokens], 1) if replaced is None else replaced
+        return self.weights[tokens] * slopes
+
+    @property
+    def weighs_by_nll(self) -> bool:
+        """Whether [`Scores.weigh`] needs the nll of its tokens."""
+        return self.rescale is not None or self.replace is not None
 
     def rescale_by(self, rescale: Rescale, tokens: slice) -> None:
         """Multiply the weights of some tokens by their dynamic factors, in place."""
@@ -83,7 +94,7 @@ class Scores:
     def look(self, logits: torch.Tensor, chunk: slice, logit_scale: float, softcap: float | None) -> None:
         """Compute the top-k entropies of a chunk of raw logits `[n, V]`, before the softmax overwrites them."""
         for k, entropy in self.top_entropies.items():
-            entropy[chunk] = entropy_of_top(logits, k, logit_scale, softcap)
+            entropy[chunk] = looked_at(logits, k, logit_scale, softcap)
 
     def freeze_metrics(self) -> None:
         """Keep the metrics of the first pass over the head: a second pass does not compute them again."""

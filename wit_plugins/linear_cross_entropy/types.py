@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+from wit_plugins.contract.strategy import CONCENTRATION
+
 ROUNDING = 2.0**-22  # two float32 epsilons: what (1 / n) · n may differ from 1 by, and gradients need not be scaled for
 
 
@@ -70,6 +72,11 @@ class Rescale(Protocol):
 Retarget = Callable[["torch.Tensor", slice], "tuple[torch.Tensor, torch.Tensor] | None"]
 
 
+# From log-probabilities `[n]`, detached, and which of the `N` tokens they are of: what takes the place of their nll in
+# the loss, and its derivatives by the nll, `[n]` each; or `None` for the nll.
+Replace = Callable[["torch.Tensor", slice], "tuple[torch.Tensor, torch.Tensor] | None"]
+
+
 @dataclass(frozen=True)
 class Tokens:
     """The `N` tokens that are scored. Every one of them is projected, whatever its weight.
@@ -84,8 +91,9 @@ class Tokens:
         with_correct (`bool`): whether each target is the model's first choice.
         with_entropy (`bool`): the entropy of the model's distribution at each token.
         entropies (`tuple[int, ...]`): which entropies the dynamic weights are told: of the k most likely tokens,
-            renormalised, for each k; 0 stands for all tokens.
+            renormalised, for each k; 0 stands for all tokens, and `CONCENTRATION` for Σ p² over all tokens.
         retarget ([`Retarget`], *optional*): what takes the targets' place in the loss; `nll` stays the targets'.
+        replace ([`Replace`], *optional*): what takes the place of the nll in the loss; `nll` stays what it is.
         grad_scale (`float`): what the loss will be multiplied by before its backward, as far as that is known (the
             number of ranks). The gradients are made with it, and the loss is not multiplied by it.
     """
@@ -99,6 +107,7 @@ class Tokens:
     with_entropy: bool = False
     entropies: tuple[int, ...] = ()
     retarget: Retarget | None = None
+    replace: Replace | None = None
     grad_scale: float = 1.0
 
     def divisor(self, dtype: torch.dtype) -> torch.Tensor | None:
@@ -153,6 +162,26 @@ def entropy_of_top(logits: torch.Tensor, k: int, logit_scale: float, softcap: fl
     if softcap is not None:
         top = softcap * torch.tanh(top / softcap)
     return torch.special.entr(torch.softmax(top, dim=-1)).sum(dim=-1)
+
+
+def concentration(logits: torch.Tensor, logit_scale: float, softcap: float | None) -> torch.Tensor:
+    """Σ p² over all tokens, `[n]`, whose -log is the entropy of order 2; arguments as of `entropy_of_top`."""
+    elements = 1 << (18 if logits.device.type == "cpu" else 24)  # of the copy that is worked on
+    parts = []
+    for part in logits.split(max(1, elements // logits.shape[-1])):
+        z = part.to(wide(logits.dtype)) * logit_scale
+        if softcap is not None:
+            z.div_(softcap).tanh_().mul_(softcap)
+        total = z.sub_(z.amax(dim=-1, keepdim=True)).exp_().sum(dim=-1)
+        parts.append(z.square_().sum(dim=-1) / total.square())
+    return torch.cat(parts) if parts else logits.new_zeros(0, dtype=wide(logits.dtype))
+
+
+def looked_at(logits: torch.Tensor, k: int, logit_scale: float, softcap: float | None) -> torch.Tensor:
+    """What one of the numbers in [`Tokens.entropies`] but 0 stands for, `[n]`, from raw logits `[n, V]`."""
+    if k == CONCENTRATION:
+        return concentration(logits, logit_scale, softcap)
+    return entropy_of_top(logits, k, logit_scale, softcap)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

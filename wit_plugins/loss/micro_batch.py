@@ -66,6 +66,7 @@ class MicroBatch:
         drawing (`tuple[int, int]`, *optional*): the step's number and the run's seed, if targets may be drawn.
         group_factors (`torch.Tensor`, *optional*): `[G]`, what the tokens of each group are multiplied by.
         reference_nll (`torch.Tensor`, *optional*): `[N]`, the same tokens' nll by a reference, for the strategies.
+        snapshot_nll (`torch.Tensor`, *optional*): the same by the model as it was some steps ago.
         scores (`torch.Tensor`, *optional*): int64 `[B, L]`, the bits of each token's log-probability in float32 by a
             reference in a folder, for the strategies.
         attention ([`PromptAttention`], *optional*): how much tokens attend to the prompt, for the strategies.
@@ -86,6 +87,7 @@ class MicroBatch:
         group_factors: torch.Tensor | None = None,
         shifted: bool = False,
         reference_nll: torch.Tensor | None = None,
+        snapshot_nll: torch.Tensor | None = None,
         scores: torch.Tensor | None = None,
         attention: PromptAttention | None = None,
     ) -> None:
@@ -102,6 +104,9 @@ class MicroBatch:
         self.row, column = torch.nonzero(wanted, as_tuple=True)
         self.positions = self.row * length + column  # [N], of [B, L]: the position that predicts the token
         self.targets, self.roles, self.weights = (x[self.row, column] for x in (targets, roles, weights))  # [N]
+        self._signed = self.weights
+        if strategies.needs.replaces_nll:
+            self.weights = self._signed.abs()
         self.spans = None if spans is None else spans[:, first:][self.row, column]  # [N]
         self.labels_count = is_response.sum()
         if num_items is None:
@@ -119,6 +124,8 @@ class MicroBatch:
             self._located = {name: values[:, first:][self.row, column] for name, values in located}
         if reference_nll is not None:
             self._located["reference_log_probs"] = -reference_nll
+        if snapshot_nll is not None:
+            self._located["snapshot_log_probs"] = -snapshot_nll
         if scores is not None:
             self._located["reference_log_probs"] = scores[self.row, column + first].to(torch.int32).view(torch.float32)
         if attention is not None:
@@ -164,6 +171,10 @@ class MicroBatch:
         random = functools.partial(self._chance, rows=self.row[tokens], columns=self.column[tokens])
         return self.strategies.on_device.draw_targets(probabilities, self.targets[tokens], self.roles[tokens], random)
 
+    def _replace(self, log_probs: torch.Tensor, tokens: slice) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What takes the place of the nll of the tokens of a slice, and its slopes, `[n]` each."""
+        return self.strategies.on_device.replace_nll(log_probs, self.roles[tokens], self._signed[tokens])
+
     def _tokens(self) -> Tokens:
         return Tokens(
             self.targets,
@@ -175,6 +186,7 @@ class MicroBatch:
             with_entropy=self.metrics,
             entropies=self.strategies.needs.entropies,
             retarget=None if self._chance is None else self._draw,
+            replace=self._replace if self.strategies.needs.replaces_nll else None,
             grad_scale=self.grad_scale,
         )
 
@@ -200,6 +212,10 @@ class MicroBatch:
 
     def _weighted_sums(self, nll: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Σ w·nll of each row, and what it adds to the denominator, `[B, 2]`."""
+        replaced = None
+        if self.strategies.needs.replaces_nll and len(nll):
+            replaced = self._replace(-nll, slice(0, len(nll)))
+        nll = nll if replaced is None else replaced[0]
         weights = self.weights.to(dtype) if self._factors is None else self.weights.to(dtype) * self._factors
         losses = torch.where(weights == 0, 0, weights * nll.to(dtype))  # 0 times infinity is 0
         sums = weights.new_zeros(self.batch_size, 2)

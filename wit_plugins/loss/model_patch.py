@@ -14,7 +14,7 @@ import inspect
 import logging
 import types
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +100,11 @@ class WeightedHead:
             from wit_plugins.loss.attention import PromptAttention
 
             self.attention = PromptAttention(model, strategies.needs.prompt_attention)
+        self.snapshot: Snapshot | None = None
+        if strategies.needs.snapshot_every is not None:
+            from wit_plugins.loss.snapshot import Snapshot
+
+            self.snapshot = Snapshot(strategies.needs.snapshot_every)
         self._aligned = False
         self._is_own_loss = False  # whether the model was asked for its own loss, and computes this one at (0, 1)
         self.loss_impl = loss_impl
@@ -196,7 +201,7 @@ class WeightedHead:
             shape = (len(codes), min(SHAPE[1], codes.shape[1])) if call.shifted else SHAPE
             check_own_loss(self.model, self._original_of(model), codes, labels.device, shape)
             self._is_own_loss = True
-        make = functools.partial(self._micro_batch, batch, self._reference_nll(batch))
+        make = functools.partial(self._micro_batch, batch, self._reference_nll(batch), self._snapshot_nll(batch))
         output, result = None, None
         with nullcontext() if self.attention is None else self.attention.watching(codes):
             if self.fused is not None and not self.adapter.reads_logits(call):
@@ -230,6 +235,19 @@ class WeightedHead:
         """The nll `[N]` of the batch's tokens by the model without its adapters, if a strategy asks for it."""
         if not self.strategies.needs.references or self.strategies.needs.reference is not None:
             return None
+        from wit_plugins.loss.peft import without_adapters
+
+        return self._nll_within(without_adapters(batch.model), batch)
+
+    def _snapshot_nll(self, batch: _Batch) -> torch.Tensor | None:
+        """The nll `[N]` of the batch's tokens by the model as it was some steps ago, if a strategy asks for it."""
+        if self.snapshot is None:
+            return None
+        self.snapshot.renew(self.model, batch.call.number)
+        return self._nll_within(self.snapshot.in_place(batch.model), batch)
+
+    def _nll_within(self, context: AbstractContextManager[None], batch: _Batch) -> torch.Tensor:
+        """The nll `[N]` of the batch's tokens by what a context makes of the model, without gradients."""
         made: list[MicroBatch] = []
 
         def make(num_logits: int, device: torch.device) -> MicroBatch:
@@ -240,9 +258,7 @@ class WeightedHead:
         # head was checked.
         fused, called = self.fused, batch.model.get_output_embeddings()
         linear = fused.linear(batch.model) if fused is not None and fused.checked else None
-        from wit_plugins.loss.peft import without_adapters
-
-        with torch.no_grad(), without_adapters(batch.model):
+        with torch.no_grad(), context:
             if fused is not None and linear is not None and uncompiled(called) is linear:
                 with LossForLogits(fused, linear, called, make).in_place():
                     batch.forward()
@@ -312,7 +328,12 @@ class WeightedHead:
         return None, None
 
     def _micro_batch(
-        self, batch: _Batch, reference_nll: torch.Tensor | None, num_logits: int, device: torch.device
+        self,
+        batch: _Batch,
+        reference_nll: torch.Tensor | None,
+        snapshot_nll: torch.Tensor | None,
+        num_logits: int,
+        device: torch.device,
     ) -> MicroBatch:
         """The micro-batch of a call, with all facts that the strategies ask for."""
         call = batch.call
@@ -336,6 +357,7 @@ class WeightedHead:
             group_factors=call.group_factors,
             shifted=call.shifted,
             reference_nll=None if reference_nll is None else reference_nll.to(device),
+            snapshot_nll=None if snapshot_nll is None else snapshot_nll.to(device),
             scores=aligned(batch.scores),
             attention=self.attention,
         )

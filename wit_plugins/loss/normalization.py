@@ -18,8 +18,8 @@ from wit_plugins.tokens.span_bits import SPANS_KEY, inside
 
 
 def predicted_weights(codes: torch.Tensor) -> torch.Tensor:
-    """Weights of the tokens that are predicted, float32 `[B, L - 1]`: nothing predicts the first token of a row."""
-    return decode(codes[..., 1:])[2]
+    """Absolute weights of the predicted tokens, float32 `[B, L - 1]`: nothing predicts the first token of a row."""
+    return decode(codes[..., 1:])[2].abs()
 
 
 def denominator(codes: torch.Tensor, normalization: str, share: float | None = None) -> torch.Tensor:

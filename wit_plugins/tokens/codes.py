@@ -8,9 +8,10 @@ after every cast that could have rounded a float:
     bits 21-51  weight: the 31 bits of a non-negative float32
     bits 0-20   target: a token id below 2^21
 
-A code has 53 bits, because one framework's collator converts labels to float64 and back. -100 stays -100, so a
-collator's own padding cannot be mistaken for prompt. No token can have the weight infinity, so infinity marks two kinds
-of tokens that are neither prompt nor response:
+A token with a weight below 0 has the negative of the code that it would have with the absolute weight. A code has 53
+bits, because one framework's collator converts labels to float64 and back. -100 stays -100, so a collator's own padding
+cannot be mistaken for prompt. No token can have the weight infinity, so infinity marks two kinds of tokens that are
+neither prompt nor response:
 
     -100                        padding, or a document's first token without a label
     infinity, role bit 1        a document's first token with a label, which is kept as the target; nothing predicts it
@@ -45,12 +46,12 @@ def encode(
     Args:
         targets (`np.ndarray`): int64 `[T]`, ids in `[0, 2^21)` wherever the role is not `NEITHER`.
         roles (`np.ndarray`): uint8 `[T]`.
-        weights (`np.ndarray`): float32 `[T]`, finite and ≥ 0.
+        weights (`np.ndarray`): float32 `[T]`, finite.
         labelled (`np.ndarray`, *optional*): bool `[T]`: which tokens have a label. By default those with a role.
         left_out (`np.ndarray`, *optional*): bool `[T]`: tokens inside a document that have neither role nor label.
 
     Returns:
-        int64 `[T]`: codes in `[0, 2^53)`, -100 where the role is `NEITHER` and there is no label to keep.
+        int64 `[T]`: codes in `(-2^53, 2^53)`, -100 where the role is `NEITHER` and there is no label to keep.
 
     Raises:
         ValueError: if a target or a weight does not fit.
@@ -63,13 +64,13 @@ def encode(
             f"token id {worst} is outside [0, {MAX_VOCAB_SIZE}), the range that can be transported; tokenise with the "
             "model's own tokenizer"
         )
-    if weights.dtype != np.float32 or not np.isfinite(weights).all() or (weights < 0).any():
-        raise ValueError("weights must be finite float32 numbers >= 0")
-    bits = (weights + np.float32(0)).view(np.uint32).astype(np.int64)  # + 0 turns -0.0, whose sign bit is set, to 0.0
+    if weights.dtype != np.float32 or not np.isfinite(weights).all():
+        raise ValueError("weights must be finite float32 numbers")
+    bits = np.abs(weights).view(np.uint32).astype(np.int64)
     bits[label_only] = _LABEL_ONLY
     is_response = (roles == RESPONSE) | label_only
     codes = is_response.astype(np.int64) << _ROLE_SHIFT | bits << TARGET_BITS | (targets & _TARGET_MASK)
-    codes = np.where(real, codes, IGNORE_INDEX)
+    codes = np.where(real, np.where(weights < 0, -codes, codes), IGNORE_INDEX)
     return codes if left_out is None else np.where(left_out, _LABEL_ONLY << TARGET_BITS, codes)
 
 
@@ -95,11 +96,14 @@ def decode(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     Returns:
         `targets` int64 (-100 where neither), `roles` uint8, `weights` float32 (0 where neither), each shaped alike.
     """
+    negative = codes < IGNORE_INDEX
+    codes = torch.where(negative, -codes, codes)
     bits = codes >> TARGET_BITS & _WEIGHT_MASK
     real = (codes != IGNORE_INDEX) & (bits != _LABEL_ONLY)
     targets = torch.where(real, codes & _TARGET_MASK, IGNORE_INDEX)
     roles = torch.where(real, torch.where((codes >> _ROLE_SHIFT) != 0, RESPONSE, PROMPT), NEITHER).to(torch.uint8)
-    return targets, roles, torch.where(real, bits, 0).to(torch.int32).view(torch.float32)
+    weights = torch.where(real, bits, 0).to(torch.int32).view(torch.float32)
+    return targets, roles, torch.where(negative, -weights, weights)
 
 
 def is_left_out(codes: torch.Tensor) -> torch.Tensor:
@@ -133,6 +137,7 @@ def locate(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def framework_labels(codes: torch.Tensor) -> torch.Tensor:
     """The labels that the framework itself would have, int64: -100 on the prompt and on padding."""
+    codes = torch.where(codes < IGNORE_INDEX, -codes, codes)
     labelled = (codes != IGNORE_INDEX) & ((codes >> _ROLE_SHIFT) != 0)
     return torch.where(labelled, codes & _TARGET_MASK, IGNORE_INDEX)
 
@@ -144,4 +149,4 @@ def weighing(codes: np.ndarray) -> np.ndarray:
 
 def is_weighing(codes: np.ndarray) -> np.ndarray:
     """Which of the codes carry a role and a weight, bool, shaped like `codes`."""
-    return (codes != IGNORE_INDEX) & (codes >> TARGET_BITS & _WEIGHT_MASK != _LABEL_ONLY)
+    return (codes != IGNORE_INDEX) & (np.abs(codes) >> TARGET_BITS & _WEIGHT_MASK != _LABEL_ONLY)

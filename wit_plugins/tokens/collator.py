@@ -210,6 +210,11 @@ class WeightedCollator(Delegate):
         labelled = read.labels != IGNORE_INDEX
         if read.data_weights is None:
             return encode(read.targets, read.roles, weights, labelled), bits
+        if (read.data_weights < 0).any() and not self.strategies.needs.replaces_nll:
+            raise BadExampleError(
+                "weights in the data are below 0, which only the strategy unlikelihood reads; name it, or tokenise the "
+                "data again without such weights"
+            )
         # What weighs 0 in the data is left out as what the framework masks is: not trained on, counted or reported.
         left_out = (read.data_weights == 0) & (read.roles != NEITHER)
         roles = np.where(left_out, NEITHER, read.roles).astype(np.uint8)

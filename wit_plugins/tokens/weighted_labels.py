@@ -4,11 +4,12 @@ The weight of a message or a sample is known only while the framework tokenises 
 the token weights are written into `labels`, the one column that every later stage keeps (packing, truncation, caches).
 A label of 2^53 or more is neither a token id nor -100. It is a prepared label:
 
+    bit 61      set if the weight is below 0
     bits 55-60  the sample's group, from 1, if samples have groups
     bit 54      set in the first token of a document: bits 21-51 are then the fingerprint of the settings
     bit 53      always set
     bit 52      whether the token has a label
-    bits 21-51  weight: the 31 bits of a non-negative float32
+    bits 21-51  weight: the 31 bits of a float32 without its sign
     bits 0-20   the label, if the token has one
 
 A label with weight 1 in a sample without a group is not changed. Nothing predicts the first token of a document, so it
@@ -31,6 +32,7 @@ _ROLE = 1 << (TARGET_BITS + WEIGHT_BITS)
 _PREPARED = 1 << 53
 _FIRST = 1 << 54
 _GROUP_SHIFT, _GROUP_MASK = 55, 63
+_NEGATIVE = 1 << 61
 _FIELD = (1 << WEIGHT_BITS) - 1
 
 
@@ -55,7 +57,7 @@ def prepare(labels: np.ndarray, weights: np.ndarray, fingerprint: int, group: in
 
     Args:
         labels (`np.ndarray`): int64 `[T]`, the framework's own: a token id, or -100.
-        weights (`np.ndarray`): float32 `[T]`, finite and ≥ 0.
+        weights (`np.ndarray`): float32 `[T]`, finite.
         fingerprint (`int`): the fingerprint of the settings that the weights were read with, below 2^31.
         group (`int`): the number of the document's group, up to 62; 0 if there are none. Every label carries it,
             because a document may lose its beginning.
@@ -66,10 +68,11 @@ def prepare(labels: np.ndarray, weights: np.ndarray, fingerprint: int, group: in
     labelled = labels != IGNORE_INDEX
     if ((labels < 0) | (labels >= MAX_VOCAB_SIZE))[labelled].any():
         raise ValueError(f"labels have ids outside [0, {MAX_VOCAB_SIZE}); tokenise with the model's own tokenizer")
-    if weights.shape != labels.shape or not np.isfinite(weights).all() or (weights < 0).any():
-        raise ValueError("weights must be finite numbers >= 0, one for each label")
-    fields = (weights.astype(np.float32) + np.float32(0)).view(np.uint32).astype(np.int64)
+    if weights.shape != labels.shape or not np.isfinite(weights).all():
+        raise ValueError("weights must be finite numbers, one for each label")
+    fields = np.abs(weights.astype(np.float32)).view(np.uint32).astype(np.int64)
     weighted = np.where(labelled, _ROLE | labels, 0) | fields << TARGET_BITS | _PREPARED
+    weighted |= np.where(weights < 0, _NEGATIVE, 0)
     prepared = np.where((weights == 1) & (group == 0), labels, weighted)
     if len(labels):
         prepared[0] = _FIRST | _PREPARED | fingerprint << TARGET_BITS | (_ROLE | labels[0] if labelled[0] else 0)
@@ -90,6 +93,7 @@ def read_prepared(labels: np.ndarray) -> Prepared | None:
     first = prepared & (labels & _FIRST != 0)
     original = np.where(labels & _ROLE != 0, labels & (MAX_VOCAB_SIZE - 1), IGNORE_INDEX)
     weights = np.where(prepared & ~first, field, 0).astype(np.uint32).view(np.float32)
+    weights = np.where(labels & _NEGATIVE != 0, -weights, weights) if (labels >= _NEGATIVE).any() else weights
     return Prepared(
         labels=np.where(prepared, original, labels),
         weights=np.where(prepared & ~first, weights, np.float32(1)),

@@ -80,6 +80,10 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
         from wit_plugins.loss.peft import check_base_model
 
         check_base_model(model, strategies.needs.references)
+    if strategies.needs.snapshots:
+        from wit_plugins.loss.snapshot import check_snapshot
+
+        check_snapshot(model, trainer.accelerator, strategies.needs.snapshots)
     aux_loss_sums = adapter.aux_loss_sums(trainer)  # before it is changed
     make_head = functools.partial(
         WeightedHead,

@@ -83,10 +83,19 @@ def test_triton_kernel_interpreted():
                     if train:
                         for mine, want in zip(*(torch.autograd.grad(r.loss, [h, w, b]) for r in both)):
                             t.assert_close(mine, want.double(), dtype)
+                    both = [
+                        t.head_nll(h, w, y, tw, softcap=3.0, impl=impl, replace=lambda p, s: (p.square(), -2 * p))
+                        for impl in ("triton", "torch")
+                    ]
+                    t.assert_close(both[0].loss.detach(), both[1].loss.detach().double(), dtype, "a term")
+                    if train:
+                        for mine, want in zip(*(torch.autograd.grad(r.loss, [h, w]) for r in both)):
+                            t.assert_close(mine, want.double(), dtype)
                     for per_token in (True, False):
                         both = [
-                            t.head_nll(h, w, y, tw, softcap=3.0, impl=impl, entropies=(0, 5), with_entropy=per_token,
-                                       rescale=t.Rescale(lambda p, s, e: e[0] + e[5], per_token))
+                            t.head_nll(h, w, y, tw, softcap=3.0, impl=impl, entropies=(-1, 0, 5),
+                                       with_entropy=per_token,
+                                       rescale=t.Rescale(lambda p, s, e: e[0] + e[5] + e[-1], per_token))
                             for impl in ("triton", "torch")
                         ]
                         t.assert_close(both[0].loss.detach(), both[1].loss.detach().double(), dtype, "entropies")
@@ -115,7 +124,7 @@ def test_triton_kernel_compiles_for_gpus():
     """Down to machine code for Ampere, Hopper and Blackwell; no GPU is needed for that.
 
     For a vocabulary that is divisible by nothing, in rows that are: whole blocks are loaded and stored 16 bytes at a
-    time, and on Hopper six programs of 256 threads have room in a multiprocessor's 65,536 registers.
+    time, and on Hopper five programs of 256 threads have room in a multiprocessor's registers (six by Triton 3.9).
     """
     pytest.importorskip("triton")
     in_subprocess(
@@ -148,7 +157,7 @@ def test_triton_kernel_compiles_for_gpus():
         assert len(re.findall(r"ld[.]global[.]v4[.]b32", trained["ptx"])) == 2
         assert len(re.findall(r"st[.]global[.]v4[.]b32", trained["ptx"])) == 1
         found = registers(trained["cubin"])
-        assert 16 < found and 6 * 32 * _WARPS * found <= 65536, found
+        assert 16 < found and 5 * 32 * _WARPS * found <= 65536, found
         """,
         TRITON_INTERPRET="0",
     )

@@ -94,13 +94,18 @@ def by_all(log_probs, tokens, entropies):
 
 
 def by_one(log_probs, tokens, entropies):
-    return torch.where(log_probs > -4, log_probs.exp(), 0) + entropies[0] * entropies[3]
+    return torch.where(log_probs > -4, log_probs.exp(), 0) + entropies[0] * entropies[3] * (1 + entropies.get(-1, 0))
+
+
+def squared(log_probs, tokens):
+    return log_probs.square(), -2 * log_probs
 
 
 cases = {
+    "replaced": {"replace": squared, "rescale": t.Rescale(by_one), "entropies": (0, 3)},
     "facts": {"with_correct": True, "with_entropy": True},
-    "one by one": {"rescale": t.Rescale(by_one), "entropies": (0, 3, 60)},
-    "all at once": {"rescale": t.Rescale(by_all, per_token=False), "entropies": (0, 5)},
+    "one by one": {"rescale": t.Rescale(by_one), "entropies": (-1, 0, 3, 60)},
+    "all at once": {"rescale": t.Rescale(by_all, per_token=False), "entropies": (-1, 0, 5)},
     "drawn": {"retarget": drawn},
     "drawn and all at once": {
         "retarget": drawn, "rescale": t.Rescale(by_all, per_token=False), "entropies": (300,), "with_entropy": True,

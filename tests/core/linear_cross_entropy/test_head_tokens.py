@@ -17,6 +17,8 @@ from headkit import (
     reference,
 )
 
+from wit_plugins.contract.strategy import CONCENTRATION
+
 
 @pytest.mark.parametrize("impl", ["logits", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -159,9 +161,9 @@ def test_no_dynamic_weights_after_all(impl):
 @pytest.mark.parametrize("per_token", [True, False])
 @pytest.mark.parametrize("with_entropy", [True, False])
 def test_entropies_for_dynamic_weights(impl, dtype, per_token, with_entropy, small_chunks):
-    """Of all tokens (0), of the 5 most likely, of more than there are; each token's own, whoever else asks for it."""
+    """Of all tokens (0), of the 5 most likely, of more than there are, and Σ p²; whoever else asks for them."""
     hidden, weight, bias, targets, token_weights = make(dtype=dtype, with_bias=True, ignored=0)
-    seen = {k: torch.full((N,), torch.nan, dtype=torch.float64) for k in (0, 5, V + 1)}
+    seen = {k: torch.full((N,), torch.nan, dtype=torch.float64) for k in (0, 5, V + 1, CONCENTRATION)}
 
     def rescale(log_probs, tokens, entropies):
         assert entropies.keys() == seen.keys()
@@ -179,7 +181,7 @@ def test_entropies_for_dynamic_weights(impl, dtype, per_token, with_entropy, sma
         softcap=3.0,
         impl=impl,
         rescale=Rescale(rescale, per_token),
-        entropies=(0, 5, V + 1),
+        entropies=(0, 5, V + 1, CONCENTRATION),
         with_entropy=with_entropy,
     )
     logits = 3 * torch.tanh(1.5 * (hidden.double() @ weight.double().t() + bias.double()) / 3)
@@ -187,6 +189,7 @@ def test_entropies_for_dynamic_weights(impl, dtype, per_token, with_entropy, sma
     top = p.detach().sort(descending=True).values[:, :5]
     top = top / top.sum(-1, keepdim=True)
     expected = {0: -(p * p.log()).sum(-1), 5: -(top * top.log()).sum(-1), V + 1: -(p * p.log()).sum(-1)}
+    expected[CONCENTRATION] = (p * p).sum(-1)
     for k, values in seen.items():
         assert_close(values, expected[k].detach(), dtype, f"entropy of {k}")
     nll = -p.log()[torch.arange(N), targets]
@@ -236,3 +239,54 @@ def test_other_targets(impl, dtype, per_token, small_chunks):
     assert seen.min() >= 1
     nobody = head_nll(hidden, weight, targets, token_weights, retarget=lambda *_: None, **options)
     assert torch.equal(nobody.loss, head_nll(hidden, weight, targets, token_weights, **options).loss)
+
+
+def doubled_or_against(log_probs, tokens):
+    """Every second token: -log(1 - p); the others: the nll squared; with their derivatives by the nll."""
+    assert not log_probs.requires_grad
+    p = log_probs.exp()
+    against = (torch.arange(tokens.start, tokens.stop) % 2).bool()
+    return (
+        (-torch.log1p(-p)).where(against, log_probs.square()),
+        (-p / (1 - p)).where(against, -2 * log_probs),
+    )
+
+
+@pytest.mark.parametrize("impl", ["logits", "torch"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("per_token", [None, True, False])
+def test_a_term_in_the_place_of_the_nll(impl, dtype, per_token, small_chunks):
+    """Its value and its gradient, beside dynamic weights of either kind; the nll that is reported stays."""
+    hidden, weight, bias, targets, token_weights = make(dtype=dtype, with_bias=True, ignored=0)
+    rescale = None if per_token is None else Rescale(lambda log_probs, _: log_probs.exp(), per_token)
+    result = head_nll(
+        hidden,
+        weight,
+        targets,
+        token_weights,
+        bias=bias,
+        softcap=3.0,
+        num_items=7,
+        impl=impl,
+        replace=doubled_or_against,
+        rescale=rescale,
+    )
+    leaves = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
+    logits = 3 * torch.tanh((leaves[0] @ leaves[1].t() + leaves[2]) / 3)
+    nll = -logits.log_softmax(-1)[torch.arange(N), targets]
+    terms = torch.where(torch.arange(N) % 2 == 1, -torch.log1p(-torch.exp(-nll)), nll.square())
+    factors = 1 if rescale is None else torch.exp(-nll.detach())
+    loss = (token_weights.double() * factors * terms).sum() / 7
+    assert_close(result.loss.detach(), loss.detach(), dtype, "loss")
+    assert_close(result.nll, nll.detach(), dtype, "nll")
+    grads = torch.autograd.grad(result.loss, [hidden, weight, bias])
+    for grad, want in zip(grads, torch.autograd.grad(loss, leaves), strict=True):
+        assert_close(grad, want, dtype)
+
+
+@pytest.mark.parametrize("impl", ["logits", "torch"])
+def test_no_term_after_all(impl):
+    hidden, weight, _, targets, token_weights = make(ignored=0)
+    plain = head_nll(hidden, weight, targets, token_weights, impl=impl)
+    asked = head_nll(hidden, weight, targets, token_weights, replace=lambda *_: None, impl=impl)
+    assert torch.equal(plain.loss, asked.loss)

@@ -38,7 +38,7 @@ def _data_weights(**settings: Any) -> DataWeights:
 def test_labels_and_weights_survive(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 12))
     labels = np.array(data.draw(st.lists(st.sampled_from([-100, 0, 1, 2**21 - 1]), min_size=size, max_size=size)))
-    kinds = st.sampled_from([0.0, 0.1, 1.0, 1e-38, 3e38])
+    kinds = st.sampled_from([0.0, 0.1, 1.0, 1e-38, 3e38, -1.0, -0.3])
     weights = np.array(data.draw(st.lists(kinds, min_size=size, max_size=size)), dtype=np.float32)
     fingerprint = data.draw(st.integers(0, 2**31 - 1))
     prepared = prepare(labels, weights, fingerprint)
@@ -150,6 +150,30 @@ def test_a_flag_on_a_prompt_repeats_the_mask_and_a_number_counts(value: Any, wei
 def test_what_is_no_weight_is_refused_by_name(message: dict[str, Any], said: str) -> None:
     with pytest.raises(BadExampleError, match=said):
         _data_weights().message_weight(message, "messages[0]")
+
+
+def test_a_weight_below_0_is_for_a_strategy_that_reads_it() -> None:
+    """Without it, also where the fingerprint of the settings was cut off; the two have caches of their own."""
+    data = _data_weights(strategies=["unlikelihood"])
+    assert data.message_weight({"weight": -0.5}, "messages[0]") == -0.5
+    assert data.sample_weight({"weight": -2}) == -2
+    assert data.fingerprint != _data_weights().fingerprint
+    with pytest.raises(BadExampleError, match="above 1e.12"):
+        data.sample_weight({"weight": -1e30})
+    ids = [10, 11, 12, 13]
+    labels = data.labels(ids, [-100, -100, 12, 13], np.array([1, 1, -0.5, 2], np.float32), {})[1:]
+    for names, said in ((["unlikelihood"], None), ([], "weights in the data are below 0, which only the strategy")):
+        config = WITConfig.parse({"prompt_weight": 0.2, "response_weight": 0.8, "strategies": names})
+        strategies = ActiveStrategies(config.active_strategies())
+        collator = WeightedCollator(
+            lambda rows: rows, strategies, with_data_weights(ExampleReader(), config, strategies)
+        )
+        if said is None:
+            codes = torch.from_numpy(collator.codes({"input_ids": ids[1:], "labels": labels}))
+            assert decode(codes)[2].tolist() == pytest.approx([0, -0.4, 1.6])
+        else:
+            with pytest.raises(BadExampleError, match=said):
+                collator.codes({"input_ids": ids[1:], "labels": labels})
 
 
 def test_a_sample_says_its_weight_under_its_own_name() -> None:

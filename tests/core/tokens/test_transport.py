@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.errors import WeightsNotAppliedError
-from wit_plugins.tokens.codes import MAX_VOCAB_SIZE, decode, encode, framework_labels, restore_codes
+from wit_plugins.tokens.codes import MAX_VOCAB_SIZE, decode, encode, framework_labels, restore_codes, weighing
 from wit_plugins.tokens.collator import CODES_KEY, WeightedCollator
 
 float32s = st.floats(0, float(np.finfo(np.float32).max), width=32, allow_subnormal=True)
@@ -46,6 +46,22 @@ def test_round_trip_is_exact_even_through_float64(drawn):
     assert (labels == np.where(roles == 2, targets, -100)).all()
 
 
+def test_a_weight_below_zero_is_the_negative_of_a_code():
+    targets, roles = np.array([0, 5, 7, 100, 9, 3]), np.array([1, 2, 1, 2, 0, 2], np.uint8)
+    weights = np.array([-1e-45, -0.5, 2.0, -1e12, 1.0, 0.0], np.float32)
+    codes = encode(targets, roles, weights)
+    through = restore_codes(torch.from_numpy(codes).to(torch.float64))
+    read_targets, read_roles, read_weights = decode(through)
+    assert read_targets.tolist() == [0, 5, 7, 100, -100, 3]
+    assert read_roles.tolist() == roles.tolist()
+    assert read_weights.tolist() == [*weights[:4].tolist(), 0, 0]
+    assert (
+        framework_labels(through).tolist()
+        == framework_labels(torch.from_numpy(encode(targets, roles, np.abs(weights)))).tolist()
+    )
+    assert weighing(codes).tolist() == [code for code in codes.tolist() if code != -100]
+
+
 def test_negative_zero_is_zero():
     codes = encode(np.array([5]), np.array([1], np.uint8), np.array([-0.0], np.float32))
     targets, roles, weights = decode(torch.from_numpy(codes))
@@ -58,7 +74,7 @@ def test_ids_that_do_not_fit_are_refused(target):
         encode(np.array([target]), np.array([2], np.uint8), np.ones(1, np.float32))
 
 
-@pytest.mark.parametrize("weight", [-1.0, np.nan, np.inf])
+@pytest.mark.parametrize("weight", [-np.inf, np.nan, np.inf])
 def test_weights_that_do_not_fit_are_refused(weight):
     with pytest.raises(ValueError, match="finite"):
         encode(np.array([1]), np.array([2], np.uint8), np.array([weight], np.float32))

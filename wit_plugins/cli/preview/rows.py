@@ -17,7 +17,7 @@ import torch
 from wit_plugins.errors import WITConfigError
 from wit_plugins.tokens.codes import decode
 from wit_plugins.tokens.collator import WeightedCollator
-from wit_plugins.tokens.roles import document_starts, token_array
+from wit_plugins.tokens.roles import IGNORE_INDEX, document_starts, token_array
 
 BLOCK = 512
 _BEGIN = 8  # ids by which a row is found again
@@ -135,9 +135,9 @@ def row_errors(where: str, example: Mapping[str, Any]) -> Iterator[None]:
 
 def _trailing_padding(input_ids: np.ndarray, codes: np.ndarray, pad_id: int | None) -> int:
     """How many tokens at the end are padding: neither prompt nor response, and the padding token."""
-    if not len(codes) or codes[-1] >= 0 or pad_id is None:
+    if not len(codes) or codes[-1] != IGNORE_INDEX or pad_id is None:
         return 0
-    kept = np.flatnonzero((codes >= 0) | (input_ids != pad_id))
+    kept = np.flatnonzero((codes != IGNORE_INDEX) | (input_ids != pad_id))
     return len(codes) - (int(kept[-1]) + 1 if len(kept) else 0)
 
 
