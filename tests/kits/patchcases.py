@@ -60,7 +60,9 @@ class Average(TrainerCallback):
         self.average.update_parameters(model)
 
 
-def make(folder: Path, adapter: str = "full", callbacks: Any = (), data: Dataset | str = "tokenised", **args: Any) -> Any:
+def make(
+    folder: Path, adapter: str = "full", callbacks: Any = (), data: Dataset | str = "tokenised", **args: Any
+) -> Any:
     """A TRL trainer of a fixed model with this adapter."""
     config, options = ADAPTERS[adapter], dict(args)
     kwargs: dict[str, Any] = {"callbacks": list(callbacks)}

@@ -45,7 +45,15 @@ def test_a_run_that_is_resumed_in_its_middle_is_the_same(tmp_path: Path) -> None
     workplace = Workplace(tmp_path)
     packed = {"sample_packing": True, "pad_to_sequence_len": True, "sequence_len": 40, "micro_batch_size": 1}
     adam = {"optimizer": "adamw_torch", "lr_scheduler": "cosine", "learning_rate": 0.01, "num_epochs": 4}
-    settings = {"kind": "chat", "count": 24, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 50, **packed, **adam}
+    settings = {
+        "kind": "chat",
+        "count": 24,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "save_total_limit": 50,
+        **packed,
+        **adam,
+    }
     path = workplace.config(**settings)
     whole = train(path)
     losses, parameters = whole.losses, bits(whole.trainer.model)

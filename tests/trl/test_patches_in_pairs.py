@@ -1,4 +1,4 @@
-"""Other people's patches beside ours, each by itself; `nox -s patches` has them in pairs. docs/dev/reliability.md lists them."""
+"""Other people's patches beside ours, each by itself; `nox -s patches` has them in pairs."""
 
 from __future__ import annotations
 

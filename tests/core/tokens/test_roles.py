@@ -40,6 +40,10 @@ def test_a_mask_of_several_dimensions_says_nothing_of_single_tokens(mask):
     assert roles([5, 6, 7], [-100, -100, 7], attention_mask=mask) == [N, P, R]
 
 
+def test_a_mask_of_several_dimensions_for_one_token():
+    assert roles([5], [-100], attention_mask=[[0]]) == [N]
+
+
 def test_an_empty_mask_of_an_empty_example():
     assert roles([], [], attention_mask=[]) == []
 
