@@ -409,6 +409,40 @@ def context_oldest(session: nox.Session) -> None:
     session.run(*command, env=with_deepspeed(session, "trl-1.9", env), external=True)
 
 
+MUTATED = {"trl-1.16": ["core", "trl"], "axolotl-0.21": ["axolotl"], "llamafactory-0.9.5": ["llamafactory"]}
+
+
+@nox.session
+def mutation(session: nox.Session) -> None:
+    """Change the code on which a weight depends, one thing at a time: does a test notice? Not a default session.
+
+    Arguments go to `tests/mutation/mutate.py`: `nox -s mutation -- core --minutes 25`. Without any, all of it.
+    """
+    wanted = session.posargs[:1] or [name for names in MUTATED.values() for name in names]
+    for name, parts in MUTATED.items():
+        for part in (part for part in parts if part in wanted):
+            binaries, env = install(session, name)
+            env = {**env, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "adapters"), env["PYTHONPATH"]])}
+            command = [str(binaries / "python"), "tests/mutation/mutate.py", part, *session.posargs[1:]]
+            session.run(*command, env=env, success_codes=[0], external=True)
+
+
+@nox.session
+def long(session: nox.Session) -> None:
+    """10,000 steps in each framework, and resuming in the middle. Not a default session; an hour on two cores."""
+    for name, framework in {"trl-1.16": "trl", "axolotl-0.21": "axolotl", "llamafactory-0.9.5": "llamafactory"}.items():
+        binaries, env = install(session, name)
+        command = [str(binaries / "pytest"), "-s", *(session.posargs or [f"tests/long/test_long_{framework}.py"])]
+        session.run(*command, env=env, external=True)
+
+
+@nox.session
+def patches(session: nox.Session) -> None:
+    """Other people's patches in pairs, beside ours, in TRL. Not a default session."""
+    binaries, env = install(session, "trl-1.16")
+    session.run(str(binaries / "pytest"), *(session.posargs or ["tests/patches"]), env=env, external=True)
+
+
 @nox.session
 def zero3(session: nox.Session) -> None:
     """The head under DeepSpeed's ZeRO-3, where no framework is installed. Not a default session."""
@@ -494,7 +528,7 @@ def newest(session: nox.Session, framework: str) -> None:
     session.run(python.path, "-m", "venv", "--clear", str(folder), external=True)
     pip = [str(folder / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
     session.run(*pip, framework, *NEWEST_WITH[framework], *NEWEST, external=True)
-    session.run(*pip, "--no-deps", "--no-build-isolation", str(ROOT), external=True)
+    session.run(*pip, "--no-deps", str(ROOT), external=True)  # built with a setuptools of its own, as for a user
     shutil.rmtree(ROOT / "build", ignore_errors=True)
     session.run(str(folder / "bin" / "pip"), "freeze", external=True)
     report = ROOT / ".nox" / f"report-{name}.xml"

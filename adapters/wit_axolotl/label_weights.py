@@ -18,16 +18,16 @@ _FULLY = 1000  # rows that are tokenised again to find the one that was refused
 
 
 class _RowWeights(NamedTuple):
-    """The weights that stand in a row: that of the whole row, and those of its messages."""
+    """The weights in a row: the weight of the whole row, and the weights of its messages."""
 
     sample: float
     conversation: Conversation | None
 
 
 class WeighingStrategy(Delegate):
-    """One of Axolotl's strategies for tokenising a dataset; where a row has weights, its labels carry them.
+    """Wraps one of Axolotl's tokenising strategies. The labels of a row with weights carry the weights.
 
-    Everything but `tokenize_prompt` is the strategy's own. Picklable, for processes that tokenise.
+    Everything but `tokenize_prompt` is the wrapped strategy's. It can be pickled, for processes that tokenise.
 
     Args:
         strategy (`PromptTokenizingStrategy`): Axolotl's.
@@ -44,7 +44,7 @@ class WeighingStrategy(Delegate):
         """Tokenise a row, or a batch of them where the strategy takes batches.
 
         Raises:
-            BadExampleError: if what a row says is no weight, or cannot be given to tokens.
+            BadExampleError: if a value in the row is no weight, or its tokens cannot be found.
         """
         if not self.strategy.supports_batched:
             row_weights = self.read(prompt)
@@ -69,10 +69,10 @@ class WeighingStrategy(Delegate):
         return made
 
     def read(self, row: Mapping[str, Any]) -> _RowWeights | None:
-        """What a row says; `None` if nothing.
+        """The weights in a row; `None` if there are none.
 
         Raises:
-            BadExampleError: if what it says is no weight, or is not read in this type of dataset.
+            BadExampleError: if a value is no weight, or weights are not read in this type of dataset.
         """
         sample = self.weights.sample_weight(row)
         conversation = None
@@ -96,7 +96,7 @@ class WeighingStrategy(Delegate):
                 )
 
     def _origin(self, rows: Sequence[Mapping[str, Any]], made: Mapping[str, Any]) -> Sequence[int]:
-        """Which row each example is of. A strategy may drop rows, and cut them in pieces."""
+        """The row that each example is made from. A strategy may drop rows, and cut rows into several examples."""
         if len(made.get("input_ids", ())) == len(rows):
             return range(len(rows))
         origin: list[int] = []
@@ -123,9 +123,9 @@ class WeighingStrategy(Delegate):
         return self.weights.labels(ids, labels, np.asarray(weights, dtype=np.float32), row)
 
     def refused_row(self, dataset: Iterable[Mapping[str, Any]], kind: type[Exception] = BadExampleError) -> int | None:
-        """The first row that is refused with such an error; `None` if it is not found soon.
+        """The first row that is refused with this type of error; `None` if it is not found soon.
 
-        All rows are read, which is quick; the first thousand are tokenised, too.
+        The weights of all rows are read, which is quick. Only the first thousand rows are tokenised as well.
         """
         for index, row in enumerate(dataset):
             try:
@@ -147,10 +147,10 @@ class WeighingStrategy(Delegate):
 
 
 def refuse_unread(weights: DataWeights, dataset: Any, where: str) -> None:
-    """Make sure that there are no weights in rows that Axolotl does not tokenise row by row.
+    """Refuse weights in a dataset that Axolotl does not tokenise row by row.
 
     Raises:
-        WITConfigError: if there are.
+        WITConfigError: if there are weights in its rows.
     """
     features = getattr(dataset, "features", None) or {}
     columns = [name for name in features if name not in NOT_MESSAGES]

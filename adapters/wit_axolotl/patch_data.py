@@ -1,8 +1,8 @@
-"""Where Axolotl is changed, all of it: how it makes a dataset out of rows that have weights in them.
+"""All patches of Axolotl: they make it tokenise rows that have weights in them.
 
-Plugins are not asked while Axolotl tokenises. `install` exchanges four functions in `axolotl.utils.data.sft`, by the
-names under which that module calls them. Each looks at the configuration that it is given, so that they do nothing but
-Axolotl's own in a run that does not name the plugin.
+Axolotl calls no plugin while it tokenises. So `install` replaces four functions in `axolotl.utils.data.sft`, under the
+names by which that module calls them. Each function looks at the configuration that it gets. In a run that does not
+name the plugin it only calls Axolotl's own function.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class StaleDataWarning(UserWarning):
     """Data has changed since it was prepared."""
 
 
-_KEPT = "wit_labels"  # the column in which prepared labels are while Axolotl looks at its own
+_KEPT = "wit_labels"  # the column that holds prepared labels while Axolotl looks at its own labels
 _PACKED_STREAM = (
     "there are weights in the data, but with streaming and sample_packing Axolotl packs while it reads, and rounds "
     "what carries them; take streaming or sample_packing out, or leave the weights unread (message_weight_keys: [], "
@@ -74,10 +74,10 @@ _RELIED_ON: tuple[tuple[Any, tuple[str, ...]], ...] = (
 
 
 def install() -> None:
-    """Exchange the functions in this process, once.
+    """Replace the functions in this process, once.
 
     Raises:
-        WITConfigError: if this version of Axolotl no longer does what is relied on.
+        WITConfigError: if this version of Axolotl no longer has the code that the patches rely on.
     """
     for function, pieces in _RELIED_ON:
         _refuse(missing_in(function, *pieces))
@@ -107,7 +107,7 @@ def get_dataset_wrapper(
     dataset_prompt_style: str | None = None,
     processor: Any = None,
 ) -> Any:
-    """Axolotl's, which tokenises a dataset; the labels carry the weights of its rows."""
+    """As Axolotl's function, which tokenises a dataset; the labels carry the weights of its rows."""
     arguments = (dataset_config, tokenizer, cfg, dataset_base_type, dataset, dataset_prompt_style, processor)
     config = _config(cfg)
     if config is None:
@@ -133,7 +133,7 @@ def get_dataset_wrapper(
 
 
 def generate_dataset_hash_from_config(cfg: Any, cfg_datasets: Any, tokenizer_name: str) -> str:
-    """Axolotl's name for a prepared dataset; another one for each way of reading weights."""
+    """As Axolotl's function, which names a prepared dataset; each way of reading weights gives another name."""
     name = shared.generate_dataset_hash_from_config(cfg, cfg_datasets, tokenizer_name)
     config = _config(cfg)
     if config is None:
@@ -144,7 +144,7 @@ def generate_dataset_hash_from_config(cfg: Any, cfg_datasets: Any, tokenizer_nam
 
 
 def load_preprocessed_dataset(cfg: Any, dataset_hash: str) -> Any:
-    """Axolotl's, which knows what was prepared by its name alone; prepares anew if the data has changed since."""
+    """As Axolotl's function, which finds a prepared dataset by its name; prepared anew if its data has changed."""
     if _config(cfg) is None or cfg.get("is_preprocess") or cfg.get("skip_prepare_dataset"):
         return shared.load_preprocessed_dataset(cfg, dataset_hash)
     folder = Path(shared.get_prepared_dataset_path(cfg, dataset_hash))
@@ -160,7 +160,7 @@ def load_preprocessed_dataset(cfg: Any, dataset_hash: str) -> Any:
 
 
 def _sources(cfg: Any) -> list[Path]:
-    """The files and folders here that the datasets are read from."""
+    """The local files and folders that the datasets are read from."""
     made = []
     for entry in [*(cfg.get("datasets") or []), *(cfg.get("test_datasets") or [])]:
         files = entry.get("data_files") or []

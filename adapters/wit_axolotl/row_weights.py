@@ -1,8 +1,8 @@
-"""The weights in a row of a `chat_template` dataset: what its messages say, and which tokens Axolotl made of them.
+"""The weights in a row of a `chat_template` dataset: the weights of its messages, and the tokens of each message.
 
-Axolotl turns messages into *turns* (it maps roles and names, joins parts, may put a system message in front or take one
-out) and keeps no key that it does not know, so weights are read from the row. Where the turns are in the tokens is
-found with Axolotl's own prompter, which is asked for the same turns with other contents.
+Axolotl turns messages into *turns*: it maps roles and names, joins parts, and may add or remove a system message. A
+turn keeps no unknown key, so weights are read from the row. To find the turns in the tokens, Axolotl's own prompter
+renders the same turns with other contents.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Conversation:
     """One conversation as Axolotl gives it to its template, with weights.
 
     Attributes:
-        turns (`list`): Axolotl's.
-        tools (`list | None`): Axolotl's.
+        turns (`list`): Axolotl's turns.
+        tools (`list | None`): Axolotl's tools.
         messages (`list`): the weights of each turn's content.
-        thoughts (`dict`): of each turn that has weights in its reasoning: the weights of that text.
+        thoughts (`dict`): the weights of a turn's reasoning, by the turn's number, where it has some.
         thinking (`str`): under which key a turn has its reasoning.
     """
 
@@ -83,7 +83,7 @@ class Conversation:
 
 
 class _AsText:
-    """A tokenizer that renders a conversation and leaves it at that."""
+    """A tokenizer that renders a conversation to text and does not tokenise it."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -95,9 +95,9 @@ class _AsText:
 def read_conversation(
     strategy: ChatTemplateStrategy, weights: DataWeights, row: Mapping[str, Any]
 ) -> Conversation | None:
-    """What the messages of a row say; `None` if all of them weigh 1.
+    """The weights of a row's messages; `None` if all of them weigh 1.
 
-    Keys that are not read are looked at where the dataset's columns do not show them: in messages that are one text.
+    It also warns of keys that look like weights and are not read, where messages are one text and no column shows them.
 
     Raises:
         BadExampleError: naming the message, the key and the value.
@@ -135,20 +135,21 @@ def read_conversation(
 
 
 def is_answer(strategy: ChatTemplateStrategy, turn: Mapping[str, Any]) -> bool:
-    """Whether a turn is an answer: its role is trained on, or a flag in the data turns it into response.
+    """Whether a turn is an answer: its role is trained on, or a flag in the data makes it response.
 
-    Where no role is trained on by itself (`roles_to_train: []`), flags decide, and the assistant's turns are answers.
+    With `roles_to_train: []` flags alone decide what is trained on; then the assistant's turns are answers.
     """
     return turn.get("role") in (strategy.roles_to_train or ("assistant",)) or bool(turn.get("training"))
 
 
 def without_weights(strategy: ChatTemplateStrategy, weights: DataWeights, row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row as Axolotl is to tokenise it: its flags are read here, as weights, and decide no mask of its own.
+    """The row without its flags, which Axolotl would turn into masks. Here flags are weights.
 
-    Axolotl masks what is flagged with 0 or false, so that a zero inside of an answer would split it into two runs of
-    response tokens, which strategies take for two turns; and it trains on whole prompts whose parts have flags. Here
-    an answer stays response, of weight 0 where a flag says so, and a prompt stays prompt. Where Axolotl would train on
-    no answer of the row at all, flags of messages stay, so that it leaves the row out as it does by itself.
+    Axolotl masks text that is flagged with 0 or false. A zero inside an answer would split the answer into two runs of
+    response tokens, and strategies would take them for two turns. Axolotl also trains on whole prompts whose parts have
+    flags. Without the flags an answer stays response, with weight 0 where it was flagged, and a prompt stays prompt. If
+    Axolotl would train on no answer of the row, the messages' flags stay, so that Axolotl leaves the row out as it does
+    by itself.
     """
     prompter, keys = strategy.prompter, set(weights.message_keys)
     messages: Any = row.get(prompter.field_messages)
@@ -198,7 +199,7 @@ def has_weight_key(message: Mapping[str, Any], weights: DataWeights) -> bool:
 
 
 class _MessageReader:
-    """What one message says."""
+    """The weights of one message."""
 
     def __init__(
         self,
@@ -232,7 +233,7 @@ class _MessageReader:
         return parts or details
 
     def parts(self, key: str, text: str) -> _Pieces:
-        """Of parts `{type, text, weight}`, which Axolotl joins to one text."""
+        """Character ranges with weights from parts `{type, text, weight}`, which Axolotl joins to one text."""
         key = self._prompter.message_property_mappings.get(key, key)
         said = self._message.get(key)
         if not isinstance(said, list):
@@ -258,7 +259,7 @@ class _MessageReader:
         return self._prompter.message_field_training_detail or _DETAIL
 
     def _details(self) -> _Pieces:
-        """Of a `train_detail`: `[{begin_offset, end_offset, train, weight}]`, characters of the content."""
+        """Character ranges with weights from a `train_detail`: `[{begin_offset, end_offset, train, weight}]`."""
         key, pieces = self._detail_key, []
         said = self._message.get(key)
         for number, detail in enumerate(said if isinstance(said, list) else ()):
@@ -282,10 +283,10 @@ class _MessageReader:
         return tuple(pieces)
 
     def _of_detail(self, detail: Mapping[str, Any], at: str) -> float | None:
-        """The weight that stands beside `train`, or what `train` says; `None` if nothing does."""
+        """The weight beside `train`, or the value of `train`; `None` if there is neither."""
         said = {key: detail[key] for key in self._weights.message_keys if detail.get(key) is not None}
         if len(said) > 1:
-            said.pop("train", None)  # Axolotl wants it there: whether there is a label, beside what it weighs
+            said.pop("train", None)  # Axolotl requires it beside a weight: it says whether there is a label
         elif said and "train" not in detail:
             raise BadExampleError(f"{at} has no train beside its weight; Axolotl needs it (train: true)")
         if not self._prompter.message_field_training_detail and set(said) <= {"train"}:

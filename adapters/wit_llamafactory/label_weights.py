@@ -1,7 +1,8 @@
-"""Weights in the data become those of tokens while LLaMA-Factory's own processors tokenise.
+"""Weights in the data become weights of tokens while LLaMA-Factory's own processors tokenise.
 
-A processor walks the pairs of question and answer that its template gives it, cuts them and sets their labels. Here the
-template gives it ids that know what they weigh, so that all of that is LLaMA-Factory's own and happens to both alike.
+A processor goes through the pairs of question and answer that its template returns, cuts them and sets their labels.
+Here the template returns ids that carry their weights. So cutting and labelling are LLaMA-Factory's own, and ids and
+weights are cut together.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ _WHOLE = 1 << 40  # a cutoff_len that cuts nothing
 
 
 class _Id(int):
-    """A token's id that knows what the token weighs.
+    """A token's id that carries the token's weight.
 
     Attributes:
-        weight (`float`): of the token's message and part.
-        pair (`int`): the question and answer that it is of.
-        factor (`float`): of strategies that read the example.
+        weight (`float`): the weight by the token's message and part.
+        pair (`int`): the number of the token's pair of question and answer.
+        factor (`float`): the factor by strategies that read the example.
     """
 
     weight: float
@@ -39,11 +40,11 @@ class _Id(int):
 
 
 class _Token(str):
-    """A token that a template names by itself: nothing is tokenised to get it."""
+    """A token that a template names directly, without tokenising a text."""
 
 
 class _Writer:
-    """Stands where a template expects a tokenizer, and gives it back the texts that it would have tokenised."""
+    """Takes the place of a template's tokenizer, and returns the texts that would have been tokenised."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.bos_token_id = None if tokenizer.bos_token_id is None else _Token(tokenizer.bos_token)
@@ -57,11 +58,11 @@ class _Writer:
 
 
 class WeightedTemplate(Delegate):
-    """One of LLaMA-Factory's templates, for one example whose messages weigh something.
+    """Wraps one of LLaMA-Factory's templates for one example that has weights.
 
     Args:
-        template (`Template`): LLaMA-Factory's.
-        said ([`RowWeights`]): what the example says.
+        template (`Template`): LLaMA-Factory's template.
+        said ([`RowWeights`]): the example's weights.
         data ([`DataWeights`]): locates the messages.
     """
 
@@ -75,7 +76,7 @@ class WeightedTemplate(Delegate):
     def encode_multiturn(
         self, tokenizer: Any, messages: list[dict[str, Any]], system: str | None, tools: str | None, *more: Any
     ) -> list[tuple[list[_Id], list[_Id]]]:
-        """The template's own pairs of ids, which know what they weigh.
+        """The template's own pairs of ids, which carry their weights.
 
         Raises:
             BadExampleError: if messages of different weights cannot be told apart.
@@ -95,10 +96,10 @@ class WeightedTemplate(Delegate):
         return [(list(source), list(target)) for source, target in self._pairs]
 
     def weights(self, input_ids: Sequence[int], labels: Sequence[int]) -> np.ndarray:
-        """What the tokens weigh that the processor made of the pairs, float32 `[T]`.
+        """The weights of the tokens that the processor made from the pairs, float32 `[T]`.
 
-        With `efficient_eos` it lets an answer end where the next question begins, or behind the last one: what is to be
-        predicted there belongs to the answer.
+        With `efficient_eos` the end token of an answer is predicted at the first token of the next question, or after
+        the last answer. That prediction belongs to the answer.
         """
         made, last = [], 0
         for token, label in zip(input_ids, labels, strict=True):
@@ -112,7 +113,7 @@ class WeightedTemplate(Delegate):
         return DataWeights.times(np.array(made, dtype=np.float32), self._said.sample)
 
     def multiply(self, input_ids: Sequence[int], factors: np.ndarray) -> None:
-        """Multiply the weights of tokens by what strategies give them."""
+        """Multiply the weights of tokens by the strategies' factors."""
         for token, factor in zip(input_ids, factors.tolist(), strict=True):
             if isinstance(token, _Id):
                 token.factor = factor
@@ -131,10 +132,10 @@ def _known(ids: Sequence[int], weights: Any, pair: int) -> list[_Id]:
 
 
 class _Conversation:
-    """What a template writes for an example, and for whom.
+    """The texts that a template writes for an example, and the message of each.
 
-    Answers are known by themselves, since the template writes each apart. The system message and a question, or answers
-    of tools that became one, stand in one text, where their contents tell them apart.
+    The template writes each answer separately, so the text of an answer is known. A system message and a question, or
+    several tools' answers, may be in one text, in which their contents are looked for.
     """
 
     def __init__(
@@ -184,7 +185,7 @@ class _Conversation:
         return data.weigh_messages(weighted, render, ids, offsets)
 
     def _system_content(self) -> str:
-        """The system message as it stands in the data; LLaMA-Factory may have added to its end."""
+        """The system message as it stands in the data. LLaMA-Factory may have added text to its end."""
         return "" if self.said.system is None else self.system[: self.said.system.length]
 
     def _contents(self, content: str, parts: Sequence[Part]) -> list[str]:

@@ -1,7 +1,7 @@
-"""Where LLaMA-Factory's data is changed, all of it: weights that stand in the data are read while it is tokenised.
+"""All patches of LLaMA-Factory's data pipeline: they read the weights in the data while it is tokenised.
 
-Three functions of LLaMA-Factory are exchanged for the length of a run: the one that aligns a dataset, the one that
-picks the processor which tokenises it, and, for what `tokenized_path` keeps, the one that calls them.
+Three functions of LLaMA-Factory are replaced during a run: the one that aligns a dataset, the one that picks the
+processor which tokenises it, and the one that calls both, for the data that `tokenized_path` keeps.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def newer_data(data_args: Any) -> Path | None:
 
 
 def _record(config: WITConfig) -> dict[str, Any]:
-    """What tokenised data was written with, as far as weights that stand in the data are concerned."""
+    """The settings for weights in the data that tokenised data was written with."""
     data = DataWeights(config, None)
     return {
         "message_weight_keys": list(data.message_keys),
@@ -171,10 +171,10 @@ def _record(config: WITConfig) -> dict[str, Any]:
 
 
 def _check_record(path: str, config: WITConfig) -> None:
-    """Refuse what `tokenized_path` keeps if weights that stand in the data may be missing or others in it.
+    """Refuse the data that `tokenized_path` keeps if its weights may be missing or read with other settings.
 
     Raises:
-        WITConfigError: with what it was written with, and the way out.
+        WITConfigError: with the settings that it was written with, and the way out.
     """
     away = "delete the folder, or name another one, and it is written anew"
     own = _record(config)

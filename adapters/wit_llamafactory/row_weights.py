@@ -1,7 +1,8 @@
-"""From a row of the data to LLaMA-Factory's aligned example, without losing the weights that stand in it.
+"""Carry the weights in a row of the data through LLaMA-Factory's converters to its tokenisation.
 
-LLaMA-Factory's converters keep roles and contents of messages and drop everything else. Here they run as they are, and
-what the row says of weights goes along in its first message, as text, until the example is tokenised.
+LLaMA-Factory's converters keep the roles and contents of messages and drop everything else. They run unchanged here.
+The weights of the row are added to the first aligned message, as text under a key of its own, until the example is
+tokenised.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ BETWEEN_TOOL_RESPONSES = "\n</tool_response>\n<tool_response>\n"  # where `forma
 
 
 class Part(NamedTuple):
-    """What a message of the data says of weights, and how many characters of its aligned message are its content."""
+    """The weights of one message of the data, and the number of characters of its content in the aligned message."""
 
     length: int
     weight: float
@@ -36,19 +37,19 @@ class Part(NamedTuple):
 
     @property
     def says_something(self) -> bool:
-        """Whether any of its tokens weighs other than 1."""
+        """Whether any of its tokens has another weight than 1."""
         return self.weight != 1 or any(weight != 1 for _, _, weight in self.pieces)
 
 
 @dataclass(frozen=True)
 class RowWeights:
-    """What one example of the data says of weights.
+    """The weights of one example of the data.
 
     Attributes:
-        sample (`float`): what all of its tokens are multiplied by.
-        system (`Part | None`): of its system message; `None` if it has none.
-        messages (`tuple`): of each aligned message, those of the data that it was made from; empty if none says
-            anything.
+        sample (`float`): multiplies all of its tokens. system (`Part | None`): the weights of its system message;
+        `None` if it has none. messages (`tuple`): for each aligned message, the messages of the data that it was made
+        from; empty if no message
+            has a weight.
         raw (`dict | None`): the example itself, if a strategy reads it.
         group (`int`): the number of its group; 0 if there are none.
     """
@@ -61,7 +62,7 @@ class RowWeights:
 
     @classmethod
     def read(cls, messages: Sequence[Mapping[str, Any]]) -> RowWeights | None:
-        """From aligned messages; `None` if everything weighs 1."""
+        """Read the weights from aligned messages; `None` if everything weighs 1."""
         text = messages[0].get(KEY) if messages else None
         if not text:
             return None
@@ -71,7 +72,7 @@ class RowWeights:
 
 
 class WeightedConverter:
-    """One of LLaMA-Factory's converters, and the weights of its examples. Picklable: other processes convert too.
+    """Wraps one of LLaMA-Factory's converters and adds the weights. It can be pickled: other processes convert too.
 
     Args:
         converter (`DatasetConverter`): LLaMA-Factory's.
@@ -82,14 +83,14 @@ class WeightedConverter:
         self.converter, self.data = converter, data
 
     def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
-        """The aligned example, whose messages have one key more.
+        """The aligned example. Its first message has one more key if there are weights.
 
         Raises:
-            BadExampleError: if what it says is no weight, or the format of the data has no place for it.
+            BadExampleError: if a value is no weight, or the format of the data has no place for weights.
         """
         weights = self.weights(example)
         if any(isinstance(message.get(self._content), (list, tuple)) for message in self._messages(example)):
-            # LLaMA-Factory takes texts only; parts of one become one.
+            # LLaMA-Factory takes texts only, so the parts of a content become one text.
             joined = [
                 {**message, self._content: own.content}
                 for message, own in zip(self._messages(example), weights, strict=True)
@@ -109,7 +110,7 @@ class WeightedConverter:
             self.data.warn_of_unread_keys(dataset, [self.converter.dataset_attr.messages], [self._content])
 
     def weights(self, example: Mapping[str, Any]) -> list[WeightedMessage]:
-        """What the messages of an example say; empty for formats that have none.
+        """The weights of an example's messages; empty for formats without messages.
 
         Raises:
             BadExampleError: naming message, key and value.
@@ -134,7 +135,7 @@ class WeightedConverter:
                 )
 
     def _are_answers(self, messages: Sequence[Mapping[str, Any]]) -> list[bool]:
-        """Which messages are answers; with `mask_history`, too, earlier ones are."""
+        """Which messages are answers. Earlier answers are among them, also with `mask_history`."""
         attributes = self.converter.dataset_attr
         answering = (attributes.assistant_tag, attributes.function_tag)
         return [message.get(attributes.role_tag) in answering for message in messages]
@@ -149,7 +150,7 @@ class WeightedConverter:
         return ()
 
     def _say(self, example: Mapping[str, Any], aligned: dict[str, Any], weights: list[WeightedMessage]) -> str:
-        """What goes along with an aligned example: nothing, if everything weighs 1."""
+        """The text that carries the weights of an aligned example; none if everything weighs 1."""
         raw = dict(example) if self.data.strategies.reading_raw else None
         sample, group = self.data.sample_weight(example), self.data.group(example)
         parts = [Part(len(own.content), own.weight, own.pieces) for own in weights]
@@ -172,7 +173,7 @@ class WeightedConverter:
     def _aligned(
         self, example: Mapping[str, Any], aligned: dict[str, Any], parts: list[Part]
     ) -> tuple[Part | None, list[list[Part]]]:
-        """The parts of the system message, and those of each aligned message."""
+        """The parts of the system message, and the parts of each aligned message."""
         attributes, rows = self.converter.dataset_attr, list(self._messages(example))
         system = None
         if attributes.system_tag and rows and rows[0][attributes.role_tag] == attributes.system_tag:

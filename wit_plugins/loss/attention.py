@@ -1,9 +1,9 @@
-"""How much each token attends to its prompt in the model's last layer, whatever computes the attention.
+"""How much each token attends to its prompt in the model's last layer, for any implementation of attention.
 
-SDPA and FlashAttention never hold the weights of the attention. So that no other is needed, they are made once more,
-for the last layer alone, from its own queries and keys: for the length of one forward this layer finds another function
-in transformers' registry of attention functions, which looks at them and then calls the layer's own. That the weights
-are those of the layer is checked: with its values they make what the layer's own function makes.
+SDPA and FlashAttention never hold the attention weights. So these are computed once more, for the last layer only, from
+its own queries and keys. During one forward this layer finds another function in transformers' registry of attention
+functions. That function looks at queries and keys and then calls the layer's own function. The weights are checked:
+multiplied with the layer's values, they must give the layer's own output.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CHECKED_TOKENS = 64
 
 
 class _Watched(Delegate):
-    """A layer's configuration, by which it finds the function that looks at its queries and keys."""
+    """A layer's configuration that names the function which looks at its queries and keys."""
 
     _holder = "own"
 
@@ -42,12 +42,12 @@ class PromptAttention:
 
     Args:
         model (`nn.Module`): the unwrapped causal language model.
-        asking (`Sequence[str]`): the strategies that need it, for messages.
+        asking (`Sequence[str]`): the strategies that need the attention, for messages.
 
     Attributes:
-        weights (`torch.Tensor | None`): `[B, L]`, float32 (float64 for a float64 model), detached, of the last forward
-            that was watched: the share of a token's attention, the mean over the heads, that goes to those tokens of
-            its document, up to itself, that are not response. Without meaning for tokens that have no role.
+        weights (`torch.Tensor | None`): `[B, L]`, float32 (float64 for a float64 model), detached, of the last watched
+            forward: the share of a token's attention that goes to tokens of its document which are not response, up to
+            the token itself, averaged over the heads. Values of tokens without a role have no meaning.
 
     Raises:
         WITConfigError: if the model has no such layer, or drops attention at random.
@@ -73,13 +73,13 @@ class PromptAttention:
 
     @contextmanager
     def watching(self, codes: torch.Tensor) -> Iterator[None]:
-        """For its length, a forward of the model sets `weights`.
+        """Inside this `with`, a forward of the model sets `weights`.
 
         Args:
-            codes (`torch.Tensor`): int64 `[B, L]`, of what the model reads.
+            codes (`torch.Tensor`): int64 `[B, L]`, the codes of the model's input.
 
         Raises:
-            WeightsNotAppliedError: if the layer computes something else, or nothing that can be looked at.
+            WeightsNotAppliedError: if the layer's attention is another one, or cannot be looked at.
         """
         self.weights = None
         watched = _Watched(self._layer.config, lambda *arguments: self._see(codes, *arguments))
@@ -87,10 +87,10 @@ class PromptAttention:
             yield
 
     def of(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-        """Those of some tokens, `[N]`.
+        """The weights of some tokens, `[N]`.
 
         Raises:
-            WeightsNotAppliedError: if the model did not come by.
+            WeightsNotAppliedError: if the watched function was not called.
         """
         if self.weights is None:
             raise WeightsNotAppliedError(
@@ -103,7 +103,7 @@ class PromptAttention:
     def _see(
         self, codes: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, known: Mapping[str, Any]
     ) -> Callable[[torch.Tensor], None]:
-        """Take queries, keys and values `[B, heads, L, D]`; returns what is to look at the layer's output."""
+        """Compute the weights from queries, keys and values `[B, heads, L, D]`; return a check of the output."""
         batch, heads, length, _ = query.shape
         if codes.shape != (batch, length) or key.shape[2] != length:
             raise WeightsNotAppliedError(
@@ -155,7 +155,7 @@ class PromptAttention:
 
 
 def _watch(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **known: Any) -> Any:
-    """What stands in the registry: looks, and calls the layer's own function with its own configuration."""
+    """The registered function: it looks, then calls the layer's own function with the layer's own configuration."""
     watched: _Watched = module.config
     with exchanged(module, "config", watched.own):
         check = watched.see(query, key, value, known)

@@ -1,4 +1,4 @@
-"""What a model says of whole documents: the log-probability of each of their tokens, without all logits at once."""
+"""The log-probability of each token of whole documents by a model, without holding all logits at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DocumentScorer:
     """Scores documents by one model, in evaluation mode and without gradients.
 
     Args:
-        model (`nn.Module`): a causal language model, where it is to compute.
+        model (`nn.Module`): a causal language model, on the device that computes.
     """
 
     def __init__(self, model: Any) -> None:
@@ -50,13 +50,14 @@ class DocumentScorer:
         with torch.no_grad():
             nll = self._nll(torch.from_numpy(input_ids).to(device), torch.from_numpy(codes).to(device))
         # The tokens of a batch are in the order of its rows.
-        found = np.split(-nll.float().cpu().numpy(), np.cumsum([len(document.targets) for document in documents])[:-1])
-        if not all(np.isfinite(values).all() for values in found):
+        ends = np.cumsum([len(document.targets) for document in documents])
+        log_probs = np.split(-nll.float().cpu().numpy(), ends[:-1])
+        if not all(np.isfinite(values).all() for values in log_probs):
             raise WITConfigError(
                 f"the model's log-probabilities are not finite in {self.model.dtype}; score with a model that was "
                 "saved in bfloat16 or float32"
             )
-        return found
+        return log_probs
 
     def _nll(self, input_ids: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         """The nll `[N]` of the tokens that have a role."""

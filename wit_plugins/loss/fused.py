@@ -1,16 +1,16 @@
-"""The fused head inside any causal language model: its linear head is asked for the loss instead of the logits.
+"""The fused head inside any causal language model: its linear head computes the loss instead of the logits.
 
-Architectures differ in what their forward does around the head, and more of them come every month. So the forward is
-not rewritten: it runs as it is, and for the length of one call the forward of its *linear head* is exchanged for one
-that takes the hidden states, computes the weighted loss, and returns next to nothing. Everything around stays the
-model's own: output class, auxiliary loss, hidden states, hooks of FSDP, DeepSpeed and PEFT on the head.
+Architectures differ in what their forward does around the head, and new ones come every month. So the forward is not
+rewritten. It runs as it is, and during one call the forward of its *linear head* is replaced by one that takes the
+hidden states, computes the weighted loss, and returns a single number. Everything else stays the model's own: output
+class, auxiliary loss, hidden states, hooks of FSDP, DeepSpeed and PEFT on the head.
 
-What the model does to the logits afterwards (a scale, a soft cap) is read off its configuration and *checked*: in the
-first call the exchanged head returns the real logits of a few positions and, below them, rows of logits that are much
-larger. The model's own code post-processes all of them, and each row is compared with what the fused head computes for
-it. The large rows are there because a model's logits are small at first, and a soft cap hardly changes small logits.
-Trainable parameters after the head are detected in the autograd graph, even if they are still an identity.
-If anything differs, the logits are used from then on.
+The model's processing of logits (a scale, a soft cap) is read from its configuration and *checked*: in the first call
+the replaced head returns the real logits of a few positions and, below them, rows of logits that are much larger. The
+model's own code post-processes all of them, and each row is compared with what the fused head computes for it. The
+large rows are there because a model's logits are small at first, and a soft cap hardly changes small logits. Trainable
+parameters after the head are detected in the autograd graph, even if they are still an identity. If anything differs,
+the logits are used from then on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LARGE = (100.0, 1000.0)  # logits that a trained model may come to, and more th
 
 
 class FusedHead:
-    """The linear head of one model, and whether the fused loss can stand for it.
+    """The linear head of one model, and whether the fused loss can replace it.
 
     Args:
         model (`nn.Module`): the unwrapped causal language model.
@@ -64,14 +64,14 @@ class FusedHead:
         if isinstance(saved, nn.ModuleDict):  # PEFT trains a copy of the head
             active = getattr(head, "active_adapters", None) or [getattr(head, "active_adapter", None)]
             head = saved[active[0]] if len(active) == 1 and active[0] in saved else head
-        # A LoRA layer or a quantised one is no plain product with its weight.
+        # A LoRA layer or a quantised layer computes more than the product with its weight.
         if not isinstance(head, nn.Linear) or hasattr(head, "base_layer") or not head.weight.is_floating_point():
             self.obstacle = f"its head is a {type(head).__name__}, not a plain linear layer"
             return None
         own = getattr(head, forward_name(head))
         if vocabulary_shard(head.weight, head.bias, model) is not None or hasattr(head, "_hf_tp_plan"):
             own = below_tensor_parallelism(own)
-        # Nor is a subclass that computes something of its own (fake quantisation), though it may not do so yet.
+        # So may a subclass with its own forward (fake quantisation), perhaps only later in the run.
         if getattr(own, "__func__", own) is not nn.Linear.forward:
             self.obstacle = f"its head, a {type(head).__name__}, has a forward of its own"
             return None
@@ -83,13 +83,13 @@ class FusedHead:
         return self._checked is not None
 
     def needs_check(self, linear: nn.Linear) -> bool:
-        """Whether the next call has to be compared: the first with this head, and the first that can be trained."""
+        """Whether the next call must be checked: the first with this head, and the first with gradients."""
         if self._checked is None or self._checked[0] is not linear:
             return True
         return torch.is_grad_enabled() and not self._checked[1]
 
     def check(self, call: LossForLogits, processed: Any) -> None:
-        """Set `obstacle` unless the model made of the sampled logits what the fused loss makes of them.
+        """Set `obstacle` unless the model processed the sampled logits as the fused loss does.
 
         Args:
             call ([`LossForLogits`]): the call, with the logits that it sampled.
@@ -109,7 +109,7 @@ class FusedHead:
             isinstance(processed, torch.Tensor)
             and processed.shape == expected.shape
             and _close(processed[:, :real], expected[:, :real], raw.dtype)
-            # Each by its own size: beside a large row, nobody would see what becomes of a small one.
+            # Each row by its own size: beside a large row, a change of a small one would not be noticed.
             and all(_close(processed[:, row], expected[:, row], raw.dtype) for row in range(real, expected.shape[1]))
         ):
             self.obstacle = "it changes its logits in a way that is not known"
@@ -118,20 +118,20 @@ class FusedHead:
 
 
 class LossForLogits:
-    """The forward of the head for the length of one call of the model: returns no logits, but keeps their loss.
+    """The head's forward during one call of the model: it computes the loss, keeps it, and returns no logits.
 
     Args:
-        head ([`FusedHead`]): whose head it stands for.
-        linear (`nn.Linear`): that head.
+        head ([`FusedHead`]): the model's fused head.
+        linear (`nn.Linear`): the layer whose forward it replaces.
         called (`nn.Module`): what the model calls: the linear layer, or its torch.compile wrapper.
         batch (`Callable`): the micro-batch for a number of positions L and a device.
 
     Attributes:
-        calls (`int`): how often the model called its head.
+        calls (`int`): the number of times that the model called its head.
         result ([`WeightedLoss`] | None): the loss.
-        sampled (`torch.Tensor | None`): `[1, n + m, V]`, if the model is to be checked: the head's own logits of n
-            positions, and m rows of large logits; a leaf of what autograd makes of them.
-        product (`torch.Tensor | None`): `[1, n, V]`: those of the n positions by a plain product with the weight.
+        sampled (`torch.Tensor | None`): `[1, n + m, V]`, if the model is checked: the head's own logits of n positions,
+            and m rows of large logits; a leaf of the autograd graph.
+        product (`torch.Tensor | None`): `[1, n, V]`: the logits of the n positions by a plain product with the weight.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class LossForLogits:
         self.product: torch.Tensor | None = None
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Take the hidden states `[B, L, H]`; the model may do what it likes with what comes back."""
+        """Compute the loss from the hidden states `[B, L, H]`. The model's forward goes on with the returned tensor."""
         self.calls += 1
         head = Head(self.linear.weight, self.linear.bias, self.head.scale, self.head.softcap)
         self.result = self.batch(hidden.shape[1], hidden.device).from_hidden(hidden, head)
@@ -166,7 +166,7 @@ class LossForLogits:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """For its length, the head's forward is this one; hooks on the head stay."""
+        """Inside this `with`, the head's forward is this object. Hooks on the head stay."""
         name, own_attributes = forward_name(self.called), self.called.__dict__
         own = own_attributes.get(name)
         own_attributes[name] = self
@@ -180,9 +180,9 @@ class LossForLogits:
 
 
 def _large_logits(logits: torch.Tensor, scale: float) -> torch.Tensor:
-    """Rows `[1, m, V]` of logits, in the dtype of `logits` `[1, n, V]`, that are large before the scale, or behind it.
+    """Rows `[1, m, V]` of logits that are large before or after the scale, in the dtype of `logits` `[1, n, V]`.
 
-    They go up through the vocabulary in one row and down in the next, so that each id has a high one and a low one.
+    They ascend over the vocabulary in one row and descend in the next, so that each id has a high and a low logit.
     """
     highest = torch.finfo(logits.dtype).max / 16
     sizes = {min(size / factor, highest) for size in _LARGE for factor in (1.0, abs(scale) or 1.0)}
@@ -191,14 +191,14 @@ def _large_logits(logits: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 def uncompiled(module: Any) -> Any:
-    """A module below torch.compile, which regional compilation puts around a model's parts."""
+    """The module inside a wrapper of torch.compile, which regional compilation puts around a model's parts."""
     return getattr(module, "_orig_mod", module)
 
 
 def forward_name(module: nn.Module) -> str:
     """The attribute that holds a module's own forward.
 
-    With a `device_map`, accelerate puts a wrapper in its place, which moves inputs and weights to where they belong.
+    With a `device_map`, accelerate replaces it by a wrapper that moves inputs and weights between devices.
     """
     return "_old_forward" if hasattr(module, "_hf_hook") and hasattr(module, "_old_forward") else "forward"
 
@@ -213,7 +213,7 @@ def _close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype | No
 
 
 def _trained_leaves(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors that a backward from here would leave a gradient in."""
+    """The leaves that a backward pass from this tensor would give a gradient."""
     seen, left = set(), [tensor.grad_fn] if tensor.grad_fn is not None else []
     if tensor.grad_fn is None and tensor.requires_grad:
         yield tensor
@@ -228,7 +228,7 @@ def _trained_leaves(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def logit_postprocessing(config: Any) -> tuple[float, float | None]:
-    """What a model does to its logits, by its configuration: the factor, and the soft cap applied after it.
+    """A model's processing of its logits, by its configuration: a factor, and the soft cap that is applied after it.
 
     Cohere multiplies by `logit_scale`, Falcon-H1 by `lm_head_multiplier`, Granite divides by `logits_scaling`; Gemma
     caps at `final_logit_softcapping`. An unknown name is found by [`FusedHead.check`].

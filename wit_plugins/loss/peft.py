@@ -1,7 +1,8 @@
-"""The model without its adapters, as a reference: what it would say of the same tokens.
+"""The model without its adapters, as the reference of a strategy.
 
-With LoRA and its kin the model that training began with is still there, below the adapters. Switching them off for one
-forward without gradients costs that forward, and neither a second model nor a file of scores.
+With LoRA and similar methods the model that training began with is still there, below the adapters. With the adapters
+switched off, one more forward without gradients gives its log-probabilities. No second model and no file of scores are
+needed.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from torch import nn
 
 from wit_plugins.errors import WITConfigError
 
-_SWITCH = "_disable_adapters"  # of every layer that PEFT puts around one of the model's
-_BELOW = ("base_layer", "original_module")  # where such a layer keeps the model's own
+_SWITCH = "_disable_adapters"  # an attribute of every layer that PEFT puts around a layer of the model
+_BELOW = ("base_layer", "original_module")  # the attributes that hold the model's own layer
 
 
 def adapter_layers(model: nn.Module) -> list[nn.Module]:
@@ -24,19 +25,19 @@ def adapter_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def check_base_model(model: nn.Module, asking: Sequence[str]) -> None:
-    """Make sure that the model without its adapters is the one that training began with.
+    """Check that the model without its adapters is the model that training began with.
 
     Args:
         model (`nn.Module`): the unwrapped causal language model.
-        asking (`Sequence[str]`): the strategies that need it, for the message.
+        asking (`Sequence[str]`): the strategies that need the reference, for the message.
 
     Raises:
-        WITConfigError: if there are no adapters, or something is trained beside them.
+        WITConfigError: if there are no adapters, or other parameters are trained too.
     """
     layers = adapter_layers(model)
     reason = "strategies: " + ", ".join(asking) + " compares with a reference, the model without its adapter, but "
     if not layers and all(parameter.is_meta for parameter in model.parameters()):
-        return  # shapes alone, to look at a dataset with; the run itself says whether there are any
+        return  # a model of shapes alone, for looking at a dataset; the run itself checks its adapters
     if not layers:
         raise WITConfigError(
             f"{reason}this model has none; train with LoRA, or with the scores of a model in a folder (`wit score`, "
@@ -56,7 +57,7 @@ def check_base_model(model: nn.Module, asking: Sequence[str]) -> None:
 
 @contextmanager
 def without_adapters(model: Any) -> Iterator[None]:
-    """For the length of a `with`: no adapter, no dropout."""
+    """Inside this `with`, adapters and dropout are off."""
     modules = list(model.modules())
     training = [module for module in modules if module.training]
     switched = [module for module in modules if hasattr(module, _SWITCH) and not getattr(module, _SWITCH)]

@@ -1,9 +1,9 @@
-"""How transformers runs a head that tensor parallelism split over the vocabulary, as far as the fused loss must know.
+"""The way in which transformers runs a head that tensor parallelism split over the vocabulary.
 
-transformers (5.23) puts a function in the place of the forward of every module in its plan: it makes a DTensor of the
-input, calls the forward that was there, and has the output gathered. For the length of a call the fused head takes the
-place of all that, with an exchange of its own. It may, if nothing else is done there: the input is whole on every rank,
-the head is a plain product, and what the model is given by it is the whole vocabulary.
+transformers (5.23) replaces the forward of every module in its plan by a function. The function makes a DTensor of the
+input, calls the original forward, and gathers the output. During a call the fused head replaces all of that, and ranks
+exchange other numbers. This is correct only if the function does nothing else: the input is whole on every rank, the
+head is a plain product, and the model gets the logits of the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from wit_plugins.linear_cross_entropy.sharding import split_by_tensor_parallelis
 
 
 def refuse_adapters(model: nn.Module) -> None:
-    """Make sure that no adapter is trained beside parameters that tensor parallelism split.
+    """Check that no adapter is trained beside parameters that tensor parallelism split.
 
-    PEFT (0.21.0, with transformers 5.23.0) gives every rank an adapter of its own shard's shape and exchanges nothing:
-    the first loss is not that of the whole adapter, nor are the gradients, whatever computes the loss.
+    PEFT (0.21.0, with transformers 5.23.0) gives every rank an adapter with the shape of its own shard and exchanges
+    nothing. So neither the loss nor the gradients are those of one adapter, with or without weights.
 
     Args:
         model (`nn.Module`): the unwrapped causal language model.
@@ -42,13 +42,13 @@ def refuse_adapters(model: nn.Module) -> None:
 
 
 def below_tensor_parallelism(forward: Any) -> Any:
-    """The forward of a split head that transformers' own function calls.
+    """The original forward of a split head, below transformers' function.
 
     Args:
-        forward: what stands in its place.
+        forward: the forward that replaced it.
 
     Raises:
-        WITConfigError: if it is not that function, or does not leave every rank with all logits.
+        WITConfigError: if that is another function, or not every rank gets all logits.
     """
     around = inspect.getclosurevars(forward).nonlocals if inspect.isfunction(forward) else {}
     style = around.get("self")

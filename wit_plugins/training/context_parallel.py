@@ -1,9 +1,9 @@
 """Context parallelism: the codes are cut together with the rows that they belong to.
 
-torch's context parallelism cuts every row of a batch over the `cp_size` ranks of a group, which are given the same
-batch. What predicts the last token of a piece stands on another rank then, so transformers shifts the labels before it
-cuts (`shift_labels`), and hands an explicit list of tensors to accelerate, which cuts them in place for the length of a
-`with`. The codes are shifted as the labels are, and put on that list; each rank sums its own tokens, and the step's
+torch's context parallelism cuts every row of a batch over the `cp_size` ranks of a group. All ranks of the group get
+the same batch. The token that follows the last token of a piece is on another rank, so transformers shifts the labels
+before it cuts them (`shift_labels`). It gives accelerate a list of tensors, which accelerate cuts in place inside a
+`with`. Here the codes are shifted as the labels are, and added to that list. Each rank sums its own tokens; the step's
 denominator is that of the whole rows.
 """
 
@@ -21,7 +21,7 @@ from wit_plugins.tokens.collator import CODES_KEY
 from wit_plugins.tokens.roles import IGNORE_INDEX
 from wit_plugins.tokens.span_bits import SPANS_KEY
 
-# What rows are lengthened with, by name; nothing sees it, since it comes last and attention is causal.
+# The padding of each tensor, by name. No token sees it, since it comes last and attention is causal.
 _FILLING = {
     "input_ids": 0,
     "labels": IGNORE_INDEX,
@@ -34,12 +34,12 @@ _EXPECTED = ("buffers", "buffer_seq_dims", "no_restore_buffers")
 
 
 def lengthen_and_shift(inputs: MutableMapping[str, Any], multiple: int, setting: str) -> int:
-    """Make a batch ready to be cut: rows of a length that can be, the codes where their tokens are predicted.
+    """Prepare a batch for cutting: pad its rows to a multiple, and move each code to the position that predicts it.
 
     Args:
-        inputs (`MutableMapping`): a micro-batch, `[B, L]` each; changed.
-        multiple (`int`): what the rows' length must be a multiple of.
-        setting (`str`): by which they are cut, `cp_size` or `sp_size`.
+        inputs (`MutableMapping`): a micro-batch, `[B, L]` each; changed in place.
+        multiple (`int`): the rows' length becomes a multiple of it.
+        setting (`str`): the setting that cuts the rows, `cp_size` or `sp_size`.
 
     Returns:
         The length of the rows.
@@ -67,7 +67,7 @@ def _check_rows(inputs: MutableMapping[str, Any], setting: str) -> None:
             "documents need rows of their own"
         )
     ends = locate(inputs[CODES_KEY])[0].amax(dim=1)
-    # Rows are cut without their mask, and attention is causal: what comes first in a row is seen by all that follows.
+    # Rows are cut without their mask, and attention is causal: every token sees all tokens before it in the row.
     several = torch.diff(ends, prepend=ends.new_full((1,), -1)) > 1
     mask = inputs.get("attention_mask")
     late = torch.zeros_like(several) if mask is None or mask.dim() != 2 else (mask[:, 1:] > mask[:, :-1]).any(dim=1)
@@ -86,7 +86,7 @@ def _check_rows(inputs: MutableMapping[str, Any], setting: str) -> None:
 
 
 def check_same_batch(codes: torch.Tensor, accelerator: Any, parts: int) -> None:
-    """Make sure that the ranks that share rows were given the same ones. A collective.
+    """Check that the ranks that share rows got the same rows. A collective: every rank must call it.
 
     Raises:
         WeightsNotAppliedError: if they were not.
@@ -102,15 +102,15 @@ def check_same_batch(codes: torch.Tensor, accelerator: Any, parts: int) -> None:
 
 
 def cut_too(context: Callable[..., Any], inputs: MutableMapping[str, Any], accelerator: Any) -> Callable[..., Any]:
-    """The context in which transformers has a batch cut, with the codes on the list of what is cut.
+    """The context that cuts a batch, with the codes added to the list of tensors that it cuts.
 
     Args:
-        context (`Callable`): what `Trainer._prepare_context_parallel_inputs` returned.
-        inputs (`MutableMapping`): the batch, as it returned it.
+        context (`Callable`): the context that `Trainer._prepare_context_parallel_inputs` returned.
+        inputs (`MutableMapping`): the batch that it returned.
         accelerator (`Accelerator`): the trainer's.
 
     Raises:
-        WeightsNotAppliedError: if it is no such context as is known.
+        WeightsNotAppliedError: if the context has another form than the known one.
     """
     keywords = context.keywords if isinstance(context, functools.partial) else {}
     cut = [inputs.get(name) for name in ("input_ids", "shift_labels")]

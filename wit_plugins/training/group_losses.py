@@ -1,4 +1,4 @@
-"""What each group weighs and is divided by in one optimizer step."""
+"""The weights of the groups, computed from the evaluations that a trainer has logged."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def group_weights(groups: Groups, log_history: Sequence[Mapping[str, Any]], device: torch.device) -> torch.Tensor:
-    """What each group's mean weighs after the evaluations that a trainer has logged, `[G]`, float64 (float32 on MPS).
+    """The weight of each group's mean after the logged evaluations, `[G]`, float64 (float32 on MPS).
 
-    The log is the same on all ranks, and is saved with every checkpoint.
+    The log is the same on all ranks, and every checkpoint saves it.
 
     Raises:
-        ValueError: if the strategy gives no weights.
+        ValueError: if the strategy returns no valid weights.
     """
     keys = {name: f"eval_response_loss/{key}" for name, key in zip(groups.names, groups.spans.values(), strict=True)}
     history = [entry for entry in log_history if any(key in entry for key in keys.values())]
@@ -31,10 +31,10 @@ def group_weights(groups: Groups, log_history: Sequence[Mapping[str, Any]], devi
 
 
 def check_evaluates(trainer: Trainer, groups: Groups) -> None:
-    """Make sure that there are losses to read. Call it where groups are weighed by them.
+    """Check that evaluations will give the losses that the groups' weights are computed from.
 
     Raises:
-        WITConfigError: if the trainer does not evaluate while it trains, or several datasets under their own names.
+        WITConfigError: if the trainer does not evaluate during training, or evaluates several named datasets.
     """
     reason = f"strategies: {groups.strategy.name} weighs groups by their losses in evaluation, but "
     if getattr(trainer.args.eval_strategy, "value", trainer.args.eval_strategy) == "no" or trainer.eval_dataset is None:

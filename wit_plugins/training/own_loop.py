@@ -47,6 +47,11 @@ class WeightedLoop:
         self, model: nn.Module, tokenizer: Any = None, *, num_steps: int = 1, seed: int = 0, **settings: Any
     ) -> None:
         self.config, self.tokenizer = WITConfig.parse(settings), tokenizer
+        if self.config.verify:
+            raise WITConfigError(
+                f"verify = {self.config.verify}: steps are kept by a trainer's loop; use attach with a trainer, or set "
+                "verify to 0"
+            )
         self.num_steps, self.seed, self.step = num_steps, seed, -1
         self.strategies = ActiveStrategies(self.config.active_strategies())
         if self.strategies.prepares:

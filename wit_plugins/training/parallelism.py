@@ -1,4 +1,4 @@
-"""Whether rows are cut over ranks, over how many, and which ways of it are refused."""
+"""The number of ranks that share a row, and the combinations of settings that are refused."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _SINCE = Version("5.16")  # of transformers: what is shown to be exact
 
 
 def sp_size(accelerator: Any) -> int:
-    """Over how many ranks DeepSpeed cuts the rows that are trained on; 1 without sequence parallelism."""
+    """The number of ranks over which DeepSpeed cuts a training row; 1 without sequence parallelism."""
     parallelism = getattr(accelerator, "parallelism_config", None)
     return 1 if parallelism is None else getattr(parallelism, "sp_size", 1)
 
 
 def cp_size(accelerator: Any) -> int:
-    """Over how many ranks a row is cut; 1 without context parallelism."""
+    """The number of ranks over which a row is cut; 1 without context parallelism."""
     parallelism = getattr(accelerator, "parallelism_config", None)
     return 1 if parallelism is None else parallelism.cp_size
 
 
 def is_cut(batch: Any) -> bool:
-    """Whether a micro-batch is a part of rows: DeepSpeed has put shifted labels in the place of the labels."""
+    """Whether a micro-batch holds parts of rows. DeepSpeed then has shifted labels in the place of the labels."""
     return "shift_labels" in batch and "labels" not in batch
 
 
@@ -59,7 +59,7 @@ def outputs_of(model: Any) -> Iterator[list[Any]]:
 
 
 def check_parallelism(trainer: Trainer, adapter: TrainerAdapter, strategies: ActiveStrategies, model: Any) -> None:
-    """Refuse sharded sequences wherever the loss would not be that of the whole rows, or nobody has shown that it is.
+    """Refuse rows that are cut over ranks, unless the loss was shown to be that of the whole rows.
 
     Args:
         trainer (`transformers.Trainer`): before weights are attached.

@@ -1,7 +1,7 @@
-"""What a run tells `wit sweep`: how far it is, and every metric it logs.
+"""A run's report to `wit sweep`: its progress, and every metric that it logs.
 
-Frameworks write their logs in different places and forms, or only with their checkpoints. A callback sees the same
-entries in all of them. It is added when the environment variable `WIT_RUN_FOLDER` names a folder.
+Frameworks write their logs to different places in different forms, or only with their checkpoints. A callback sees the
+same entries in all of them. It is added when the environment variable `WIT_RUN_FOLDER` names a folder.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from wit_plugins.runfiles import (
 )
 
 _SECONDS = 0.5  # between two writings of the progress
-# For a request to stop, over a whole run: fewer than twice as many. The ranks talk to each other at each.
+# How often a run looks for a request to stop: at most twice as many times. The ranks communicate at each.
 _LOOKS = 100
 
 
 class RunRecorder(TrainerCallback):
-    """Appends what is logged to `metrics.jsonl`, keeps `progress.json` up to date, and ends when it is asked to.
+    """Appends logged metrics to `metrics.jsonl`, keeps `progress.json` up to date, and stops the run on request.
 
-    A run that finds the file `stop` ends as one that has done its last step does. All ranks must end at the same step,
-    and a file appears to them at different times; so they agree about it, at steps that all of them know.
+    A run that finds the file `stop` ends as if it had done its last step. All ranks must end at the same step, but they
+    may see the file at different times. So they agree about it at fixed steps.
 
-    A run whose sweep is gone (its process was killed) ends at its next step: nobody waits for it, and the sweep that is
-    started again must find the device free.
+    A run ends at its next step if the process of its sweep is gone, because the sweep needs the device when it is
+    started again.
 
     Args:
-        folder (`Path`): where to write.
+        folder (`Path`): the folder to write to.
         sweep_pid (`int | None`): the process that waits for this run.
         output (`Path | None`): where the sweep expects the model; `None` if no sweep started this run.
     """
@@ -55,10 +55,10 @@ class RunRecorder(TrainerCallback):
         self._last = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say how many steps there are.
+        """Write the number of steps.
 
         Raises:
-            WITConfigError: if the run writes to another folder than its sweep expects. Two cells could share it.
+            WITConfigError: if the run writes to another folder than its sweep expects, which two cells could share.
         """
         if self.output is not None and Path(args.output_dir).resolve() != self.output:
             raise WITConfigError(
@@ -69,7 +69,7 @@ class RunRecorder(TrainerCallback):
         self._progress(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say how far it is, at most twice a second."""
+        """Write the progress, at most twice a second."""
         if time.monotonic() - self._last >= _SECONDS:
             if self.sweep_pid is not None and not is_running(self.sweep_pid):
                 raise SystemExit("wit: the sweep that started this run is gone; it goes on when the sweep does")
@@ -78,11 +78,11 @@ class RunRecorder(TrainerCallback):
             control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say that it is done."""
+        """Write that the run is done."""
         self._progress(state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Keep every number that is logged."""
+        """Write every number that is logged."""
         if not state.is_world_process_zero or not logs:
             return
         numbers = {key: value for key, value in logs.items() if isinstance(value, (int, float))}
@@ -108,7 +108,7 @@ def recorder() -> RunRecorder | None:
     """The recorder that the environment asks for, or `None`."""
     folder = os.environ.get(RUN_FOLDER)
     host, _, pid = os.environ.get(SWEEP_PID, "").rpartition(":")
-    # On another machine, or in a container of its own, the number means another process.
+    # On another machine or in another container, the same number is another process.
     here = pid.isdigit() and host == socket.gethostname()
     output = os.environ.get(RUN_OUTPUT)
     return RunRecorder(Path(folder), int(pid) if here else None, Path(output) if output else None) if folder else None

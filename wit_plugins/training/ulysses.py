@@ -1,10 +1,10 @@
 """Sequence parallelism (Ulysses, `sp_size`): the codes are cut together with the rows that they belong to.
 
-DeepSpeed's data loader takes a batch of each rank of a group of `sp_size`, shifts its labels, takes them out, and gives
-every rank its part of the rows; the group goes through the batches of all its ranks, one after the other. Every tensor
-of a batch is cut, so the codes have only to be shifted before, and the rows to be of a length that can be cut. What
-transformers makes of the ranks' losses (the mean of a group's tokens, whose gradient comes out `sp_size` times too
-large under ZeRO-1 and 2) is looked at and left: each rank's share of the step's one loss is what is trained on.
+A group has `sp_size` ranks. DeepSpeed's data loader takes the batch of each rank in turn, shifts its labels, takes them
+out of the batch, and gives every rank of the group its part of the rows. Every tensor of a batch is cut, so the codes
+only have to be shifted before, and the rows padded to a length that can be cut. transformers then takes the mean over a
+group's tokens, whose gradient is `sp_size` times too large under ZeRO-1 and 2. That mean is checked but not trained on:
+each rank trains on its share of the step's one loss.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from wit_plugins.tokens.collator import CODES_KEY
 from wit_plugins.tokens.roles import IGNORE_INDEX
 from wit_plugins.training.context_parallel import lengthen_and_shift
 
-# Of DeepSpeed. None of its interfaces says what it divides gradients by, so a version is known or it is not.
+# DeepSpeed's versions. None of its interfaces tells the divisor of the gradients, so only tested versions are allowed.
 _FROM, _BEFORE = Version("0.19.8"), Version("0.20")
 
 
 class ShiftingCollator:
-    """A trainer's collator, whose rows are ready to be cut by DeepSpeed's data loader.
+    """A trainer's collator with rows that DeepSpeed's data loader can cut.
 
     Args:
-        collator (`Callable`): the trainer's, which returns codes.
-        parts (`int`): over how many ranks the rows are cut.
+        collator (`Callable`): the trainer's collator, whose batches have codes.
+        parts (`int`): the number of ranks that share a row.
     """
 
     def __init__(self, collator: Any, parts: int) -> None:
@@ -44,7 +44,9 @@ class ShiftingCollator:
         batch = self.collator(*args, **kwargs)
         if CODES_KEY in batch:
             lengthen_and_shift(batch, self.parts, "sp_size")
-            if "position_ids" not in batch:  # DeepSpeed asks for them; those of whole rows, which the model would make
+            if (
+                "position_ids" not in batch
+            ):  # DeepSpeed needs them: the positions in whole rows, as the model makes them
                 rows = batch["input_ids"]
                 batch["position_ids"] = torch.arange(rows.shape[1]).expand(rows.shape).contiguous()
         return batch
@@ -68,12 +70,12 @@ def unknown_averaging(plugin: Any) -> str | None:
 
 
 def _divisor(engine: Any, ranks: int, parts: int) -> int:
-    """What DeepSpeed divides the sum of all ranks' gradients by: stage 3 does not know of the groups, 1 and 2 do."""
+    """DeepSpeed's divisor of the sum of all ranks' gradients. Stages 1 and 2 know of groups, stage 3 does not."""
     return ranks if engine.zero_optimization_stage() == 3 else ranks // parts
 
 
 def uses_losses(own: torch.Tensor, trainers: torch.Tensor, labels: torch.Tensor, accelerator: Any, parts: int) -> bool:
-    """Make sure that the trainer's loss was made of the ranks' losses and nothing else. A collective.
+    """Check that the trainer's loss is the mean of the ranks' losses and nothing else. A collective.
 
     Args:
         own (`torch.Tensor`): a scalar, the weighted loss of this rank's tokens over the step's denominator, as the
@@ -84,10 +86,10 @@ def uses_losses(own: torch.Tensor, trainers: torch.Tensor, labels: torch.Tensor,
         parts (`int`): how many ranks a group has.
 
     Returns:
-        Whether every group had a loss; the same on all ranks. What is made of none says nothing.
+        Whether every group had a loss; the same on all ranks. Without a loss the comparison proves nothing.
 
     Raises:
-        WeightsNotAppliedError: if it was not.
+        WeightsNotAppliedError: if the trainer's loss is another one.
     """
     good = (labels != IGNORE_INDEX).sum()
     sums = accelerator.gather(torch.stack([own.detach().double() * good, good.double()])[None])
@@ -104,10 +106,10 @@ def uses_losses(own: torch.Tensor, trainers: torch.Tensor, labels: torch.Tensor,
 
 
 def share_of_loss(own: torch.Tensor, engine: Any, accelerator: Any, parts: int) -> torch.Tensor:
-    """What a rank trains on: its share of the step's loss.
+    """The loss that a rank trains on: its share of the step's loss.
 
-    Its gradient is multiplied by what DeepSpeed divides the ranks' sum by, which the stages of ZeRO do not agree on;
-    its value by the number of ranks, since transformers logs their mean.
+    Its gradient is multiplied by DeepSpeed's divisor, which differs between the stages of ZeRO. Its value is multiplied
+    by the number of ranks, since transformers logs the mean over the ranks.
 
     Args:
         own (`torch.Tensor`): a scalar, the weighted loss of this rank's tokens over the step's denominator, as the

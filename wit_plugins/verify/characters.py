@@ -49,12 +49,18 @@ class Text:
         self.text = _decoded(tokenizer, ids)
         if len(ids) <= _PREFIXES:
             before = [_decoded(tokenizer, ids[:i]) for i in range(len(ids) + 1)]
-            edges = [_common(piece, self.text) for piece in before]
+            # What is decoded may look further back: bytes that are no character yet can undo the one before.
+            edges = list(itertools.accumulate((_common(piece, self.text) for piece in before), max))
             # A token may write a part of a character: what is decoded before and after it are then not the same there.
             self.ranges = [
                 (start, max(end, start + (before[i + 1][start:] != "" and end == start)))
                 for i, (start, end) in enumerate(itertools.pairwise(edges))
             ]
+            # Some decoders put spaces between tokens, which none of them writes.
+            for i, piece in enumerate(tokenizer.convert_ids_to_tokens(list(ids))):
+                start, end = self.ranges[i]
+                if self.text[start:end].startswith(" ") and end - start > 1 and piece[:1] not in ("Ġ", "▁", " "):
+                    self.ranges[i] = (start + 1, end)
         else:
             again = tokenizer(self.text, add_special_tokens=False, return_offsets_mapping=True)
             if list(again["input_ids"]) != list(ids):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from wit_plugins.loss.normalization import group_denominators, step_denominator
+from wit_plugins.loss.normalization import group_denominators, group_factors, safe, step_denominator
 from wit_plugins.tokens.codes import encode
 from wit_plugins.tokens.collator import CODES_KEY
 from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
@@ -71,3 +71,27 @@ def test_each_group_s_denominator_is_the_count_by_hand(normalization, share):
         assert groups.tolist() == pytest.approx(expected, rel=1e-9)
         whole = step_denominator(batches, normalization, device, share)
         assert groups.sum().item() == pytest.approx(whole.item(), rel=1e-9)
+
+
+def test_factors_of_groups_are_the_formula():
+    """t·N / (N_g·Σ t) over the groups that have a token in the step; 0 for the others, and no division by 0."""
+    weights, denominators = torch.tensor([1.0, 0.5, 4.0]), torch.tensor([30, 10, 0])
+    expected = [1.0 * 40 / (30 * 1.5), 0.5 * 40 / (10 * 1.5), 0.0]
+    assert group_factors(weights, denominators).tolist() == pytest.approx(expected, rel=1e-6)
+    assert group_factors(weights, torch.tensor([0, 0, 0])).tolist() == [0.0, 0.0, 0.0]
+    assert group_factors(weights, torch.tensor([0.5, 0.0, 0.0])).tolist() == pytest.approx([1.0, 0.0, 0.0])
+
+
+def test_a_denominator_that_is_not_zero_stays():
+    assert safe(torch.tensor([0.0, 0.25, 1.0, 7.0])).tolist() == [1.0, 0.25, 1.0, 7.0]
+
+
+def test_codes_that_are_shifted_already_lose_no_first_token():
+    roles, weights = np.array([NEITHER, PROMPT, RESPONSE], dtype=np.uint8), np.array([0, 0.5, 1.0], dtype=np.float32)
+    whole = torch.tensor(encode(np.full(3, 7), roles, weights)[None])
+    shifted = torch.cat([whole[:, 1:], torch.full((1, 1), -100)], dim=1)
+    device = torch.device("cpu")
+    assert step_denominator([{CODES_KEY: whole}], "nonzero_tokens", device) == 2
+    assert step_denominator([{CODES_KEY: shifted}], "nonzero_tokens", device, shifted=True) == 2
+    assert step_denominator([{CODES_KEY: shifted}], "nonzero_tokens", device) == 1  # what the argument is for
+    assert step_denominator([{CODES_KEY: whole}, {"labels": whole}], "nonzero_tokens", device) is None

@@ -122,6 +122,8 @@ def test_what_is_refused():
         WeightedLoop(model, prompt_wieght=0.2)
     with pytest.raises(WITConfigError, match="mftcoder.*use attach with a trainer"):
         WeightedLoop(model, prompt_weight=0.2, strategies={"mftcoder": {"groups": {"a": 1.0}}})
+    with pytest.raises(WITConfigError, match="verify = 3.*use attach with a trainer"):
+        WeightedLoop(model, prompt_weight=0.2, verify=3)
     weights = WeightedLoop(model, **WEIGHTS)
     plain = DataCollatorForSeq2Seq(tokenizer())(EXAMPLES[:2])
     with pytest.raises(WeightsNotAppliedError, match="the collator that WeightedLoop.collator made"):
