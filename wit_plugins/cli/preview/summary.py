@@ -115,7 +115,7 @@ class Summary:
             is_special (`np.ndarray`): bool `[V]`: which ids are special tokens.
             max_length (`int | None`): how many tokens of an example are kept.
         """
-        roles, weights = tokens.roles, tokens.weights.astype(np.float64)
+        roles, weights = tokens.roles, np.abs(tokens.weights.astype(np.float64))
         prompt, response = roles == PROMPT, roles == RESPONSE
         count = int(len(tokens) - tokens.padding.sum())
         self.rows += len(tokens.row_starts)
