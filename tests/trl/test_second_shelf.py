@@ -8,9 +8,9 @@ import torch
 import weightkit
 from apart import on_ranks
 from literature import adapted
+from methodkit import LAYOUTS, LEARNING_RATE, for_two_ranks, in_order
 from second_shelf import CASES
 from support import all_relative_error, llama, plain_copy
-from test_literature import LAYOUTS, LEARNING_RATE, for_two_ranks, in_order
 from trlkit import logs, weights_of
 from weightkit import some_below_zero
 from wit_trl import WITCallback, prepare_dataset
