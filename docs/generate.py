@@ -28,7 +28,7 @@ DOCS = Path(__file__).parent
 PUBLIC = {
     "wit_plugins": [
         *["attach", "attached", "detach", "WeightedLoop", "register", "per_token", "entropy_of_top"],
-        *["share_kept", "reference_in", "snapshot_every", "WITConfig"],
+        *["share_kept", "reference_in", "snapshot_every", "anchor_model_in", "WITConfig"],
         *["WITError", "WITConfigError", "WeightsNotAppliedError"],
     ],
     "wit_plugins.linear_cross_entropy": ["weighted_linear_cross_entropy"],

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wit_plugins.config import WITConfig
     from wit_plugins.contract.hookspecs import (
+        anchor_model_in,
         entropy_of_top,
         hookimpl,
         per_token,
@@ -36,6 +37,7 @@ __all__ = [
     "WITError",
     "WeightedLoop",
     "WeightsNotAppliedError",
+    "anchor_model_in",
     "attach",
     "attached",
     "detach",
@@ -54,7 +56,10 @@ _MODULES = {
     "config": ("WITConfig",),
     "errors": ("WITConfigError", "WITError", "WeightsNotAppliedError"),
     "training.attach": ("attach", "attached", "detach"),
-    "contract.hookspecs": ("entropy_of_top", "hookimpl", "per_token", "reference_in", "share_kept", "snapshot_every"),
+    "contract.hookspecs": (
+        *("anchor_model_in", "entropy_of_top", "hookimpl", "per_token", "reference_in", "share_kept"),
+        "snapshot_every",
+    ),
     "training.own_loop": ("WeightedLoop",),
     "contract.plugins": ("register",),
 }

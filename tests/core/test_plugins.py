@@ -163,6 +163,7 @@ def test_what_strategies_need_is_found_out_once(registered):
         replaces_nll=(),
         anchors=(),
         anchor_weight=0.0,
+        anchor_model=None,
         changed_inputs=("changes",),
         text={"text": ("asks",)},
         spans=False,

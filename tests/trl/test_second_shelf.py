@@ -115,6 +115,35 @@ def test_asft_is_refused_where_there_is_no_reference(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("loss_impl", ["fused", "logits"])
+def test_a_second_model_is_the_reference_of_full_fine_tuning(tmp_path, loss_impl):
+    """Of another size, with the same vocabulary: packed and accumulated."""
+    torch.manual_seed(3)
+    second = llama(num_hidden_layers=1, hidden_size=24, intermediate_size=40)
+    second.save_pretrained(tmp_path / "second")
+    trainer, batches = in_order(tmp_path, **LAYOUTS["packed, accumulated"])
+    steps = batches[: trainer.args.gradient_accumulation_steps]
+    copy = plain_copy(trainer.model).train()
+    loss, grads = second_shelf.step(copy, steps, WEIGHTED, "asft", plain_copy(second).eval())
+    before = weights_of(trainer)
+    trainer.args.max_steps = 1
+    options = {"alpha": 0.3, "reference": str(tmp_path / "second")}
+    trainer.add_callback(WITCallback(trainer, *WEIGHTED, strategies={"asft": options}, loss_impl=loss_impl))
+    trainer.train()
+    taken = {n: (before[n] - p) / LEARNING_RATE for n, p in weights_of(trainer).items()}
+    assert logs(trainer)[0] == pytest.approx(loss, rel=1e-5)
+    assert all_relative_error(taken, grads) < 1e-3
+
+
+def test_a_second_model_that_cannot_be_compared_is_refused(tmp_path):
+    llama(vocab_size=32).save_pretrained(tmp_path / "other")
+    trainer, _ = in_order(tmp_path)
+    for name, message in (("other", "has a vocabulary of 32, and the model"), ("nothing", "reference = ")):
+        strategies = {"asft": {"reference": str(tmp_path / name)}}
+        with pytest.raises(WITConfigError, match=message):
+            trainer.add_callback(WITCallback(trainer, *WEIGHTED, strategies=strategies))
+
+
 def with_a_head_of_its_own():
     from peft import LoraConfig, get_peft_model
 

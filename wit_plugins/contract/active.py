@@ -25,6 +25,7 @@ MAX_SPANS = 62  # that are logged; the batch has a bit for each
 _ONE_AT_A_TIME = {  # hooks that only one strategy of a run may implement, and the error's words
     "select_tokens": "select tokens, each from what the other has left out",
     "replace_nll": "put something else in the place of the nll",
+    "anchor_weight": "hold the model near a reference",
     "draw_targets": "put other targets in the place of a token's own",
     "sample_groups": "sort the samples into groups",
 }

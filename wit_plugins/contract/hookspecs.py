@@ -79,6 +79,19 @@ def reference_in(option: str) -> Callable[[_Function], _Function]:
     return mark
 
 
+def anchor_model_in(option: str) -> Callable[[_Function], _Function]:
+    """Say which option names the model, a path or a name, that `anchor_weight` holds the trained one near.
+
+    Without that option, or the mark, it is the model without its adapter.
+    """
+
+    def mark(function: _Function) -> _Function:
+        function.wit_anchor_model = option  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
 def snapshot_every(option: str, default: int | None = None) -> Callable[[_Function], _Function]:
     """Say which option is the number of optimizer steps after which the model of `snapshot_log_probs` is renewed.
 
@@ -185,7 +198,8 @@ def replace_nll(
 def anchor_weight(options: Mapping[str, Any] | Sequence[Any]) -> float | None:
     """The α > 0 of α · KL(π_ref ‖ π), over the whole vocabulary, which is added to the loss of every token.
 
-    π_ref is the model without its adapter. Static weights multiply the term, dynamic factors do not.
+    π_ref is the model without its adapter, or another that an option names (`anchor_model_in`). Static weights multiply
+    the term, dynamic factors do not.
     """
 
 

@@ -52,6 +52,7 @@ class Requirements:
             below 0.
         anchors (`tuple[str, ...]`): to add a KL from the model without its adapter to every token's loss.
         anchor_weight (`float`): what it is multiplied by, the sum over these strategies.
+        anchor_model (`str | None`): the name of the model that the KL is from; `None` for the one without its adapter.
         changed_inputs (`tuple[str, ...]`): to change what the model reads.
         text (`dict[str, tuple[str, ...]]`): by each of the arguments `tokenizer`, `text` and `offsets` that the
             collator is asked for: by which strategies.
@@ -73,6 +74,7 @@ class Requirements:
     replaces_nll: tuple[str, ...]
     anchors: tuple[str, ...]
     anchor_weight: float
+    anchor_model: str | None
     changed_inputs: tuple[str, ...]
     text: dict[str, tuple[str, ...]]
     spans: bool
@@ -103,6 +105,7 @@ class Requirements:
             replaces_nll=_names(s for s in strategies if s.has("replace_nll")),
             anchors=_names(s for s in strategies if s.has("anchor_weight")),
             anchor_weight=sum(s.call("anchor_weight") or 0.0 for s in strategies),
+            anchor_model=next((s.anchor_model for s in strategies if s.has("anchor_weight")), None),
             changed_inputs=_names(s for s in strategies if s.has("change_inputs")),
             text={argument: names for argument, names in text.items() if names},
             spans=any(s.has("find_spans") for s in strategies),

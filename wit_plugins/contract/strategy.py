@@ -146,6 +146,19 @@ class Strategy:
         return folder
 
     @property
+    def anchor_model(self) -> str | None:
+        """The model that it holds the trained one near; `None` for the model without its adapter.
+
+        Raises:
+            WITConfigError: if the option that says so is no name.
+        """
+        option = self.mark("anchor_weight", "wit_anchor_model")
+        name = self.options.get(option) if option and isinstance(self.options, Mapping) else None
+        if name is not None and (not isinstance(name, str) or not name):
+            raise WITConfigError(f"strategies: {self.name}: {option} = {name!r}: is the path or the name of a model")
+        return name
+
+    @property
     def renewed_every(self) -> int | None:
         """After how many steps the model of its `snapshot_log_probs` is renewed; `None` if it does not ask for them.
 

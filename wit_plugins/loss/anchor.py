@@ -29,11 +29,40 @@ class _Keeping(LossForLogits):
         return hidden.new_zeros(1, 1, 1)
 
 
-def anchor_below_adapter(model: Any, forward: Callable[[], Any], weight: float, asking: tuple[str, ...]) -> Anchor:
-    """The distributions of the model without its adapters.
+def check_second_model(name: str, model: Any, asking: tuple[str, ...]) -> None:
+    """Make sure that there is a model of a name, with the vocabulary of the one that trains; reads its settings alone.
+
+    Raises:
+        WITConfigError: if there is none, or its vocabulary is another.
+    """
+    from transformers import AutoConfig
+
+    try:
+        size = AutoConfig.from_pretrained(name).get_text_config().vocab_size
+    except (OSError, ValueError) as error:
+        raise WITConfigError(f"strategies: {', '.join(asking)}: reference = {name!r}: {error}") from error
+    own = model.config.get_text_config().vocab_size
+    if size != own:
+        raise WITConfigError(
+            f"strategies: {', '.join(asking)}: reference = {name!r} has a vocabulary of {size:,}, and the model that "
+            f"trains one of {own:,}; name a model of the same tokenizer"
+        )
+
+
+def load_second_model(name: str, model: Any) -> Any:
+    """A model of a name, where the model that trains is and of its type, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    second = AutoModelForCausalLM.from_pretrained(name, dtype=model.dtype)
+    second.set_attn_implementation(model.config._attn_implementation)
+    return second.requires_grad_(False).to(model.device).eval()
+
+
+def anchor(model: Any, forward: Callable[[], Any], weight: float, asking: tuple[str, ...]) -> Anchor:
+    """A reference's distributions.
 
     Args:
-        model (`nn.Module`): the model that runs.
+        model (`nn.Module`): the reference; of a model with adapters, what is below them.
         forward (`Callable`): its call on the micro-batch.
         weight (`float`): what the KL is multiplied by.
         asking (`tuple[str, ...]`): the strategies that need it, for the message.
@@ -48,14 +77,14 @@ def anchor_below_adapter(model: Any, forward: Callable[[], Any], weight: float, 
         if linear is None or uncompiled(called) is not linear:
             obstacle = fused.obstacle or "an adapter has a copy of its head"
             raise WITConfigError(
-                f"strategies: {', '.join(asking)} compares with the whole distribution of the model without its "
-                f"adapter, but {obstacle}; train an adapter that leaves the head alone"
+                f"strategies: {', '.join(asking)} compares with the whole distribution of a reference, but {obstacle}; "
+                "take a reference with a plain head (an adapter that leaves the head alone)"
             )
         keeping = _Keeping(fused, linear, called, lambda *_: None)  # type: ignore[arg-type]
         with keeping.in_place():
             forward()
     if keeping.calls != 1 or keeping.hidden is None:
-        raise WITConfigError(f"strategies: {', '.join(asking)}: the model calls its head {keeping.calls} times")
+        raise WITConfigError(f"strategies: {', '.join(asking)}: the reference calls its head {keeping.calls} times")
     bias = None if linear.bias is None else linear.bias.detach()
     head = Head(linear.weight.detach(), bias, fused.scale, fused.softcap)
     return Anchor(keeping.hidden.reshape(-1, keeping.hidden.shape[-1]), head, weight)

@@ -57,7 +57,7 @@ class _Batch:
     """
 
     model: Any
-    forward: Callable[[], Any]
+    forward: functools.partial[Any]
     labels: torch.Tensor
     codes: torch.Tensor
     spans: torch.Tensor | None
@@ -106,6 +106,7 @@ class WeightedHead:
             from wit_plugins.loss.snapshot import Snapshot
 
             self.snapshot = Snapshot(strategies.needs.snapshot_every)
+        self._second: Any = None  # a reference beside the model, once it was needed
         self._aligned = False
         self._is_own_loss = False  # whether the model was asked for its own loss, and computes this one at (0, 1)
         self.loss_impl = loss_impl
@@ -254,9 +255,14 @@ class WeightedHead:
         needs = self.strategies.needs
         if not needs.anchors:
             return None
-        from wit_plugins.loss.anchor import anchor_below_adapter
+        from wit_plugins.loss.anchor import anchor, load_second_model
 
-        return anchor_below_adapter(batch.model, batch.forward, needs.anchor_weight, needs.anchors)
+        if needs.anchor_model is None:
+            return anchor(batch.model, batch.forward, needs.anchor_weight, needs.anchors)
+        if self._second is None:
+            self._second = load_second_model(needs.anchor_model, self.model)
+        forward = functools.partial(self._second, *batch.forward.args, **batch.forward.keywords)
+        return anchor(self._second, forward, needs.anchor_weight, needs.anchors)
 
     def _nll_within(self, context: AbstractContextManager[None], batch: _Batch) -> torch.Tensor:
         """The nll `[N]` of the batch's tokens by what a context makes of the model, without gradients."""

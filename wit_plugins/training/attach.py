@@ -76,7 +76,12 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
         from wit_plugins.training.kept_steps import check_can_keep
 
         check_can_keep(trainer, model)
-    below = strategies.needs.anchors + (strategies.needs.references if strategies.needs.reference is None else ())
+    if strategies.needs.anchor_model is not None:
+        from wit_plugins.loss.anchor import check_second_model
+
+        check_second_model(strategies.needs.anchor_model, model, strategies.needs.anchors)
+    below = () if strategies.needs.anchor_model is not None else strategies.needs.anchors
+    below += strategies.needs.references if strategies.needs.reference is None else ()
     if below:
         from wit_plugins.loss.peft import check_base_model
 

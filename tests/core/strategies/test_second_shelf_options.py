@@ -20,10 +20,14 @@ class Near:
         return options["pull"]
 
 
-def test_anchors_add_up():
+def test_one_anchor_a_run():
     with registered(Near(), "near"):
-        assert ActiveStrategies({"near": {"pull": 0.2}, "asft": {}}).needs.anchor_weight == pytest.approx(0.3)
+        with pytest.raises(WITConfigError, match="near and asft both hold the model near a reference"):
+            ActiveStrategies({"near": {"pull": 0.2}, "asft": {}})
+        assert ActiveStrategies({"near": {"pull": 0.2}}).needs.anchor_weight == 0.2
     assert ActiveStrategies({"dft": {}}).needs.anchor_weight == 0
+    with pytest.raises(WITConfigError, match="asft: reference = 3: is the path or the name of a model"):
+        ActiveStrategies({"asft": {"reference": 3}})
 
 
 class Short:
@@ -54,6 +58,7 @@ class Short:
         ("iw_sft", {"temp": 0}, "temp = 0: is a number above 0"),
         ("asft", {"alpha": 0}, "alpha = 0: is a number above 0, such as 0.1; dft: {} is the loss without it"),
         ("asft", {"kl_weight": 0.1}, "there is no option 'kl_weight'"),
+        ("asft", {"refrence": "x"}, "did you mean 'reference'"),
         ("unlikelihood", {"alpha": 1}, "unlikelihood: takes no options"),
         ("psft", {"clip_ratio_high": -1}, "clip_ratio_high = -1: is a number >= 0"),
         ("psft", {"clip_ratio": 1}, "did you mean 'clip_ratio_high'"),
