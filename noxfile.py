@@ -114,7 +114,8 @@ NEWEST += ["setuptools", "wheel"]
 NEWEST_WITH = {
     "trl": ["peft", "liger-kernel"],
     "axolotl": [],
-    "llamafactory": [*TORCH_LLAMAFACTORY[:3], *GENERATION_METRICS, "liger-kernel"],  # torchaudio ends there
+    # torchaudio ends with this torch
+    "llamafactory": [*TORCH_LLAMAFACTORY[:3], *GENERATION_METRICS, "liger-kernel", "ray", "bitsandbytes"],
 }
 # Nothing may reach a model hub, and a test that uses a GPU by accident would not be the same test elsewhere.
 ENV = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
