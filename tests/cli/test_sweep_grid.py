@@ -40,7 +40,7 @@ def test_cells_that_differ_only_in_scale():
 
 def test_no_two_cells_share_a_folder_a_label_or_a_row(tmp_path):
     """Seven and more digits, a third and its decimals; and one number written in several ways is one cell."""
-    made = grid("0.1000001,0.1000002,1/3,0.333333,1e-7,1e22,12345678", "1")
+    made = grid("0.1000001,0.1000002,1/3,0.333333,1e-7,1e12,12345678", "1")
     assert len({cell.name for cell in made}) == len({cell.label for cell in made}) == 7
     for cell in made:
         prompt, response = cell.name.removeprefix("p").split("_r")
@@ -55,7 +55,7 @@ def test_no_two_cells_share_a_folder_a_label_or_a_row(tmp_path):
     assert len(order(tmp_path)) == 3
 
 
-@pytest.mark.parametrize("text", ["1e999999999", "1e-999999999", "9" * 5000, "1e1_000_000_000"], ids=short)
+@pytest.mark.parametrize("text", ["1e999999999", "1e-999999999", "9" * 5000, "1e1_000_000_000", "1e22"], ids=short)
 def test_numbers_that_would_take_for_ever(text):
     with pytest.raises(WITConfigError, match="is not a finite number"):
         parse_weights(text, "--prompt-weight")

@@ -1,10 +1,12 @@
 """Several workers on one sweep: nothing is lost, and nothing is run twice."""
 
 import json
+import multiprocessing
 import os
 import signal
 from collections import Counter
 
+import optuna
 import pytest
 from clikit import processes_of, read_json
 from sweepkit import curve, lowest, order, searched, trials, wait_for, worker
@@ -51,6 +53,33 @@ def test_each_trial_is_taken_by_one_worker(tmp_path, url):
     assert {trial.state.name for trial in found.values()} == {"COMPLETE"}
     assert len({trial.user_attrs["worker"] for trial in found.values()}) > 1
     assert "7 cells" in read_json(tmp_path / "runs" / "results.json")["cost"]
+
+
+def take_all(output, url, together, taken):
+    mine = optuna.load_study(study_name="s", storage=open_storage(output, url))
+    together.wait()
+    numbers = []
+    while any(trial.state.name == "WAITING" for trial in mine.get_trials(deepcopy=False)):
+        numbers.append(mine.ask().number)
+    taken.put(numbers)
+
+
+def test_a_trial_in_sqlite_is_taken_once(tmp_path):
+    """Four processes ask for forty trials as fast as they can. As Optuna opens the file, some are taken twice."""
+    url, processes = f"sqlite:///{tmp_path}/study.db", multiprocessing.get_context("spawn")
+    queued = optuna.create_study(study_name="s", storage=open_storage(tmp_path, url))
+    for value in range(40):
+        queued.enqueue_trial({"x": value})
+    together, taken = processes.Barrier(4), processes.Queue()
+    started = [processes.Process(target=take_all, args=(tmp_path, url, together, taken)) for _ in range(4)]
+    for process in started:
+        process.start()
+    numbers = [number for _ in started for number in taken.get()]
+    for process in started:
+        process.join()
+    # Who asks when none is left gets a new one: what counts is that each of the forty is taken, and none twice.
+    assert len(numbers) == len(set(numbers))
+    assert set(range(40)) <= set(numbers)
 
 
 # A database's worker is dead after two minutes of silence; here after fifteen seconds.

@@ -71,7 +71,8 @@ def test_the_weights_add_a_handful_of_small_messages(tmp_path):
     assert weighted - without == {
         ("all_gather", 8): counts + batches,  # the denominator, int64; how many rows a rank's batch has
         ("all_gather", 4 * 8): STEPS // LOG_EVERY,  # nll and tokens of both roles, float64
-        ("all_gather", BATCH * 4 * 8): batches,  # the same for each row, of as many rows as the fullest rank has
+        # the same for each row and its weighted loss with the denominator, of as many rows as the fullest rank has
+        ("all_gather", BATCH * 6 * 8): batches,
         ("all_gather", "object"): 1,  # the settings, to be the same on all ranks
         ("all_reduce", 8): STEPS,  # whether to stop, at fewer than two hundred steps of a run
     }

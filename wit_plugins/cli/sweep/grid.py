@@ -123,9 +123,9 @@ def parse_weights(text: str, key: str) -> list[Fraction]:
     """Weights such as `0,0.2,0.4`, ascending. Training knows a weight as a float, so equal floats count once.
 
     Raises:
-        WITConfigError: if one is not a finite number of at least 0.
+        WITConfigError: if one is not a finite number from 0 to the largest weight.
     """
-    from wit_plugins.config import WITConfig
+    from wit_plugins.config import MAX_WEIGHT, WITConfig
 
     weights: dict[float, Fraction] = {}
     for part in text.split(","):
@@ -133,7 +133,9 @@ def parse_weights(text: str, key: str) -> list[Fraction]:
             weight = to_fraction(part)
             WITConfig.parse({"prompt_weight": float(weight), "response_weight": 1.0}, key)
         except (ValueError, ZeroDivisionError, OverflowError):
-            raise WITConfigError(f"{key}: {part.strip()!r} is not a finite number >= 0; write e.g. 0,0.2,0.4") from None
+            raise WITConfigError(
+                f"{key}: {part.strip()!r} is not a finite number from 0 to {MAX_WEIGHT:g}; write e.g. 0,0.2,0.4"
+            ) from None
         weights.setdefault(float(weight), weight)
     return sorted(weights.values())
 

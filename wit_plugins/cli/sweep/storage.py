@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 JOURNAL = "study.journal"
 _ATTEMPTS = 3  # to open a database
+_PATIENCE = 60  # seconds for which a worker waits for another one's transaction; SQLite alone would wait for 5
 
 
 def load_optuna() -> Any:
@@ -70,10 +71,16 @@ def open_storage(output: Path, url: str | None) -> BaseStorage:
 
 
 def _open_database(url: str) -> BaseStorage:
+    in_a_file = url.startswith("sqlite")
+    options = {"connect_args": {"timeout": _PATIENCE}} if in_a_file else {}
     for attempt in range(_ATTEMPTS):
         try:
-            storage: BaseStorage = load_optuna().storages.RDBStorage(url, heartbeat_interval=BEAT, grace_period=GRACE)
-            return storage
+            storage = load_optuna().storages.RDBStorage(
+                url, engine_kwargs=options, heartbeat_interval=BEAT, grace_period=GRACE
+            )
+            if in_a_file:
+                _one_at_a_time(storage.engine)
+            return storage  # type: ignore[no-any-return]
         except WITConfigError:
             raise
         except Exception as error:  # SQLAlchemy's, and those of the database's own driver
@@ -87,6 +94,25 @@ def _open_database(url: str) -> BaseStorage:
                 "sqlite:////shared/study.db or postgresql://user@host/name"
             ) from None
     raise AssertionError
+
+
+def _one_at_a_time(engine: Any) -> None:
+    """Let each transaction in SQLite lock the file when it begins.
+
+    Optuna reads that a trial waits, and then writes that it is taken. It asks for the row to be locked in between,
+    which SQLite does not know: two workers could read it and both take the trial.
+    """
+    from sqlalchemy import event
+
+    @event.listens_for(engine, "connect")
+    def leave_begin_to_us(connection: Any, _: Any) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(engine, "begin")
+    def lock(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    engine.dispose()  # what is open already was opened without the first of these
 
 
 def _cut_half_line(path: Path) -> None:
