@@ -80,7 +80,7 @@ def _open_database(url: str) -> BaseStorage:
             )
             if in_a_file:
                 _one_at_a_time(storage.engine)
-            return storage  # type: ignore[no-any-return]
+            return storage
         except WITConfigError:
             raise
         except Exception as error:  # SQLAlchemy's, and those of the database's own driver
