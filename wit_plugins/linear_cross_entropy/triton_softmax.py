@@ -145,7 +145,8 @@ def scale_(values: torch.Tensor, factor: torch.Tensor) -> None:
     A factor of 1, up to `ROUNDING`, reads and writes nothing of the tensor.
     """
     blocks = triton.cdiv(values.numel(), _BLOCK)
-    _scale_kernel[(blocks,)](values, factor, values.numel(), ROUNDING, BLOCK=_BLOCK)
+    with torch.cuda.device_of(values):
+        _scale_kernel[(blocks,)](values, factor, values.numel(), ROUNDING, BLOCK=_BLOCK)
 
 
 def softmax_(
@@ -172,24 +173,26 @@ def softmax_(
         softcap (`float`, *optional*): applied after the scale.
     """
     num_tokens, vocab_size = logits.shape
-    _softmax_kernel[(num_tokens,)](
-        logits,
-        logits.stride(0),
-        targets,
-        nll if weights is None else weights,  # a pointer that is not used
-        nll,
-        nll if correct is None else correct.view(torch.uint8),
-        nll if entropy is None else entropy,
-        vocab_size,
-        logit_scale,
-        1.0 if softcap is None else softcap,
-        HAS_SOFTCAP=softcap is not None,
-        WITH_CORRECT=correct is not None,
-        WITH_ENTROPY=entropy is not None,
-        WITH_GRAD=weights is not None,
-        BLOCK=min(_BLOCK, triton.next_power_of_2(vocab_size)),
-        num_warps=_WARPS,
-    )
+    # Triton takes the current device and its stream; a model spread over GPUs may have its head on another one.
+    with torch.cuda.device_of(logits):
+        _softmax_kernel[(num_tokens,)](
+            logits,
+            logits.stride(0),
+            targets,
+            nll if weights is None else weights,  # a pointer that is not used
+            nll,
+            nll if correct is None else correct.view(torch.uint8),
+            nll if entropy is None else entropy,
+            vocab_size,
+            logit_scale,
+            1.0 if softcap is None else softcap,
+            HAS_SOFTCAP=softcap is not None,
+            WITH_CORRECT=correct is not None,
+            WITH_ENTROPY=entropy is not None,
+            WITH_GRAD=weights is not None,
+            BLOCK=min(_BLOCK, triton.next_power_of_2(vocab_size)),
+            num_warps=_WARPS,
+        )
 
 
 class TritonSoftmax:
