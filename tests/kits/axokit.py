@@ -308,10 +308,10 @@ def isolated(folder: Path, **settings: Any) -> str:
 
     The working directory is `folder`.
     """
-    return apart(_isolated, folder, settings)
+    return apart(step_is_exact, folder, settings)
 
 
-def _isolated(folder: Path, settings: dict[str, Any]) -> None:
+def step_is_exact(folder: Path, settings: dict[str, Any]) -> None:
     os.chdir(folder)
     assert_step_is_exact(Workplace(folder).train(**settings))
 
