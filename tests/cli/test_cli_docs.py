@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import rewordkit
 from clikit import wit
 from support import llama
 from trlkit import dataset, tokenizer
@@ -12,7 +13,7 @@ from trlkit import dataset, tokenizer
 from wit_plugins.cli.main import make_parser
 
 ROOT = next(p for p in Path(__file__).parents if (p / "docs" / "preview.md").is_file())
-PAGES = ("preview.md", "choosing-weights.md")  # which list options too
+PAGES = ("preview.md", "choosing-weights.md", "robustness.md")  # which list options too
 
 
 def text(page):
@@ -36,13 +37,21 @@ def place(tmp_path, monkeypatch):
     tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "cfg.yaml").write_text((ROOT / "configs" / "trl" / "sft.yaml").read_text())
+    rewordkit.save_model(tmp_path / "runs" / "best")
     dataset("assistant_only").to_json(str(tmp_path / "data.jsonl"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def test_there_are_commands():
-    assert {shlex.split(command)[1] for command in commands()} == {"preview", "check", "score", "sweep", "env"}
+    assert {shlex.split(command)[1] for command in commands()} == {
+        "preview",
+        "check",
+        "score",
+        "robustness",
+        "sweep",
+        "env",
+    }
 
 
 @pytest.mark.parametrize("command", commands())
@@ -50,7 +59,9 @@ def test_commands_run(place, capsys, command):
     args = shlex.split(command)[1:]
     args = [str(place / "model") if arg.startswith("Qwen/") else arg for arg in args]
     if any(arg.endswith(".yaml") for arg in args):
-        args += ["--set", f"model_name_or_path={place / 'model'}"]
+        # Text is reworded, of which the model of words knows none.
+        model = "runs/best" if args[0] == "robustness" else "model"
+        args += ["--set", f"model_name_or_path={place / model}"]
     if args[0] == "sweep" and "--dry-run" not in args:
         args.append("--dry-run")
     code, out, err = wit(*args, capsys=capsys)

@@ -88,6 +88,18 @@ def make_parser() -> argparse.ArgumentParser:
     )
     verbose_argument(command)
 
+    text = "the held-out answers' loss under other wordings of their prompts"
+    command = _command(commands, "robustness", text, _run_robustness)
+    job_arguments(command)
+    command.add_argument("--model", help="a folder that a run has saved (default: the configuration's own model)")
+    command.add_argument("--split", default="eval", help="which dataset's answers (default: %(default)s)")
+    command.add_argument("--limit", type=positive, metavar="N", help="the first N documents only")
+    command.add_argument(
+        "--batch-size", type=positive, default=8, help="documents at a time, at most (default: %(default)s)"
+    )
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the numbers as well")
+    verbose_argument(command)
+
     command = _command(commands, "sweep", "choose the weights: train a grid or a search, one run a cell", _run_sweep)
     sweep_arguments(command)
 
@@ -241,6 +253,23 @@ def _run_score(options: argparse.Namespace) -> int:
         driver, job = _job(options)
         from wit_plugins.cli.score import score
     return score(driver, job, options.output, options.model, options.batch_size, options.verbose)
+
+
+def _run_robustness(options: argparse.Namespace) -> int:
+    from wit_plugins.cli.silence import quiet
+
+    with quiet(options.verbose):  # importing a framework prints too
+        driver, job = _job(options)
+        from wit_plugins.cli.robustness.command import Options, robustness
+    chosen = Options(
+        model=options.model,
+        split=options.split,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        json_file=options.json,
+        verbose=options.verbose,
+    )
+    return robustness(driver, job, chosen)
 
 
 def _run_sweep(options: argparse.Namespace) -> int:
