@@ -151,7 +151,7 @@ def _weighted(
         dataset = _map(dataset, _keep_raw, args, f"Keeping the raw {name} dataset")
     template = Template(processing_class, data.message_keys, trainer.chat_template)
     dataset = _tokenised(trainer, dataset, template, args, formatting_func, name)
-    options: dict[str, Any] = {"with_indices": True, "remove_columns": [RAW] if raw else None}
+    options: dict[str, Any] = {"with_indices": True, "batched": True, "remove_columns": [RAW] if raw else None}
     if isinstance(dataset, Dataset):
         features = dataset.features.copy()
         features.pop(RAW, None)

@@ -118,18 +118,26 @@ class Weigh:
         self.data, self.template, self.name = data, template, name
         self.assistant_only, self.completion_only = assistant_only, completion_only
 
-    def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
-        """The columns of the row that change.
+    def __call__(self, rows: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
+        """The columns that change, of some rows (a batch of `datasets.map`).
 
         Raises:
             BadExampleError: naming the row, the message, the key and the value.
         """
-        if row.get(MARK) is not None:
-            return {}
-        try:
-            return {"labels": seal(self._labels(dict(row))), MARK: self.data.fingerprint}
-        except BadExampleError as error:
-            raise BadExampleError(f"example {index} of the {self.name} dataset: {error}") from None
+        labels: list[Any] = []
+        marks: list[int] = []
+        for place, index in enumerate(indices):
+            row = {name: column[place] for name, column in rows.items()}
+            if row.get(MARK) is not None:
+                labels.append(row["labels"])
+                marks.append(row[MARK])
+                continue
+            try:
+                labels.append(seal(self._labels(row)))
+            except BadExampleError as error:
+                raise BadExampleError(f"example {index} of the {self.name} dataset: {error}") from None
+            marks.append(self.data.fingerprint)
+        return {"labels": labels, MARK: marks}
 
     def _labels(self, row: dict[str, Any]) -> Any:
         raw = row.pop(RAW, row)
@@ -146,10 +154,12 @@ class Weigh:
                     "for; rename it to messages, or leave them out (message_weight_keys=[])"
                 )
         if weighted:
-            messages = self.template.plain([message for name in names for message in row.get(name) or ()])
-            of_messages = self.data.weigh_messages(
-                weighted, lambda contents: self.template.render(row, messages, contents), row["input_ids"]
-            )
+
+            def render(contents: Sequence[str]) -> str:
+                plain = self.template.plain([message for name in names for message in row.get(name) or ()])
+                return self.template.render(row, plain, contents)
+
+            of_messages = self.data.weigh_messages(weighted, render, row["input_ids"])
             weights = self.data.times(of_messages, weights)
         return self.data.labels(row["input_ids"], row["labels"], weights, raw)
 

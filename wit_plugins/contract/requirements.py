@@ -25,6 +25,7 @@ def without_references() -> Iterator[None]:
 
 _BY_DOCUMENT = ("documents", "positions", "random", "prompt_attention")  # arguments that tell documents apart
 _ACROSS_TOKENS = (*_BY_DOCUMENT, "reference_log_probs", "snapshot_log_probs")  # the last two: a second pass over rows
+_OF_DOCUMENTS = ("static_weights", "find_spans")  # hooks that are asked document by document
 _ON_WHOLE_ROWS = ("select_tokens", "draw_targets", "change_inputs", "anchor_weight")  # hooks
 
 
@@ -57,6 +58,8 @@ class Requirements:
         text (`dict[str, tuple[str, ...]]`): by each of the arguments `tokenizer`, `text` and `offsets` that the
             collator is asked for: by which strategies.
         spans (`bool`): to have parts of documents looked for, which are logged or weighted by name.
+        by_role_alone (`bool`): whether a token's static weight depends on nothing but its role, so that all documents
+            of a row may be asked for at once.
     """
 
     dynamic: tuple[str, ...]
@@ -78,6 +81,7 @@ class Requirements:
     changed_inputs: tuple[str, ...]
     text: dict[str, tuple[str, ...]]
     spans: bool
+    by_role_alone: bool
 
     @classmethod
     def of(cls, strategies: Sequence[Strategy]) -> Requirements:
@@ -109,6 +113,7 @@ class Requirements:
             changed_inputs=_names(s for s in strategies if s.has("change_inputs")),
             text={argument: names for argument, names in text.items() if names},
             spans=any(s.has("find_spans") for s in strategies),
+            by_role_alone=not any(s.has(hook) for s in strategies if s.name != "wit" for hook in _OF_DOCUMENTS),
         )
 
 

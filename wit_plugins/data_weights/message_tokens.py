@@ -11,6 +11,7 @@ has:
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ _MARKS = (
     0xF0000,
     0x100000,
 )  # starts of two ranges of private characters; if a text uses one, the other marks it
+_SURROUNDINGS = 8  # of the conversations with as many messages that are remembered
 _CUTS = (0.5, 0.31, 0.73)  # places of the mark in a content, away from its ends: templates strip and compare the ends
 
 
@@ -57,6 +59,7 @@ def weigh_tokens(
     token_text: TokenText,
     offsets: np.ndarray | None = None,
     ends: Collection[int] = (),
+    surroundings: Surroundings | None = None,
 ) -> np.ndarray:
     """The weights of the tokens of a rendered conversation, float32 `[T]`; 1 for tokens of no message.
 
@@ -68,6 +71,8 @@ def weigh_tokens(
         offsets (`np.ndarray`, *optional*): int64 `[T, 2]`, the characters of the rendered text that each token writes.
             Not needed where the framework tokenises the whole text at once.
         ends: more ids that end a turn, where the framework is configured with some.
+        surroundings ([`Surroundings`], *optional*): what the template wrote around the contents of other conversations,
+            which makes this one faster.
 
     Raises:
         BadExampleError: if messages of different weights cannot be told apart.
@@ -75,20 +80,30 @@ def weigh_tokens(
     weights = np.ones(len(input_ids), dtype=np.float32)
     if all(message.weight == 1 and not message.pieces for message in messages):
         return weights
-    text, contents = _located(["" if message.written else message.content for message in messages], render)
+    texts = ["" if message.written else message.content for message in messages]
+    found = None if offsets is not None else _in_decoded(texts, render, input_ids, token_text, surroundings)
+    if found is None:
+        text = render(texts)
+        contents = _located(texts, render, text)
+        if contents is None:
+            raise BadExampleError(
+                "the chat template does not write the messages one after the other with their contents as they are, so "
+                "it cannot be said which tokens a message became; leave weights of messages out (message_weight_keys: "
+                "[]), or use the strategy spans"
+            )
+        found = contents, token_offsets(text, input_ids, token_text) if offsets is None else offsets
+    contents, offsets = found
     contents = [
         _Content(*message.written, lead=0) if message.written else content
         for message, content in zip(messages, contents, strict=True)
     ]
-    if offsets is None:
-        offsets = token_offsets(text, input_ids, token_text)
-    learned = _behind_all(contents, offsets, input_ids, token_text)
-    for message, (start, end) in zip(
-        messages,
-        _token_ranges(messages, contents, offsets, _ends(input_ids, token_text, [*ends, *learned])),
-        strict=True,
-    ):
-        weights[start:end] = _times(weights[start:end], message.weight)
+    tokens = _tokens_of(contents, offsets)
+    learned = _behind_all(contents, tokens, input_ids, token_text)
+    turn_ends = _ends(input_ids, token_text, [*ends, *learned])
+    ranges = _token_ranges(messages, contents, tokens, len(offsets), turn_ends)
+    for message, (start, end) in zip(messages, ranges, strict=True):
+        if message.weight != 1:
+            weights[start:end] = _times(weights[start:end], message.weight)
     for index, (message, content) in enumerate(zip(messages, contents, strict=True)):
         for begin, stop, weight in message.pieces:
             if content is None or content.lead is None:
@@ -127,15 +142,74 @@ class _Content:
         return replace(self, lead=None if self.lead is None else self.lead + lead)
 
 
-def _located(texts: Sequence[str], render: Render) -> tuple[str, list[_Content | None]]:
-    """The rendered text, and the place of each content in it; `None` for a content without a place."""
-    plain = render(texts)
+class Surroundings:
+    """What a chat template wrote around the contents of conversations so far.
+
+    Most conversations of a dataset have the same text around their contents. Where that text, with a conversation's own
+    contents in between, is exactly the conversation's, the places of the contents are known without rendering it.
+    """
+
+    def __init__(self) -> None:
+        self._by_count: dict[int, list[tuple[str, ...]]] = {}  # the newest last
+
+    def find(self, text: str, contents: Sequence[str]) -> list[_Content | None] | None:
+        """The places of contents in a conversation's text; `None` if none of the known surroundings make that text."""
+        if any(content != content.strip() for content in contents):
+            return None  # a template that strips may write the same white space by itself
+        for around in reversed(self._by_count.get(len(contents), ())):
+            pieces = [around[0]]
+            for content, behind in zip(contents, around[1:], strict=True):
+                pieces += (content, behind)
+            if "".join(pieces) == text:
+                borders = list(itertools.accumulate(map(len, pieces)))
+                return [_Content(begin, end, 0) for begin, end in zip(borders[::2], borders[1::2], strict=False)]
+        return None
+
+    def add(self, text: str, contents: Sequence[str], places: Sequence[_Content | None]) -> None:
+        """Remember what stands around the contents of a conversation, if all of them stand in it as they are."""
+        around, at = [], 0
+        for content, place in zip(contents, places, strict=True):
+            if place is None or content != content.strip() or text[place.begin : place.end] != content:
+                return
+            around.append(text[at : place.begin])
+            at = place.end
+        known = self._by_count.setdefault(len(contents), [])
+        known.append((*around, text[at:]))
+        del known[:-_SURROUNDINGS]
+
+
+def _in_decoded(
+    texts: Sequence[str],
+    render: Render,
+    input_ids: Sequence[int],
+    token_text: TokenText,
+    surroundings: Surroundings | None,
+) -> tuple[list[_Content | None], np.ndarray] | None:
+    """The places of the contents, and the characters that each token writes, from the tokens' own text.
+
+    That text is nearly always the rendered one, and decoding is several times as fast as to render and encode again.
+    `None` if it is another one: a tokenizer may normalise, or a framework may put a token before the text.
+    """
+    decoded, offsets = token_text.decode(input_ids)
+    contents = None if surroundings is None else surroundings.find(decoded, texts)
+    if contents is None:
+        contents = _located(texts, render, decoded)
+        if surroundings is not None and contents is not None:
+            surroundings.add(decoded, texts, contents)
+    return None if contents is None else (contents, offsets)
+
+
+def _located(texts: Sequence[str], render: Render, plain: str) -> list[_Content | None] | None:
+    """The place of each content in the rendered text, and `None` for a content without a place.
+
+    The whole is `None` if `plain` is not the rendered text, or contents do not stand in it as they are.
+    """
     bare = [text.strip() for text in texts]
     # A template that strips may write its own white space in the same place, and the two cannot be told apart.
     if bare != list(texts) and render(bare) == plain:
-        plain, contents = _located(bare, render)
+        contents = _located(bare, render, plain)
         leads = [len(text) - len(text.lstrip()) for text in texts]
-        return plain, [content and content.after(lead) for content, lead in zip(contents, leads, strict=True)]
+        return contents and [content and content.after(lead) for content, lead in zip(contents, leads, strict=True)]
     everything = "".join((plain, *texts))
     used = {ord(char) for char in set(everything)}
     first = next((m for m in _MARKS if used.isdisjoint(range(m, m + len(texts)))), None)
@@ -157,12 +231,8 @@ def _located(texts: Sequence[str], render: Render) -> tuple[str, list[_Content |
         contents = [_content(plain, halves[i], places.get(i, [])) for i in range(len(texts))]
         begins = [content.begin for content in contents if content is not None]
         if begins == sorted(begins):
-            return plain, contents
-    raise BadExampleError(
-        "the chat template does not write the messages one after the other with their contents as they are, so it "
-        "cannot be said which tokens a message became; leave weights of messages out (message_weight_keys: []), or use "
-        "the strategy spans"
-    )
+            return contents
+    return None
 
 
 def _halves(text: str, cut: float) -> tuple[str, str]:
@@ -213,23 +283,30 @@ def token_offsets(text: str, input_ids: Sequence[int], token_text: TokenText) ->
 def _token_ranges(
     messages: Sequence[WeightedMessage],
     contents: Sequence[_Content | None],
-    offsets: np.ndarray,
+    tokens: Sequence[tuple[int, int]],
+    size: int,
     ends: Sequence[tuple[int, int]],
 ) -> list[tuple[int, int]]:
-    """Begin and end of each message's tokens. `ends` are the tokens that end a turn, see [`_ends`].
+    """Begin and end of each message's tokens.
+
+    Args:
+        messages: all messages.
+        contents: where their contents stand in the text.
+        tokens: the tokens of the contents, see [`_tokens_of`].
+        size (`int`): the number of all tokens.
+        ends: the tokens that end a turn, see [`_ends`].
 
     Raises:
         BadExampleError: if messages of different weights cannot be told apart.
     """
-    size = len(offsets)
     ranges = [[0, size] for _ in messages]
     located = [index for index, content in enumerate(contents) if content is not None]
     for left, right in zip([None, *located], [*located, None], strict=True):
-        low = 0 if left is None else _tokens_of(contents[left], offsets)[1]
+        low = 0 if left is None else tokens[left][1]
         # The characters that a framework tells include the end of the turn, but not a line break after it.
         if left is not None and messages[left].written:
             low = max([low, *(behind for index, behind in ends if index < low < behind)])
-        high = size if right is None else _tokens_of(contents[right], offsets)[0]
+        high = size if right is None else tokens[right][0]
         cuts = [behind for index, behind in ends if low <= index < high]
         # The turns that end between the two contents: the left one's, and those of messages without content.
         between = range(0 if left is None else left + 1, len(messages) if right is None else right)
@@ -279,19 +356,26 @@ def _is_known(content: _Content | None) -> bool:
     return content is not None and content.lead is not None
 
 
-def _tokens_of(content: _Content | None, offsets: np.ndarray) -> tuple[int, int]:
-    """The first token that writes any character of a content, and the index after the last such token."""
-    assert content is not None
-    inside = np.flatnonzero((offsets[:, 1] > content.begin) & (offsets[:, 0] < content.end))
-    return (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0)
+def _tokens_of(contents: Sequence[_Content | None], offsets: np.ndarray) -> list[tuple[int, int]]:
+    """Of each content: the first token that writes any character of it, and the index after the last such token."""
+    places = np.array([(0, 0) if content is None else (content.begin, content.end) for content in contents]).reshape(
+        -1, 2
+    )
+    # Both columns ascend, so the tokens of a content are neighbours.
+    first = np.searchsorted(offsets[:, 1], places[:, 0], side="right")
+    behind = np.searchsorted(offsets[:, 0], places[:, 1], side="left")
+    return [(a, b) if a < b else (0, 0) for a, b in zip(first.tolist(), behind.tolist(), strict=True)]
 
 
 def _behind_all(
-    contents: Sequence[_Content | None], offsets: np.ndarray, input_ids: Sequence[int], token_text: TokenText
+    contents: Sequence[_Content | None],
+    tokens: Sequence[tuple[int, int]],
+    input_ids: Sequence[int],
+    token_text: TokenText,
 ) -> set[int]:
     """The special token that follows every content, the last one included. Such a token ends turns."""
-    known = [content for content in contents if _is_known(content)]
-    behind = {_tokens_of(content, offsets)[1] for content in known}
+    known = [behind for content, (_, behind) in zip(contents, tokens, strict=True) if _is_known(content)]
+    behind = set(known)
     ids = {input_ids[index] if index < len(input_ids) else -1 for index in behind}
     return ids & token_text.special if len(known) > 1 and len(ids) == 1 else set()
 
@@ -299,7 +383,9 @@ def _behind_all(
 def _ends(input_ids: Sequence[int], token_text: TokenText, more: Collection[int]) -> list[tuple[int, int]]:
     """Each token that ends a turn, with the index after it and after the white space that follows."""
     turn_ends = []
-    ending = ends_a_turn(input_ids, token_text) | np.isin(input_ids, list(more))
+    ending = ends_a_turn(input_ids, token_text)
+    if more:
+        ending |= np.isin(input_ids, list(more))
     for index in np.flatnonzero(ending).tolist():
         after = index + 1
         while (

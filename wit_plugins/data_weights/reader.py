@@ -18,12 +18,19 @@ import numpy as np
 from wit_plugins.config import WITConfig, checked_weight, multiplied
 from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.data_weights.columns import evenly, keys_by_features, messages_of
-from wit_plugins.data_weights.message_tokens import Render, WeightedMessage, token_offsets, weigh_tokens
+from wit_plugins.data_weights.message_tokens import (
+    Render,
+    Surroundings,
+    WeightedMessage,
+    token_offsets,
+    weigh_tokens,
+)
 from wit_plugins.errors import BadExampleError
 from wit_plugins.tokens.roles import example_roles
 from wit_plugins.tokens.text import TokenText
 from wit_plugins.tokens.weighted_labels import FINGERPRINT_BITS, prepare
 
+_CACHED = ("_token_text", "_surroundings")  # attributes that are made again in another process
 _VERSION = 2  # of what a value in the data means: what was prepared with another meaning is prepared again
 _LOOKS_LIKE_A_WEIGHT = re.compile(r"w(ei|ie)gh?t|loss|scale|train", re.IGNORECASE)
 
@@ -53,7 +60,8 @@ class DataWeights:
         self.groups, self.strategies = strategies.groups, ActiveStrategies(strategies.reading_raw)
         self.negative = bool(strategies.needs.replaces_nll)  # whether a weight may be below 0
         self._fingerprint = fingerprint(keys, self.sample_key, strategies)
-        self._warned: set[str] = set()
+        self._warned: set[str] = set()  # keys that look like weights and are not read
+        self._settled: set[str] = set()  # keys that nothing more is to be said of
 
     @property
     def active(self) -> bool:
@@ -82,6 +90,10 @@ class DataWeights:
     @functools.cached_property
     def _token_text(self) -> TokenText:
         return TokenText(self.tokenizer)
+
+    @functools.cached_property
+    def _surroundings(self) -> Surroundings:
+        return Surroundings()
 
     def message_weight(self, message: Mapping[str, Any], where: str, is_answer: bool = True) -> float:
         """What a message or a part of one is multiplied by; 1 if it says nothing.
@@ -222,7 +234,7 @@ class DataWeights:
         ends: Collection[int] = (),
     ) -> np.ndarray:
         """The weights `[T]` of the tokens of rendered messages, float32; see [`weigh_tokens`]."""
-        return weigh_tokens(messages, render, input_ids, self._token_text, offsets, ends)
+        return weigh_tokens(messages, render, input_ids, self._token_text, offsets, ends, self._surroundings)
 
     def offsets(self, text: str, input_ids: Sequence[int]) -> np.ndarray:
         """Which characters of a text each of its `T` tokens writes, int64 `[T, 2]`.
@@ -302,12 +314,19 @@ class DataWeights:
         return looks and key not in self.message_keys
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_token_text"} | {"_warned": set()}
+        return {name: value for name, value in vars(self).items() if name not in _CACHED} | {
+            "_warned": set(),
+            "_settled": set(),
+        }
 
     def _find_unread_keys(self, message: Mapping[str, Any], where: str) -> None:
         """Warn of keys that look like weights and are not read, of each once."""
-        for key in message.keys() - self._warned:
-            if message[key] is not None and self._is_unread(key):
+        for key in message.keys() - self._settled:
+            unread = self._is_unread(key)
+            if unread and message[key] is None:
+                continue
+            self._settled.add(key)
+            if unread:
                 self._warned.add(key)
                 warnings.warn(
                     f"{where} has a key {key!r} that looks like a weight and is not read; read are "

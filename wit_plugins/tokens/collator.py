@@ -258,6 +258,9 @@ class WeightedCollator(Delegate):
         example = self.reader.view(example)
         if read.data_weights is not None:
             example = {**example, "labels": read.labels}
+        if self.strategies.needs.by_role_alone and not self._locating:
+            yield slice(0, len(read.roles)), self._document(read.targets, read.roles, example)
+            return
         for start, end in zip(read.starts, [*read.starts[1:], len(read.roles)], strict=True):
             piece = slice(start, end)
             if read.roles[piece].any():  # padding is none

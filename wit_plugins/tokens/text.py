@@ -275,7 +275,7 @@ def ends_a_turn(token_ids: Sequence[int], token_text: TokenText) -> np.ndarray:
     """Which of `T` tokens are special tokens that end a turn, bool `[T]`."""
     eos = token_text.tokenizer.eos_token_id
     ending = {i for i in set(token_ids) & token_text.special if i == eos or token_text(i).strip() in ENDS_OF_TURNS}
-    return np.array([token_id in ending for token_id in token_ids], dtype=bool)
+    return np.isin(np.asarray(token_ids, dtype=np.int64), list(ending))
 
 
 def _utf8(text: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from wit_plugins.tokens.collator import WeightedCollator
 
 _LOOKED_AT = 100
+_SECONDS = 10.0  # how long spans are looked for
 
 
 class UnmatchedSpanWarning(UserWarning):
@@ -277,8 +279,8 @@ def _require_both(prompt: int, response: int, seen: str, masking_hint: str) -> N
 def warn_of_unmatched_spans(dataset: Any, collator: WeightedCollator) -> None:
     """Warn if a part of the text that a strategy looks for (a pattern of `spans`, say) is not in the dataset.
 
-    Reads until everything was found once, at most 10,000 examples, at even distances. A dataset without a length is not
-    read.
+    Reads until everything was found once: at most 10,000 examples, at even distances, and for at most 10 seconds, since
+    other ranks wait meanwhile. A dataset without a length is not read.
 
     Args:
         dataset: the training examples.
@@ -287,8 +289,13 @@ def warn_of_unmatched_spans(dataset: Any, collator: WeightedCollator) -> None:
     if not (collator.strategies.looks_for_spans and can_be_read_again(dataset)):
         return
     size, seen, matched = len(dataset), set[str](), set[str]()
-    read = evenly(size)
-    for index in tqdm(read, desc="Looking for what is weighted", delay=5):
+    # In an order of chance, so that what was read when the time is over is a sample of all.
+    order = np.random.default_rng(0).permutation(evenly(size)).tolist()
+    began, read = time.monotonic(), 0
+    for index in tqdm(order, desc="Looking for what is weighted", delay=5):
+        if time.monotonic() - began > _SECONDS:
+            break
+        read += 1
         try:
             found = collator.find_spans(dataset[index])
         except BadExampleError as error:
@@ -298,8 +305,8 @@ def warn_of_unmatched_spans(dataset: Any, collator: WeightedCollator) -> None:
         if seen and seen == matched:
             return
     where = f"any of the {size:,} training examples"
-    if len(read) < size:
-        where = f"{len(read):,} of the {size:,} training examples, read at even distances"
+    if read < size:
+        where = f"{read:,} of the {size:,} training examples"
     for name in sorted(seen - matched):
         warnings.warn(
             f"strategies: {name}: matches nothing in {where}, so its weight changes nothing there; look at the text "

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import itertools
 import pickle
 import re
 from pathlib import Path
@@ -441,9 +442,9 @@ def test_reading_stops_when_everything_was_found_and_streams_are_not_read():
     warn_of_unmatched_spans(
         rows, collator([{"named": "reasoning", "weight": 0.5}, {"match": "o", "weight": 1}], byte_level())
     )
-    assert rows.read == sorted(rows.read)
-    assert 25_000 <= rows.read[-1] < 25_010
-    assert len(rows.read) < 5_010  # every fifth of them
+    assert rows.read[-1] >= 25_000
+    assert all(index < 25_000 for index in rows.read[:-1])
+    assert len(rows.read) < 30  # half of the rows have it, and they are read in an order of chance
     warn_of_unmatched_spans(iter([]), collator([{"match": "x", "weight": 1}], byte_level()))
     warn_of_unmatched_spans([], collator([{"match": "x", "weight": 1}], byte_level()))
 
@@ -451,8 +452,17 @@ def test_reading_stops_when_everything_was_found_and_streams_are_not_read():
 def test_how_many_were_read_is_said(monkeypatch):
     monkeypatch.setattr("wit_plugins.data_weights.columns.READ_AT_MOST", 3)
     row = packed([from_offsets(byte_level(), [("q", False), ("four", True)])])
-    with pytest.warns(UserWarning, match="spans: x: matches nothing in 3 of the 7 training examples, read at even"):
+    with pytest.warns(UserWarning, match="spans: x: matches nothing in 3 of the 7 training examples,"):
         warn_of_unmatched_spans([row] * 7, collator([{"match": "x", "weight": 1}], byte_level()))
+
+
+def test_the_search_ends_after_ten_seconds(monkeypatch):
+    """Other ranks wait for it. Each look at the clock is a second later here."""
+    seconds = itertools.count()
+    monkeypatch.setattr("wit_plugins.training.dataset_check.time.monotonic", lambda: float(next(seconds)))
+    row = packed([from_offsets(byte_level(), [("q", False), ("four", True)])])
+    with pytest.warns(UserWarning, match="spans: x: matches nothing in 10 of the 100 training examples,"):
+        warn_of_unmatched_spans([row] * 100, collator([{"match": "x", "weight": 1}], byte_level()))
 
 
 # As part of a run

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import byte_tokenizer
 
-from wit_plugins.data_weights.message_tokens import WeightedMessage, weigh_tokens
+from wit_plugins.data_weights.message_tokens import Surroundings, WeightedMessage, weigh_tokens
 from wit_plugins.errors import BadExampleError
 from wit_plugins.tokens.text import TokenText
 
@@ -18,6 +18,7 @@ ROLES = ("system", "user", "assistant")
 TOKENIZER = byte_tokenizer(["two plus two is four, and the sky is blue 你好 ✓ [INST]"] * 3)
 TOKENIZER.add_special_tokens({"additional_special_tokens": ["<|eot_id|>", "<|header|>", "</s>", "<|over|>"]})
 TOKEN_TEXT = TokenText(TOKENIZER)
+SURROUNDINGS = Surroundings()
 # What a template writes for a message, as (header, behind it): the reference knows it, the code under test does not.
 TEMPLATES = {
     "chatml": lambda role: (f"<|im_start|>{role}\n", "<|im_end|>\n"),
@@ -82,6 +83,10 @@ def test_a_message_weighs_what_its_characters_weigh(data: st.DataObject, templat
     text = "".join("".join(part) for part in parts)
     encoded = TOKENIZER(text, add_special_tokens=False, return_offsets_mapping=True)
     weights = weigh_tokens(messages, render, encoded["input_ids"], TOKEN_TEXT)
+    # What other conversations and other templates had around their contents must not change it, nor must its own.
+    for _ in range(2):
+        again = weigh_tokens(messages, render, encoded["input_ids"], TOKEN_TEXT, surroundings=SURROUNDINGS)
+        assert again.tolist() == weights.tolist()
 
     of_characters = _reference(parts, template, messages)
     for (begin, end), weight in zip(encoded["offset_mapping"], weights, strict=True):
@@ -122,6 +127,24 @@ def test_messages_without_content_are_told_by_the_ends_of_turns() -> None:
         for _ in TOKENIZER(f"<|im_start|>{role}\n{content}{call}<|im_end|>\n", add_special_tokens=False)["input_ids"]
     ]
     assert weights.tolist() == expected
+
+
+def test_conversations_of_one_form_are_rendered_once() -> None:
+    """The first one, with marks; the others are told by the text around their contents."""
+    rendered = []
+
+    def render(contents: Sequence[str]) -> str:
+        rendered.append(contents)
+        return "".join(f"<|im_start|>user\n{content}<|im_end|>\n" for content in contents)
+
+    surroundings = Surroundings()
+    for texts in (["two", "plus"], ["four is", "the sky"], ["blue", "✓"]):
+        encoded = TOKENIZER(render(texts), add_special_tokens=False)["input_ids"]
+        messages = [WeightedMessage(texts[0], 0.5), WeightedMessage(texts[1])]
+        weights = weigh_tokens(messages, render, encoded, TOKEN_TEXT, surroundings=surroundings)
+        first = len(TOKENIZER(render(texts[:1]), add_special_tokens=False)["input_ids"])
+        assert weights.tolist() == [0.5] * first + [1.0] * (len(encoded) - first)
+    assert len(rendered) == 3 * 2 + 1  # two a conversation are this test's own
 
 
 def test_a_long_line_takes_no_time() -> None:
