@@ -57,7 +57,7 @@ def train_and_count(folder):
 
 
 def test_the_weights_add_a_handful_of_small_messages(tmp_path):
-    """docs/dev/ranks.md has these numbers: a scalar a step, the roles' sums a log, two gathers a batch evaluated."""
+    """docs/dev/ranks.md has these numbers: a scalar a step, the roles' sums a log, two gathers an evaluation."""
     on_ranks(train_and_count, tmp_path)
     without, weighted = (
         collections.Counter((name, size) for name, size in json.loads((tmp_path / f"sent-{kind}.json").read_text()))
@@ -69,10 +69,11 @@ def test_the_weights_add_a_handful_of_small_messages(tmp_path):
     counts = without["labels counted", 0]
     assert counts in (STEPS, STEPS + batches)
     assert weighted - without == {
-        ("all_gather", 8): counts + batches,  # the denominator, int64; how many rows a rank's batch has
+        ("all_gather", 8): counts,  # the denominator, int64
         ("all_gather", 4 * 8): STEPS // LOG_EVERY,  # nll and tokens of both roles, float64
-        # the same for each row and its weighted loss with the denominator, of as many rows as the fullest rank has
-        ("all_gather", BATCH * 6 * 8): batches,
+        ("all_gather", batches * 8): 1,  # how many rows each batch of a rank has, once an evaluation
+        # the same for each row and its weighted loss with the denominator, of as many rows as the fullest batch has
+        ("all_gather", batches * BATCH * 6 * 8): 1,
         ("all_gather", "object"): 1,  # the settings, to be the same on all ranks
         ("all_reduce", 8): STEPS,  # whether to stop, at fewer than two hundred steps of a run
     }

@@ -14,12 +14,14 @@ from wit_plugins.loss.micro_batch import WeightedLoss
 
 logger = logging.getLogger(__name__)
 
+_KEPT_BATCHES = 1024
+
 
 class RoleMetrics:
     """Sums of `prompt_loss` and `response_loss` since the last reading, of all tokens and of each logged span.
 
     In training the sums stay on the device and are reduced over the ranks when they are read, so that logging costs
-    nothing in between. In evaluation they are gathered at every batch, row by row, so that rows which the sampler
+    nothing in between. In evaluation they are kept row by row and gathered at its end, so that rows which the sampler
     repeats to give every rank the same number can be dropped.
 
     accelerate's `gather_for_metrics` drops rows by the remainder of the dataset's examples, which is wrong where a row
@@ -40,6 +42,9 @@ class RoleMetrics:
         self._examples: int | None = None
         self._dispatched = False
         self._rows = 0
+        self._batches: list[torch.Tensor] = []  # of an evaluation on several ranks, not gathered yet: `[B, R]`
+        self._layout = 1, 1  # replicas and parts, see `add_rows`
+        self._remainder = 0
 
     def reset(self, dataloader: Any = None) -> None:
         """Forget what was summed so far; an evaluation over `dataloader` begins."""
@@ -47,13 +52,14 @@ class RoleMetrics:
         self._examples = _num_examples(dataloader)
         self._dispatched = isinstance(dataloader, DataLoaderDispatcher)
         self._rows = 0
+        self._batches = []
 
     def add(self, result: WeightedLoss) -> None:
         """Add one micro-batch of this rank."""
         self._add(result.role_sums.sum(dim=0))
 
-    def add_gathered(self, result: WeightedLoss, accelerator: Accelerator, replicas: int = 1, parts: int = 1) -> None:
-        """Add one evaluation batch of all ranks. A collective: every rank must call it.
+    def add_rows(self, result: WeightedLoss, accelerator: Accelerator, replicas: int = 1, parts: int = 1) -> None:
+        """Add one evaluation batch. After every 1,024 of them it is a collective, to which every rank comes.
 
         Args:
             result ([`WeightedLoss`]): this rank's rows.
@@ -63,13 +69,28 @@ class RoleMetrics:
         """
         assert result.weighted_sums is not None
         rows = torch.cat([result.role_sums, result.weighted_sums], dim=1)
-        if accelerator.num_processes > 1:
-            rows = _gather_rows(rows, accelerator, replicas, parts)
-            state = accelerator.gradient_state
-            if self._examples is not None:
-                rows = rows[: max(0, self._examples - self._rows)]
-            elif self._dispatched and state.end_of_dataloader and state.remainder > 0:
-                rows = rows[: state.remainder]  # how many rows the last batch really had, before it was shared out
+        if accelerator.num_processes == 1:
+            self._rows += len(rows)
+            self._add(rows.sum(dim=0))
+            return
+        self._batches.append(rows)
+        self._layout = replicas, parts
+        state = accelerator.gradient_state
+        # How many rows the last batch really had, before it was shared out.
+        self._remainder = state.remainder if self._dispatched and state.end_of_dataloader else 0
+        if len(self._batches) == _KEPT_BATCHES:
+            self.gather(accelerator)
+
+    def gather(self, accelerator: Accelerator) -> None:
+        """Sum the batches of all ranks that were added since the last time. A collective: every rank must call it."""
+        if not self._batches:
+            return
+        batches, self._batches = _gathered(self._batches, accelerator, *self._layout), []
+        if self._examples is None and self._remainder > 0:
+            batches[-1] = batches[-1][: self._remainder]
+        rows = torch.cat(batches)
+        if self._examples is not None:
+            rows = rows[: max(0, self._examples - self._rows)]
         self._rows += len(rows)
         self._add(rows.sum(dim=0))
 
@@ -139,15 +160,20 @@ def role_metrics(sums: torch.Tensor, spans: Sequence[str] = ()) -> dict[str, flo
     return metrics
 
 
-def _gather_rows(rows: torch.Tensor, accelerator: Accelerator, replicas: int, parts: int) -> torch.Tensor:
-    """The rows `[B, R]` of all ranks, one rank after the other, parts of rows added up; the ranks' B may differ."""
-    counts = accelerator.gather(torch.tensor([len(rows)], device=accelerator.device)).tolist()
-    padded = rows.new_zeros(max(counts), rows.shape[1], device=accelerator.device)
-    padded[: len(rows)] = rows
-    gathered = accelerator.gather(padded[None])  # [ranks, max B, R]
+def _gathered(batches: list[torch.Tensor], accelerator: Accelerator, replicas: int, parts: int) -> list[torch.Tensor]:
+    """Each batch's rows `[B, R]` of all ranks, one rank after the other, parts of rows added up; the B may differ."""
+    own = torch.tensor([[len(rows) for rows in batches]], device=accelerator.device)
+    counts = accelerator.gather(own).tolist()  # [ranks, batches]
+    padded = batches[0].new_zeros(len(batches), max(map(max, counts)), batches[0].shape[1], device=accelerator.device)
+    for place, rows in enumerate(batches):
+        padded[place, : len(rows)] = rows
+    gathered = accelerator.gather(padded[None])  # [ranks, batches, max B, R]
     alike = replicas * parts
     whole = gathered.unflatten(0, (-1, alike))[:, ::replicas].sum(dim=1)
-    return torch.cat([whole[group, : counts[group * alike]] for group in range(len(whole))])
+    return [
+        torch.cat([whole[group, place, : counts[group * alike][place]] for group in range(len(whole))])
+        for place in range(len(batches))
+    ]
 
 
 def _num_examples(dataloader: Any) -> int | None:

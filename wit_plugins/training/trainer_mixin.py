@@ -210,7 +210,7 @@ class WeightedTrainerMixin(_Base):
             # A trainer that does not cut the rows of an evaluation computes all of them on every rank of a group.
             parts = cp_size(self.accelerator)
             replicas = self.get_tp_size() * (1 if call.shifted else parts)
-            wit.run.evaluation.add_gathered(outcome.result, self.accelerator, replicas, parts if call.shifted else 1)
+            wit.run.evaluation.add_rows(outcome.result, self.accelerator, replicas, parts if call.shifted else 1)
         return loss
 
     def _prepare_context_parallel_inputs(self, model: Any, inputs: Any) -> Any:
@@ -314,6 +314,7 @@ class WeightedTrainerMixin(_Base):
         with self._bad_examples_of(getattr(dataloader, "dataset", None), "evaluation"):
             output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        self._wit.run.evaluation.gather(self.accelerator)
         self._wit.run.evaluation.warn_if_repeated(dataloader, self.accelerator)
         own = self._wit.run.evaluation.read(self.accelerator.device)
         assert output.metrics is not None
