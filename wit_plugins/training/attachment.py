@@ -24,6 +24,8 @@ from wit_plugins.training.metrics import RoleMetrics
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from wit_plugins.training.not_finite import SkippedSteps
+
 ATTRIBUTE = "_wit"  # of a trainer that weights are attached to
 # Whose trainer's weights are on a model. Copies of a model are not in it.
 _TRAINERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
@@ -44,6 +46,7 @@ class RunState:
         cut_to (`int | None`): while rows are cut over ranks, the length of this rank's share, of shifted codes.
         prediction_loss_only (`bool`): whether nobody asks for the logits of this evaluation.
         reads_log (`bool`): whether the training loop, on all ranks, is about to log.
+        skipped_steps ([`SkippedSteps`] | None): in float16, how many optimizer steps in a row were skipped.
     """
 
     training: RoleMetrics
@@ -56,6 +59,7 @@ class RunState:
     cut_to: int | None = None
     prediction_loss_only: bool = True
     reads_log: bool = False
+    skipped_steps: SkippedSteps | None = None
 
 
 @dataclass

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ from wit_plugins.loss.micro_batch import WeightedLoss
 logger = logging.getLogger(__name__)
 
 _KEPT_BATCHES = 1024
+_RECENT = 4096
 
 
 class RoleMetrics:
@@ -34,7 +37,13 @@ class RoleMetrics:
     Args:
         spans (`Sequence[str]`): the names of the logged spans, in the order of their sums.
         weighted (`bool`): whether the weighted loss is summed too, as in evaluation.
+
+    Attributes:
+        recent (`deque`): step and role sums of the newest micro-batches. They are looked at if a sum is not finite, to
+            say where, and cost nothing until then.
     """
+
+    _newest: tuple[int, int, int]  # of the newest batch of an evaluation: replicas and parts, rows that are real
 
     def __init__(self, spans: Sequence[str] = (), weighted: bool = False) -> None:
         self._spans, self._weighted = tuple(spans), weighted
@@ -43,8 +52,7 @@ class RoleMetrics:
         self._dispatched = False
         self._rows = 0
         self._batches: list[torch.Tensor] = []  # of an evaluation on several ranks, not gathered yet: `[B, R]`
-        self._layout = 1, 1  # replicas and parts, see `add_rows`
-        self._remainder = 0
+        self.recent: deque[tuple[int, torch.Tensor]] = deque(maxlen=_RECENT)
 
     def reset(self, dataloader: Any = None) -> None:
         """Forget what was summed so far; an evaluation over `dataloader` begins."""
@@ -54,9 +62,10 @@ class RoleMetrics:
         self._rows = 0
         self._batches = []
 
-    def add(self, result: WeightedLoss) -> None:
-        """Add one micro-batch of this rank."""
+    def add(self, result: WeightedLoss, step: int = 0) -> None:
+        """Add one micro-batch of this rank, of a step (from 1)."""
         self._add(result.role_sums.sum(dim=0))
+        self.recent.append((step, result.role_sums))
 
     def add_rows(self, result: WeightedLoss, accelerator: Accelerator, replicas: int = 1, parts: int = 1) -> None:
         """Add one evaluation batch. After every 1,024 of them it is a collective, to which every rank comes.
@@ -74,10 +83,10 @@ class RoleMetrics:
             self._add(rows.sum(dim=0))
             return
         self._batches.append(rows)
-        self._layout = replicas, parts
         state = accelerator.gradient_state
         # How many rows the last batch really had, before it was shared out.
-        self._remainder = state.remainder if self._dispatched and state.end_of_dataloader else 0
+        remainder = state.remainder if self._dispatched and state.end_of_dataloader else 0
+        self._newest = replicas, parts, remainder
         if len(self._batches) == _KEPT_BATCHES:
             self.gather(accelerator)
 
@@ -85,9 +94,10 @@ class RoleMetrics:
         """Sum the batches of all ranks that were added since the last time. A collective: every rank must call it."""
         if not self._batches:
             return
-        batches, self._batches = _gathered(self._batches, accelerator, *self._layout), []
-        if self._examples is None and self._remainder > 0:
-            batches[-1] = batches[-1][: self._remainder]
+        replicas, parts, remainder = self._newest
+        batches, self._batches = _gathered(self._batches, accelerator, replicas, parts), []
+        if self._examples is None and remainder > 0:
+            batches[-1] = batches[-1][:remainder]
         rows = torch.cat(batches)
         if self._examples is not None:
             rows = rows[: max(0, self._examples - self._rows)]
@@ -133,7 +143,13 @@ class RoleMetrics:
         sums = self._zeros(accelerator.device) if self._sums is None else self._sums
         self._sums = None
         sums = accelerator.gather(sums.to(accelerator.device)[None]).sum(dim=0) / replicas
-        return role_metrics(sums, self._spans)
+        metrics = role_metrics(sums, self._spans)
+        if not all(map(math.isfinite, metrics.values())):
+            from wit_plugins.training.not_finite import warn_of_losses
+
+            warn_of_losses(self.recent, accelerator.process_index)
+        self.recent.clear()
+        return metrics
 
     def _zeros(self, device: torch.device) -> torch.Tensor:
         """The sums of a rank that computed nothing; the other ranks' are as many and of the same type."""

@@ -205,7 +205,7 @@ class WeightedTrainerMixin(_Base):
             wit.run.verified = self._verify(loss[0] if isinstance(loss, tuple) else loss, call, outcome)
         if training:
             wit.run.begun = True
-            wit.run.training.add(outcome.result)
+            wit.run.training.add(outcome.result, self.state.global_step + 1)
         else:
             # A trainer that does not cut the rows of an evaluation computes all of them on every rank of a group.
             parts = cp_size(self.accelerator)
@@ -323,6 +323,11 @@ class WeightedTrainerMixin(_Base):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """The training loop's own logging, which every rank comes to, unlike calls of `log` by a callback."""
+        if self.accelerator.scaler is not None:
+            from wit_plugins.training.not_finite import SkippedSteps
+
+            self._wit.run.skipped_steps = self._wit.run.skipped_steps or SkippedSteps()
+            self._wit.run.skipped_steps.look(self.accelerator, self.state.global_step)
         logged: int = getattr(self, "_globalstep_last_logged", -1)
         self._wit.run.reads_log = bool(self.control.should_log) and self.state.global_step > logged
         try:

@@ -2,9 +2,9 @@
 
 import contextlib
 import io
+import itertools
 import json
 import math
-import itertools
 import pickle
 import re
 from pathlib import Path
