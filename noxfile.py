@@ -41,7 +41,10 @@ GENERATION_METRICS = ["jieba==0.42.1", "nltk==3.10.4", "rouge-chinese==1.0.3"]  
 
 PINS = {
     "core": [*TORCH, *CORE, *CLI, *TEST, "transformers==5.23.0", TRITON],
-    "demo": [*TORCH, *CORE, "trl==1.16.0", "transformers==5.23.0", "datasets==5.2.0", "matplotlib==3.11.2"],
+    "demo": [
+        *[*TORCH, *CORE, "trl==1.16.0", "transformers==5.23.0", "datasets==5.2.0", "peft==0.21.0"],
+        "matplotlib==3.11.2",
+    ],
     "trl-1.16": [
         *[*TORCH, *CORE, *CLI, *TEST, *LINT, *LIGER],
         *["trl==1.16.0", "transformers==5.23.0", "datasets==5.2.0", "peft==0.21.0"],
@@ -542,10 +545,21 @@ def newest(session: nox.Session, framework: str) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Train a small model at three weightings and draw what came out, with the fewest packages that do."""
+    """Train a real model at three weightings and draw what came out, with the fewest packages that do.
+
+    Arguments go to `configs/trl/demo.py`. With `--toy` it trains the small model that is built there, without the 94 MB
+    of the real one.
+    """
     binaries, env = install(session, "demo")
     env["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    command = [str(binaries / "python"), "configs/trl/demo.py", *session.posargs]
+    arguments = list(session.posargs)
+    if "--toy" in arguments:
+        arguments.remove("--toy")
+    else:
+        env = beside(session, "demo", "real", env)
+        session.run(str(binaries / "python"), "configs/real/model.py", "runs/real/model", env=env, external=True)
+        arguments = ["--model", "runs/real/model", *arguments]
+    command = [str(binaries / "python"), "configs/trl/demo.py", *arguments]
     if subprocess.run(command, env={**os.environ, **env}, cwd=ROOT).returncode:
         session.error("the demo failed")
 

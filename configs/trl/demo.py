@@ -1,15 +1,17 @@
 """Three trainings on a CPU, side by side: conventional instruction tuning, WIT, and language modelling on everything.
 
-The same small decoder, with the same initial weights, sees the same batches three times, at prompt and response weights
-(0, 1), (0.2, 0.8) and (1, 1). It is trained by `trl.SFTTrainer`, and weighted by the one line that any TRL script
-needs: `trainer.add_callback(WITCallback(trainer, prompt_weight=…, response_weight=…))`. During training the losses of
-prompt and response are measured on 100 conversations that are not trained on.
+The same model sees the same batches three times, at prompt and response weights (0, 1), (0.2, 0.8) and (1, 1). It is
+trained by `trl.SFTTrainer`, and weighted by the one line that any TRL script needs:
+`trainer.add_callback(WITCallback(trainer, prompt_weight=…, response_weight=…))`. During training the losses of prompt
+and response are measured on conversations that are not trained on.
 
-    python configs/trl/demo.py                 # a table, runs/demo/losses.png and runs/demo/results.json
-    python configs/trl/demo.py --steps 4       # a few steps, to see that it runs
+    python configs/trl/demo.py --model runs/real/model   # a real model, 40 steps of LoRA: what `make demo` does
+    python configs/trl/demo.py                           # a model built here, from a random seed: no downloads at all
+    python configs/trl/demo.py --steps 4                 # a few steps, to see that it runs
 
-Nothing is downloaded: tokenizer and model are built here, from `data/train.jsonl` and a random seed. What comes out
-says something about one tiny model, one tiny dataset and one seed, and nothing about which weights are best for yours.
+`configs/real/model.py` makes the real model's folder. Either way a table is printed, and `runs/demo/losses.png` and
+`runs/demo/results.json` are written. What comes out says something about one small model, one small dataset and one
+seed, and nothing about which weights are best for yours.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ import matplotlib.pyplot as plt
 from datasets import Dataset, DatasetDict, load_dataset
 from tqdm.auto import tqdm
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     PrinterCallback,
@@ -49,6 +53,7 @@ from tiny_model import byte_tokenizer, small_llama
 DATA = Path(__file__).parent / "data"
 WEIGHTS = [(0.0, 1.0), (0.2, 0.8), (1.0, 1.0)]  # prompt, response
 SEED = 0
+REAL_STEPS, REAL_HELD_OUT = 40, 32  # of a real model, on two cores
 
 # ChatML. What stands between the generation marks is response and all else is prompt: assistant_only_loss reads them.
 # The end of the turn belongs to the response, so that the model learns to stop.
@@ -138,12 +143,44 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return small_llama(len(tokenizer), 256, 3, seed=SEED, max_position_embeddings=256, **ids)
 
 
-def build_trainer(
-    tokenizer: PreTrainedTokenizerFast, data: DatasetDict, output: Path, epochs: float, steps: int
-) -> SFTTrainer:
+@dataclass(frozen=True)
+class Model:
+    """What is trained.
+
+    Attributes:
+        tokenizer (`PreTrainedTokenizerFast`): with a chat template that marks what the assistant says.
+        folder (`Path | None`): a real model's, which is trained by LoRA; `None` for the small one that is built here.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    folder: Path | None = None
+
+    def load(self) -> Any:
+        """The model before training; the same at every call."""
+        if self.folder is None:
+            return build_model(self.tokenizer)
+        return AutoModelForCausalLM.from_pretrained(self.folder, dtype="float32")
+
+    def options(self) -> dict[str, Any]:
+        """How it is trained."""
+        if self.folder is None:
+            return {"learning_rate": 5e-4, "eval_steps": 1 / 16, "logging_steps": 1 / 16}
+        return {"learning_rate": 2e-3, "eval_steps": 1 / 4, "logging_steps": 1 / 4}
+
+    def adapter(self) -> Any:
+        """What of it is trained: `None` for all of it."""
+        if self.folder is None:
+            return None
+        from peft import LoraConfig
+
+        return LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+def build_trainer(model: Model, data: DatasetDict, output: Path, epochs: float, steps: int) -> SFTTrainer:
     """An ordinary `SFTTrainer` for a CPU. Nothing in here knows of weights."""
     args = SFTConfig(
         output_dir=str(output),
+        **model.options(),
         assistant_only_loss=True,  # masks what is not response; the weights are given by this mask
         packing=True,  # whole conversations in rows of up to max_length tokens: no padding to compute
         max_length=256,  # more than the longest conversation has
@@ -151,14 +188,11 @@ def build_trainer(
         per_device_eval_batch_size=1,
         num_train_epochs=epochs,
         max_steps=steps,
-        learning_rate=5e-4,
         lr_scheduler_type="cosine",
         warmup_steps=0.05,  # of all steps
         weight_decay=0.1,
         eval_strategy="steps",
-        eval_steps=1 / 16,  # of all steps
         eval_on_start=True,
-        logging_steps=1 / 16,
         save_strategy="no",
         seed=SEED,
         use_cpu=True,
@@ -169,11 +203,12 @@ def build_trainer(
         report_to=[],
     )
     trainer = SFTTrainer(
-        model=build_model(tokenizer),
+        model=model.load(),
         args=args,
         train_dataset=data["train"],
         eval_dataset=data["test"],
-        processing_class=tokenizer,
+        processing_class=model.tokenizer,
+        peft_config=model.adapter(),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -217,6 +252,7 @@ def describe(trainer: SFTTrainer, data: DatasetDict) -> dict[str, int | float]:
     response = sum(label != -100 for row in rows for label in row["labels"])
     return {
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "vocabulary": len(trainer.processing_class),
         "train_conversations": len(data["train"]),
         "test_conversations": len(data["test"]),
@@ -267,27 +303,37 @@ def main() -> None:
     """Train three times, print the table, draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to write to (%(default)s)")
+    parser.add_argument("--model", type=Path, help="the folder of a real model, which is trained by LoRA")
     parser.add_argument("--epochs", type=float, default=6, help="passes over the training set (%(default)s)")
-    parser.add_argument("--steps", type=int, default=-1, help="optimizer steps, instead of epochs")
+    parser.add_argument("--steps", type=int, help="optimizer steps, instead of epochs (of a real model: 40)")
     options = parser.parse_args()
+    steps = options.steps if options.steps is not None else -1 if options.model is None else REAL_STEPS
     options.output.mkdir(parents=True, exist_ok=True)
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
 
     data = load_dataset(str(DATA))
-    tokenizer = build_tokenizer(data["train"])
+    if options.model is None:
+        model = Model(build_tokenizer(data["train"]))
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        tokenizer.chat_template = CHAT_TEMPLATE  # the model's own has no generation marks
+        model = Model(tokenizer, options.model)
+        data["test"] = data["test"].select(range(REAL_HELD_OUT))
     # The first held-out conversation of one question and one answer, whatever it is.
     question, reference = next(m for m in data["test"]["messages"] if [x["role"] for x in m] == ["user", "assistant"])
 
     facts: dict[str, int | float] = {}
+    before = ""
     runs = []
     for prompt_weight, response_weight in WEIGHTS:
-        trainer = build_trainer(tokenizer, data, options.output, options.epochs, options.steps)
+        trainer = build_trainer(model, data, options.output, options.epochs, steps)
         if not facts:
             facts = describe(trainer, data)
+            before = answer(trainer, question["content"])
             print(
-                f"A Llama of {facts['parameters']:,} parameters, {facts['train_tokens']:,} training tokens, "
-                f"{facts['prompt_share']:.0%} of them prompt"
+                f"A model of {facts['parameters']:,} parameters, {facts['trained_parameters']:,} of them trained; "
+                f"{facts['train_tokens']:,} training tokens, {facts['prompt_share']:.0%} of them prompt"
             )
         runs.append(train(trainer, prompt_weight, response_weight, question["content"]))
 
@@ -295,10 +341,11 @@ def main() -> None:
     print("One seed and one small dataset: an example of what is measured, not a ranking of weights.\n")
     print(f"A question that is not in the training set: {question['content']}")
     print(f"  {'reference':10}  {reference['content']}")
+    print(f"  {'untrained':10}  {' '.join(before.split())}")
     for run in runs:
         print(f"  {run.label:10}  {' '.join(run.answer.split())}")
 
-    results = {**facts, "question": question["content"], "reference": reference["content"]}
+    results = {**facts, "question": question["content"], "reference": reference["content"], "before": before}
     results["runs"] = [{**asdict(run), "best_step": run.steps[run.best]} for run in runs]
     (options.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     plot(runs, facts, options.output / "losses.png")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from support import subprocess_env
+from tiny_model import byte_tokenizer, small_llama
 
 TRL_CONFIGS = next(p / "configs" / "trl" for p in Path(__file__).parents if (p / "configs" / "trl").is_dir())
 
@@ -32,6 +33,25 @@ def test_demo_runs_end_to_end(tmp_path):
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     for label in ("(0, 1)", "(0.2, 0.8)", "(1, 1)"):
         assert label in done.stdout
+
+
+def test_a_model_in_a_folder_is_trained_by_lora(tmp_path):
+    """As `make demo` does with a real one: its template has no generation marks, and the demo brings its own."""
+    texts = [(TRL_CONFIGS / "data" / "train.jsonl").read_text("utf-8")]
+    tokenizer = byte_tokenizer(texts, "{{ messages[0]['content'] }}")
+    small_llama(len(tokenizer), 32, 2, seed=0, max_position_embeddings=256).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    command = [sys.executable, str(TRL_CONFIGS / "demo.py"), "--model", "model", "--steps", "4", "--output", "out"]
+    done = subprocess.run(command, env=subprocess_env(), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert 0 < results["trained_parameters"] < results["parameters"] / 5
+    assert isinstance(results["before"], str)
+    for run in results["runs"]:
+        assert run["steps"] == [0, 1, 2, 3, 4]
+        assert run["response_loss"][0] == results["runs"][0]["response_loss"][0]
+        assert run["response_loss"][-1] != run["response_loss"][0]
+    assert "untrained" in done.stdout
 
 
 def test_no_question_of_the_test_examples_is_among_those_that_are_trained_on():

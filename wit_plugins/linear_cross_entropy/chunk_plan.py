@@ -19,7 +19,7 @@ kernel, and every product's leading dimension, is aligned to 16 bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,6 +29,7 @@ from wit_plugins.linear_cross_entropy.types import wide
 _CHUNK_TOKEN_BYTES = 3072
 _CHUNK_ELEMENTS = 3 << 24
 _MIN_CHUNK_TOKENS = 128
+_COPIED_ELEMENTS = 1 << 24
 # On GPUs.
 _GPU_CHUNK_TOKENS = 1024
 _GPU_TILE = 128
@@ -136,6 +137,24 @@ def plan_chunks(
     rows = _rounded_up(length, _GPU_BUFFER_ROWS) if on_gpu and length == num_tokens else length
     columns = _rounded_up(vocab_size, _ROW_ELEMENTS) if device_type in PADDED_DEVICES else vocab_size
     return ChunkPlan(num_tokens, vocab_size, hidden_size, length, (rows, columns), dtype, head_dtype, reason)
+
+
+def plan_copies(num_tokens: int, vocab_size: int, dtype: torch.dtype, device_type: str) -> ChunkPlan:
+    """The chunks of a pass over logits that are there already, each of which is copied.
+
+    On a GPU the rule is that of a head that is not trained. On a CPU a chunk is 16 million logits.
+
+    Args:
+        num_tokens (`int`): N.
+        vocab_size (`int`): V.
+        dtype (`torch.dtype`): of the logits.
+        device_type (`str`): `cuda`, `cpu`, …
+    """
+    plan = plan_chunks(num_tokens, vocab_size, 0, dtype, device_type, None)
+    if device_type == "cuda":
+        return plan
+    length = min(num_tokens, max(1, _COPIED_ELEMENTS // vocab_size))
+    return replace(plan, length=length, buffer=(length, plan.buffer[1]), reason="given logits are only copied")
 
 
 def _on_gpu(

@@ -72,11 +72,13 @@ def _adds_to_float32(device: torch.device) -> bool:
     """Whether a half-precision product can be added to a float32 tensor unrounded (torch 2.8, Ampere)."""
     if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] < 8:
         return False
-    half = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
-    total = torch.zeros(16, 16, dtype=torch.float32, device=device)
+    # As in a pass: the transpose of a buffer whose rows are longer than the vocabulary.
+    grads = torch.ones(16, 64, dtype=torch.bfloat16, device=device)[:, :33]
+    states = torch.ones(16, 24, dtype=torch.bfloat16, device=device)
+    total = torch.zeros(33, 24, dtype=torch.float32, device=device)
     try:
-        torch.mm(half, half, out_dtype=total.dtype, out=total)
-        torch.addmm(total, half, half, out_dtype=total.dtype, out=total)
+        torch.mm(grads.t(), states, out_dtype=total.dtype, out=total)
+        torch.addmm(total, grads.t(), states, out_dtype=total.dtype, out=total)
     except (TypeError, RuntimeError):
         return False
     return True

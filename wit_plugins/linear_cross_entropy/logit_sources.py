@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from wit_plugins.linear_cross_entropy.chunk_plan import plan_chunks
+from wit_plugins.linear_cross_entropy.chunk_plan import plan_chunks, plan_copies
 from wit_plugins.linear_cross_entropy.head_gradient import HeadGradient
 from wit_plugins.linear_cross_entropy.types import Head, product_dtype, wide
-
-# Given logits are only copied: 64 MiB of float32 at a time.
-_COPIED_ELEMENTS = 1 << 24
 
 Gradients = tuple["torch.Tensor | None", ...]
 
@@ -118,10 +115,9 @@ class GivenLogits:
     def start(self, needs: tuple[bool, ...]) -> tuple[list[slice], torch.Tensor]:
         """Make room for the gradient if it is needed; returns the chunks, and a buffer `[n, V]` for the longest."""
         self.grad_logits = torch.zeros_like(self.given) if needs[0] else None
-        count, vocab_size = len(self.rows), self.given.shape[1]
-        size = min(count, max(1, _COPIED_ELEMENTS // vocab_size))
-        slices = [slice(start, min(start + size, count)) for start in range(0, count, max(1, size))]
-        return slices, torch.empty(size, vocab_size, dtype=self.dtype, device=self.given.device)
+        plan = plan_copies(len(self.rows), self.given.shape[1], self.dtype, self.given.device.type)
+        buffer = torch.empty(plan.buffer, dtype=self.dtype, device=self.given.device)
+        return plan.slices, buffer[:, : self.given.shape[1]]
 
     def logits(self, chunk: slice, buffer: torch.Tensor) -> torch.Tensor:
         """A copy of a chunk's logits `[n, V]`, in the buffer."""

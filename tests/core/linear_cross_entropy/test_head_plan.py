@@ -9,7 +9,7 @@ import torch
 from headkit import H, N, V, assert_close, check, head_nll, make, products, reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wit_plugins.linear_cross_entropy import chunk_plan
+from wit_plugins.linear_cross_entropy import Tokens, chunk_plan, logits_nll
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 SHAPES = [(16_384, 4096, 128_256), (65_536, 2048, 262_144), (65_536, 4096, 32_001), (100_003, 576, 49_152)]
@@ -94,6 +94,34 @@ def test_the_gpu_s_rule_against_the_formula(monkeypatch, dtype, tokens):
     hidden, weight, _, targets, token_weights = make(tokens, dtype=dtype, ignored=0, zeros=0)
     step = lambda: head_nll(hidden, weight, targets, token_weights, impl="torch").loss.backward()  # noqa: E731
     assert products(step) == 3 * tokens * H * V
+
+
+def test_given_logits_are_copied_in_few_chunks_on_a_gpu():
+    """256 MiB at a time, in whole tiles of aligned rows: one chunk of 1,024 tokens, where a CPU takes 8."""
+    for device, chunks in (("cuda", 1), ("cpu", 8)):
+        made = chunk_plan.plan_copies(1024, 128_257, HALF, device)
+        assert len(made.slices) == chunks
+        assert made.buffer_bytes < 1 << 29
+    assert len(chunk_plan.plan_copies(16_384, 128_257, HALF, "cuda").slices) == 16
+    assert chunk_plan.plan_copies(16_384, 128_257, HALF, "cuda").buffer == (1024, 128_320)
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF, torch.float64], ids=str)
+def test_given_logits_in_padded_rows(monkeypatch, dtype):
+    """What a GPU's buffers look like, on a CPU: loss and gradient are those of plain PyTorch."""
+    monkeypatch.setattr(chunk_plan, "_COPIED_ELEMENTS", 5 * V)
+    monkeypatch.setattr(chunk_plan, "PADDED_DEVICES", {"cpu"})
+    assert chunk_plan.plan_copies(N, V, dtype, "cpu").buffer == (5, -(-V // 64) * 64)
+    hidden, weight, _, targets, token_weights = make(dtype=dtype)
+    kept = targets != -100
+    logits = (hidden.detach() @ weight.detach().t()).requires_grad_()
+    rows = torch.nonzero(kept)[:, 0]
+    loss = logits_nll(logits, Tokens(targets[kept], token_weights[kept], rows=rows, num_items=torch.tensor(41.0))).loss
+    plain = logits.detach().double().requires_grad_()
+    nll = torch.nn.functional.cross_entropy(plain[kept], targets[kept], reduction="none")
+    expected = (nll * token_weights[kept].double()).sum() / 41
+    assert_close(loss.detach(), expected.detach(), dtype)
+    assert_close(torch.autograd.grad(loss, logits)[0], torch.autograd.grad(expected, plain)[0], dtype)
 
 
 class Writes(TorchDispatchMode):
