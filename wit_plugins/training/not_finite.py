@@ -49,8 +49,8 @@ def warn_of_losses(micro_batches: Iterable[tuple[int, torch.Tensor]], rank: int)
         return  # another rank's
     logger.warning(
         "the loss is not finite on rank %d, first in %s. Look at these rows, at the learning rate and at the model's "
-        "own numbers; in float16, train in bfloat16 or float32. The logged loss may look fine, since transformers leaves "
-        "such values out of it (logging_nan_inf_filter)",
+        "own numbers; in float16, train in bfloat16 or float32. The logged loss may look fine, since transformers "
+        "leaves such values out of it (logging_nan_inf_filter)",
         rank,
         "; ".join(places[:_NAMED]),
     )
