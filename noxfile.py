@@ -102,6 +102,17 @@ GPU = {"trl": "trl-1.16", "axolotl": "axolotl-0.19", "llamafactory": "llamafacto
 
 # The documentation as a website.
 PINS["site"] = ["mkdocs==1.6.1", "mkdocs-material==9.8.2"]
+# Beside the three frameworks of `make test`, in a session of its own.
+PINS["swift-4.6"] = [*TORCH, *TEST, "ms-swift==4.6.0", "transformers==5.19.0", "trl==0.29.1", "peft==0.20.0"]
+PINS["swift-4.6"] += [
+    "datasets==4.8.4",
+    "accelerate==1.15.0",
+    "pydantic==2.14.4",
+    "pluggy==1.7.0",
+    "regex",
+    *SETUPTOOLS,
+]
+PYTHONS["swift-4.6"] = ["3.11", "3.12"]
 # No environment of its own but a folder beside one: without its kernels DeepSpeed is Python, the same for any torch.
 PINS["deepspeed"] = ["deepspeed==0.19.8", "einops==0.8.2", "hjson==3.1.0", "ninja==1.13.2"]
 PINS["deepspeed"] += ["msgpack==1.2.4", "py-cpuinfo==9.0.0"]
@@ -445,6 +456,13 @@ def patches(session: nox.Session) -> None:
     """Other people's patches in pairs, beside ours, in TRL. Not a default session."""
     binaries, env = install(session, "trl-1.16")
     session.run(str(binaries / "pytest"), *(session.posargs or ["tests/patches"]), env=env, external=True)
+
+
+@nox.session
+def swift(session: nox.Session) -> None:
+    """ms-swift's tests, in an environment of its own. Not a default session."""
+    binaries, env = install(session, "swift-4.6")
+    session.run(str(binaries / "pytest"), *(session.posargs or ["tests/swift"]), env=env, external=True)
 
 
 @nox.session

@@ -16,7 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # What was measured or decided on a day may name what has gone since.
 HISTORY = {"CHANGELOG.md", "docs/dev/decisions.md", "docs/dev/decisions-head.md"}
-PACKAGES = {"wit_plugins": "", "wit_trl": "adapters", "wit_axolotl": "adapters", "wit_llamafactory": "adapters"}
+PACKAGES = {
+    "wit_plugins": "",
+    "wit_trl": "adapters",
+    "wit_axolotl": "adapters",
+    "wit_llamafactory": "adapters",
+    "wit_swift": "adapters",
+}
 _FOLDERS = "wit_plugins|adapters|docs|tests|benchmarks|configs"
 _FENCE = re.compile(r"^```.*?^```", flags=re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)\s]*)\)")

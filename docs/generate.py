@@ -38,7 +38,7 @@ PUBLIC = {
     "wit_plugins.cli.driver": ["FrameworkDriver"],
 }
 # What their `__all__` lists is public, and read from the source: no environment has all three frameworks.
-ADAPTERS = ["wit_trl", "wit_axolotl", "wit_llamafactory"]
+ADAPTERS = ["wit_trl", "wit_axolotl", "wit_llamafactory", "wit_swift"]
 _REFERENCE = """# Reference
 
 <!-- Written by docs/generate.py from the docstrings; edit them there. -->

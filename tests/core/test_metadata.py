@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 ROOT = next(p for p in Path(__file__).parents if (p / "pyproject.toml").is_file())
 # Names that are imported, where the distribution has another.
-DISTRIBUTIONS = {"yaml": "pyyaml"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "swift": "ms-swift"}
 # Imported where they are found and not needed anywhere: kernels, and what a trainer that uses it brings.
 OPTIONAL = {
     "wit_plugins/linear_cross_entropy": {"triton", "liger-kernel"},
@@ -24,6 +24,7 @@ EXTRAS = {
     "adapters/wit_trl": {"trl"},
     "adapters/wit_axolotl": {"axolotl"},
     "adapters/wit_llamafactory": {"llamafactory"},
+    "adapters/wit_swift": {"swift"},
 }
 FILES = sorted(path.relative_to(ROOT) for top in ("wit_plugins", "adapters") for path in (ROOT / top).rglob("*.py"))
 
@@ -45,7 +46,7 @@ def imported(path):
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names.add(node.module)
     tops = {name.split(".")[0] for name in names}
-    own = {"wit_plugins", "wit_trl", "wit_axolotl", "wit_llamafactory"}
+    own = {"wit_plugins", "wit_trl", "wit_axolotl", "wit_llamafactory", "wit_swift"}
     return {DISTRIBUTIONS.get(name, name.replace("_", "-")) for name in tops - own - sys.stdlib_module_names}
 
 
@@ -60,7 +61,7 @@ def test_everything_imported_is_declared():
     assert not undeclared
 
 
-@pytest.mark.parametrize("extra", [None, "cli", "trl", "axolotl", "llamafactory"])
+@pytest.mark.parametrize("extra", [None, "cli", "trl", "axolotl", "llamafactory", "swift"])
 def test_everything_declared_is_imported(extra):
     assert declared(extra) <= {name for path in FILES for name in imported(path)}
 

@@ -58,6 +58,10 @@ class TrainerAdapter:
     def check_data(self, trainer: Trainer, config: WITConfig) -> None:
         """Raise [`WITConfigError`] if weights stand in the data that are not in the labels, see `tokens.prepared`."""
 
+    def examples(self, dataset: Any) -> Any:
+        """The dataset whose rows are single examples, where those of the trainer's dataset are lists of them."""
+        return dataset
+
     def prepare(self, trainer: Trainer, changes: Changes) -> None:
         """Change what must change on the trainer, through `changes`, so that `detach` can undo it."""
 

@@ -104,7 +104,7 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
         reader, tokenizer = example_reader(trainer, adapter), getattr(trainer, "processing_class", None)
         reader = with_data_weights(reader, config, strategies)
         reader = replace(reader, needs_prepared=reader.needs_prepared and not adapter.cuts_beginnings)
-        dataset = getattr(trainer, "train_dataset", None)
+        dataset = adapter.examples(getattr(trainer, "train_dataset", None))
         streams = dataset is not None and not can_be_read_again(dataset)
         run = new_run(config, strategies, adapter, streams)
         attachment = Attachment(config, adapter, head, make_head, reader, changes, aux_loss_sums, run, streams)

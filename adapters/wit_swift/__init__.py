@@ -1,0 +1,1 @@
+"""Weighted losses in ms-swift: `swift-wit sft config.yaml`, the same YAML with a `wit:` block."""
