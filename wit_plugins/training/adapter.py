@@ -61,6 +61,10 @@ class TrainerAdapter:
     def prepare(self, trainer: Trainer, changes: Changes) -> None:
         """Change what must change on the trainer, through `changes`, so that `detach` can undo it."""
 
+    def tokenises_in_collator(self, trainer: Trainer) -> bool | None:
+        """Whether its collator makes the ids, for a model that also sees or hears; `None` to look at an example."""
+        return None
+
     def read_example(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
         """An example as this trainer trains on it, for its roles; runs in data-loader workers.
 

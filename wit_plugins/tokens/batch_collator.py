@@ -1,0 +1,103 @@
+"""Codes from the batch: for frameworks that tokenise in the collator, as they do where pictures are read there.
+
+Such examples have no ids and no labels before the collator, so nothing can travel through it. Its batch has both, row by
+row, and each row is read as an example is otherwise. The labels must come out of the codes as the collator made them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from wit_plugins.errors import BadExampleError, WeightsNotAppliedError
+from wit_plugins.tokens.codes import framework_labels
+from wit_plugins.tokens.collator import CODES_KEY, WeightedCollator
+from wit_plugins.tokens.span_bits import SPANS_KEY
+
+# What is said of single tokens. A row is one document, unless its positions begin anew.
+_COLUMNS = ("input_ids", "labels", "attention_mask", "mm_token_type_ids", "position_ids")
+
+
+class BatchCollator(WeightedCollator):
+    """Wraps a collator that tokenises, so that its batches carry every token's weight, target and role.
+
+    The batch keeps what the wrapped collator made of it, `labels` included, and gains `weighted_labels` and, if there
+    are spans to log, `weighted_spans`: see [`WeightedCollator`].
+    """
+
+    def __call__(self, features: list[Any], *args: Any, **kwargs: Any) -> Any:
+        """Collate examples into a batch.
+
+        Raises:
+            WeightsNotAppliedError: if the batch has no two-dimensional `input_ids` and `labels` of the same shape.
+            BadExampleError: if a row cannot be trained on; it is named by its place in the batch.
+        """
+        batch = self.collator(features, *args, **kwargs)
+        if batch.get("labels") is None:
+            return batch  # e.g. prediction; a training step without codes stops
+        codes, bits = [], []
+        for index, row in enumerate(rows_of(batch, type(self.collator).__name__)):
+            try:
+                own, spans = self._read(row)
+            except BadExampleError as error:
+                raise BadExampleError(f"row {index} of a batch of {len(batch['labels'])}: {error}") from None
+            codes.append(own)
+            bits.append(spans)
+        batch[CODES_KEY] = torch.from_numpy(np.stack(codes))
+        if not torch.equal(framework_labels(batch[CODES_KEY]), batch["labels"].to(torch.int64).cpu()):
+            raise WeightsNotAppliedError(
+                f"{type(self.collator).__name__} makes labels that are not those of its tokens, so the weights would be "
+                "wrong; use a collator whose labels are the ids of input_ids, or -100"
+            )
+        if self.strategies.logged_spans:
+            batch[SPANS_KEY] = torch.from_numpy(np.stack(bits))
+        return batch
+
+
+def rows_of(batch: Mapping[str, Any], made_by: str) -> list[dict[str, np.ndarray]]:
+    """What a batch says of its tokens, a mapping for each row, as the examples of a tokenised dataset are.
+
+    Args:
+        batch (`Mapping`): with `input_ids` and `labels`, int `[B, L]`, and optionally more of the same shape.
+        made_by (`str`): the collator's name, for messages.
+
+    Raises:
+        WeightsNotAppliedError: if there are none of these, or `shift_labels`.
+    """
+    ids, labels = batch.get("input_ids"), batch.get("labels")
+    shapes = [tuple(each.shape) if isinstance(each, torch.Tensor) else None for each in (ids, labels)]
+    if None in shapes or shapes[0] != shapes[1] or len(shapes[0] or ()) != 2 or "shift_labels" in batch:
+        raise WeightsNotAppliedError(
+            f"{made_by} returns input_ids of shape {shapes[0]} and labels of shape {shapes[1]}, where weights need two "
+            "tensors of the same shape, a row an example, and no shift_labels"
+        )
+    found = {}
+    for name in _COLUMNS:
+        value = batch.get(name)
+        if isinstance(value, torch.Tensor) and tuple(value.shape) == shapes[0]:
+            found[name] = value.cpu().numpy()
+    return [{name: values[index] for name, values in found.items()} for index in range(len(found["labels"]))]
+
+
+class CollatedExamples:
+    """A dataset whose examples are tokenised by a collator, seen as a dataset of tokenised ones.
+
+    Args:
+        dataset: with a length and an order.
+        collator (`Callable`): the framework's own.
+    """
+
+    def __init__(self, dataset: Any, collator: Callable[..., Any]) -> None:
+        self.dataset, self.collator = dataset, collator
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        batch = self.collator([dict(self.dataset[index])])  # a collator may change the example that it is given
+        if batch.get("labels") is None:
+            return {"input_ids": batch.get("input_ids")}
+        return dict(rows_of(batch, type(self.collator).__name__)[0])
