@@ -1,7 +1,7 @@
 """Small models that see or hear, their processors, pictures drawn here, and the formula applied to their batches.
 
-A processor is the architecture's own, with images of a few pixels. Those of Qwen and SmolVLM also have a part for video,
-which needs torchvision; it is left out here, since no test of these shows a video.
+A processor is the architecture's own, with images of a few pixels. Those of Qwen and InternVL also have a part for
+video, which needs torchvision; it is left out here, since no test of these shows a video.
 """
 
 from __future__ import annotations
@@ -138,9 +138,7 @@ def _gemma3(name: str) -> tuple[Any, Any, set[str]]:
     words.boi_token, words.eoi_token, words.image_token = special
     words.image_token_id, words.boi_token_id = (words.convert_tokens_to_ids(special[i]) for i in (2, 0))
     images = _image_processor("Gemma3")(size={"height": 16, "width": 16})
-    processor = transformers.Gemma3Processor(
-        images, words, image_seq_length=4, chat_template=words.chat_template
-    )
+    processor = transformers.Gemma3Processor(images, words, image_seq_length=4, chat_template=words.chat_template)
     config = transformers.Gemma3Config(
         text_config={
             **TEXT,
@@ -180,8 +178,8 @@ def _internvl(name: str) -> tuple[Any, Any, set[str]]:
     special = ["<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
     words = tokenizer(special, "<IMG_CONTEXT>")
     words.start_image_token, words.end_image_token, words.context_image_token, words.video_token = special
-    words.start_image_token_id, words.end_image_token_id, words.context_image_token_id = (
-        words.convert_tokens_to_ids(special[:3])
+    words.start_image_token_id, words.end_image_token_id, words.context_image_token_id = words.convert_tokens_to_ids(
+        special[:3]
     )
     images = _image_processor("GotOcr2")(size={"height": 16, "width": 16}, crop_to_patches=False)
     processor = _without_video(transformers.InternVLProcessor)(
@@ -280,3 +278,31 @@ def rows(images: Sequence[int], form: str = "prompt-completion", seed: int = 0) 
             again = {"role": "user", "content": words(at + 2)}, {"role": "assistant", "content": words(at + 3)}
             made.append({"images": pictures, "messages": [user, assistant, *again]})
     return made
+
+
+def sound(seed: int) -> np.ndarray:
+    """Half a second of noise."""
+    return np.random.default_rng(seed).normal(size=8000).astype(np.float32)
+
+
+def hearing(seed: int = 1) -> tuple[Any, Any, set[int]]:
+    """Qwen2-Audio with random weights, its processor, and the ids that are neither prompt nor response."""
+    set_seed(seed)
+    special = ["<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"]
+    made = tokenizer(special, special[1])
+    features = transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1, n_fft=400)
+    processor = transformers.Qwen2AudioProcessor(features, made, chat_template=made.chat_template)
+    config = transformers.Qwen2AudioConfig(
+        text_config={**TEXT, "model_type": "qwen2", "vocab_size": len(made)},
+        audio_config={
+            "d_model": 16,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 24,
+            "num_mel_bins": 8,
+            "max_source_positions": 50,
+        },
+        audio_token_index=made.convert_tokens_to_ids("<|AUDIO|>"),
+    )
+    model = transformers.Qwen2AudioForConditionalGeneration(config)
+    return model, processor, set(made.convert_tokens_to_ids(special))

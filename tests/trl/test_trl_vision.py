@@ -1,61 +1,17 @@
 """Models that also see, in the real `SFTTrainer`: each step is the formula's, computed from the batch in float64."""
 
+import numpy as np
 import pytest
 import torch
-import transformers
 from datasets import Dataset, Features, Image, List, Value
 from packaging.version import Version
 from peft import LoraConfig
-from support import all_relative_error, from_dataset, reference_step
+from support import all_relative_error, from_dataset, plain_copy, reference_step
 from trlcases import TRL
 from trlkit import LEARNING_RATE, logs, sft_trainer, weights_of
-from visionkit import SEEING, rows, seeing, weighted_step
+from trlvisionkit import MESSAGES, assert_step_is_exact, batches_of, data, vision_trainer
+from visionkit import SEEING, hearing, rows, sound, weighted_step, words
 from wit_trl import WITCallback
-
-MESSAGES = List({"role": Value("string"), "content": Value("string")})
-FEATURES = {
-    "prompt-completion": Features({"images": List(Image()), "prompt": MESSAGES, "completion": MESSAGES}),
-    "messages": Features({"images": List(Image()), "messages": MESSAGES}),
-}
-
-
-def data(images, form="prompt-completion", seed=0):
-    return Dataset.from_list(rows(images, form, seed), features=FEATURES[form])
-
-
-def vision_trainer(tmp_path, name, dataset, trainer_kwargs=None, dtype=torch.float32, **args):
-    model, processor, special = seeing(name)
-    model = model.to(dtype)
-    settings = {"max_length": None, **args}
-    trainer = sft_trainer(
-        tmp_path, dataset, model, {"processing_class": processor, **(trainer_kwargs or {})}, **settings
-    )
-    return trainer, special
-
-
-def batches_of(trainer):
-    """What TRL's own collator makes of the dataset, in order: no weights are attached yet."""
-    size, dataset = trainer.args.per_device_train_batch_size, trainer.train_dataset
-    indices = range(0, len(dataset), size)
-    return [trainer.data_collator([dict(dataset[i]) for i in range(at, min(at + size, len(dataset)))]) for at in indices]
-
-
-def assert_step_is_exact(trainer, special, prompt_weight=0.2, response_weight=0.8, **settings):
-    """One epoch that is one step long. Returns the number of tokens that count."""
-    assert not any("weighted_labels" in batch for batch in batches_of(trainer))
-    loss, grads, count = weighted_step(trainer.model, batches_of(trainer), special, prompt_weight, response_weight)
-    before = weights_of(trainer)
-    trainer.add_callback(
-        WITCallback(trainer, prompt_weight=prompt_weight, response_weight=response_weight, **settings)
-    )
-    trainer.train()
-    assert trainer.state.global_step == 1
-    assert logs(trainer)[0] == pytest.approx(loss, rel=1e-5)
-    after = weights_of(trainer)
-    taken = {n: (before[n] - after[n]) / LEARNING_RATE for n in grads}
-    assert all_relative_error(taken, grads) < 1e-4
-    assert all(torch.equal(before[n], after[n]) for n in before.keys() - grads.keys())
-    return count
 
 
 @pytest.mark.parametrize("loss_impl", ["fused", "logits"])
@@ -94,7 +50,8 @@ def test_lora_on_the_language_model(tmp_path, name, loss_impl):
         gradient_accumulation_steps=2,
     )
     trained = list(weights_of(trainer))
-    assert trained and all("language_model" in n and "lora" in n for n in trained)
+    assert trained
+    assert all("language_model" in n and "lora" in n for n in trained)
     assert_step_is_exact(trainer, special, loss_impl=loss_impl)
 
 
@@ -109,7 +66,7 @@ def test_a_part_that_is_frozen(tmp_path, frozen):
     assert_step_is_exact(trainer, special)
 
 
-@pytest.mark.skipif(TRL < Version("1.16"), reason="TRL 1.9 has no assistant_only_loss with images")
+@pytest.mark.skipif(Version("1.16") > TRL, reason="TRL 1.9 has no assistant_only_loss with images")
 @pytest.mark.parametrize("name", ["Qwen2_5_VL", "Llava"])
 def test_conversations_of_which_every_answer_is_response(tmp_path, name):
     trainer, special = vision_trainer(tmp_path, name, data([1, 2, 1], "messages"), assistant_only_loss=True)
@@ -129,13 +86,15 @@ def test_prompts_and_completions_that_are_texts(tmp_path):
 
 
 def test_one_image_in_the_column_image(tmp_path):
-    made = [{"image": row["images"][0], "prompt": row["prompt"], "completion": row["completion"]} for row in rows([1, 1])]
+    made = [
+        {"image": row["images"][0], "prompt": row["prompt"], "completion": row["completion"]} for row in rows([1, 1])
+    ]
     features = Features({"image": Image(), "prompt": MESSAGES, "completion": MESSAGES})
     trainer, special = vision_trainer(tmp_path, "Qwen2VL", Dataset.from_list(made, features=features))
     assert_step_is_exact(trainer, special)
 
 
-PACKS = pytest.param(True, marks=pytest.mark.skipif(TRL < Version("1.16"), reason="TRL 1.9 packs nothing for them"))
+PACKS = pytest.param(True, marks=pytest.mark.skipif(Version("1.16") > TRL, reason="TRL 1.9 packs nothing for them"))
 
 
 @pytest.mark.parametrize("packing", [False, PACKS])
@@ -168,8 +127,8 @@ def test_other_weights(tmp_path, prompt_weight, response_weight):
 def test_ten_steps_equal_trl_itself(tmp_path):
     """(0, 1) is TRL's training on the completions: step for step, with the images in a new order each epoch.
 
-    A small model that sees has steep places, where rounding grows from step to step. So the model is float64; TRL's head
-    computes in float32 all the same.
+    A small model that sees has steep places, where rounding grows from step to step. So the model is float64; TRL's
+    head computes in float32 all the same.
     """
     args = {"max_steps": 10, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 0.01}
     own, _ = vision_trainer(tmp_path, "Qwen2VL", data([1, 0, 2, 1, 1, 3]), dtype=torch.float64, **args)
@@ -201,3 +160,71 @@ def test_evaluation_logs_both_roles(tmp_path):
     trainer.add_callback(WITCallback(trainer, prompt_weight=0.2, response_weight=0.8))
     metrics = trainer.evaluate()
     assert {name: metrics[f"eval_{name}"] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_stream(tmp_path):
+    """Nothing of it is read before training; its first rows are looked at as they come by."""
+    rows_of_it = data([1, 0, 2, 1])
+    trainer, special = vision_trainer(tmp_path, "Qwen2VL", rows_of_it.to_iterable_dataset(), max_steps=1)
+    batch = trainer.data_collator([dict(row) for row in rows_of_it])
+    loss, grads, _ = weighted_step(trainer.model, [batch], special, 0.2, 0.8)
+    before = weights_of(trainer)
+    trainer.add_callback(WITCallback(trainer, prompt_weight=0.2, response_weight=0.8))
+    trainer.train()
+    assert logs(trainer)[0] == pytest.approx(loss, rel=1e-5)
+    taken = {n: (before[n] - p) / LEARNING_RATE for n, p in weights_of(trainer).items() if n in grads}
+    assert all_relative_error(taken, grads) < 1e-4
+
+
+def test_spans(tmp_path):
+    """A word of the answers weighs three times; its loss is logged."""
+    trainer, special = vision_trainer(tmp_path, "Llava", data([1, 1, 2]))
+    (batch,) = batches_of(trainer)
+    word = batch["input_ids"][0, batch["labels"][0] != -100][1].item()
+    text = trainer.processing_class.tokenizer.decode([word])
+    model = plain_copy(trainer.model)
+    log_probs = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.log_softmax(-1)
+    total, count, of_word = 0.0, 0, []
+    for row, ids in enumerate(batch["input_ids"].tolist()):
+        for t in range(1, int(batch["attention_mask"][row].sum())):
+            if ids[t] in special:
+                continue
+            nll, response = -log_probs[row, t - 1, ids[t]].item(), bool(batch["labels"][row, t] != -100)
+            of_word += [nll] if response and ids[t] == word else []
+            total += (0.8 if response else 0.2) * (3 if response and ids[t] == word else 1) * nll
+            count += 1
+    spans = [{"match": rf"\b{text}\b", "role": "response", "weight": 3.0, "name": "word"}]
+    trainer.add_callback(WITCallback(trainer, prompt_weight=0.2, response_weight=0.8, strategies={"spans": spans}))
+    trainer.train()
+    assert logs(trainer)[0] == pytest.approx(total / count, rel=1e-5)
+    assert logs(trainer, "response_loss/word")[0] == pytest.approx(sum(of_word) / len(of_word), rel=1e-5)
+    assert logs(trainer, "response_tokens/word")[0] == len(of_word)
+
+
+def test_sound_by_a_collator_of_ones_own(tmp_path):
+    """TRL reads no sound by itself: a collator does, and `skip_prepare_dataset` has TRL leave the rows to it."""
+    model, processor, special = hearing()
+    made = [{"sound": sound(i).tolist(), "question": words(i), "answer": words(100 + i)} for i in range(4)]
+    made[2]["sound"] = []
+
+    def collate(examples):
+        heard = "<|audio_bos|><|AUDIO|><|audio_eos|>"
+        texts = [f"<u> {heard if e['sound'] else ''} {e['question']} <a> {e['answer']} <end>" for e in examples]
+        audio = [np.array(e["sound"], dtype=np.float32) for e in examples if e["sound"]]
+        batch = processor(text=texts, audio=audio or None, sampling_rate=16000, return_tensors="pt", padding=True)
+        labels = batch["input_ids"].clone()
+        for row, ids in enumerate(labels.tolist()):
+            labels[row, : ids.index(processor.tokenizer.convert_tokens_to_ids("<a>")) + 1] = -100
+        labels[batch["attention_mask"] == 0] = -100
+        return {**batch, "labels": labels}
+
+    trainer = sft_trainer(
+        tmp_path,
+        Dataset.from_list(made),
+        model,
+        {"processing_class": processor, "data_collator": collate},
+        max_length=None,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    assert_step_is_exact(trainer, special)

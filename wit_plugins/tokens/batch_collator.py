@@ -1,7 +1,7 @@
 """Codes from the batch: for frameworks that tokenise in the collator, as they do where pictures are read there.
 
-Such examples have no ids and no labels before the collator, so nothing can travel through it. Its batch has both, row by
-row, and each row is read as an example is otherwise. The labels must come out of the codes as the collator made them.
+Such examples have no ids and no labels before the collator, so nothing can travel through it. Its batch has both, row
+by row, and each row is read as an example is otherwise.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from wit_plugins.errors import BadExampleError, WeightsNotAppliedError
-from wit_plugins.tokens.codes import framework_labels
 from wit_plugins.tokens.collator import CODES_KEY, WeightedCollator
+from wit_plugins.tokens.roles import IGNORE_INDEX
 from wit_plugins.tokens.span_bits import SPANS_KEY
 
 # What is said of single tokens. A row is one document, unless its positions begin anew.
@@ -32,7 +32,8 @@ class BatchCollator(WeightedCollator):
         """Collate examples into a batch.
 
         Raises:
-            WeightsNotAppliedError: if the batch has no two-dimensional `input_ids` and `labels` of the same shape.
+            WeightsNotAppliedError: if the batch has no two-dimensional `input_ids` and `labels` of the same shape, or
+                a label is not its token's own id.
             BadExampleError: if a row cannot be trained on; it is named by its place in the batch.
         """
         batch = self.collator(features, *args, **kwargs)
@@ -47,11 +48,6 @@ class BatchCollator(WeightedCollator):
             codes.append(own)
             bits.append(spans)
         batch[CODES_KEY] = torch.from_numpy(np.stack(codes))
-        if not torch.equal(framework_labels(batch[CODES_KEY]), batch["labels"].to(torch.int64).cpu()):
-            raise WeightsNotAppliedError(
-                f"{type(self.collator).__name__} makes labels that are not those of its tokens, so the weights would be "
-                "wrong; use a collator whose labels are the ids of input_ids, or -100"
-            )
         if self.strategies.logged_spans:
             batch[SPANS_KEY] = torch.from_numpy(np.stack(bits))
         return batch
@@ -65,14 +61,20 @@ def rows_of(batch: Mapping[str, Any], made_by: str) -> list[dict[str, np.ndarray
         made_by (`str`): the collator's name, for messages.
 
     Raises:
-        WeightsNotAppliedError: if there are none of these, or `shift_labels`.
+        WeightsNotAppliedError: if there are none of these, or `shift_labels`, or a label is not its token's own id.
     """
-    ids, labels = batch.get("input_ids"), batch.get("labels")
+    ids: Any = batch.get("input_ids")
+    labels: Any = batch.get("labels")
     shapes = [tuple(each.shape) if isinstance(each, torch.Tensor) else None for each in (ids, labels)]
     if None in shapes or shapes[0] != shapes[1] or len(shapes[0] or ()) != 2 or "shift_labels" in batch:
         raise WeightsNotAppliedError(
             f"{made_by} returns input_ids of shape {shapes[0]} and labels of shape {shapes[1]}, where weights need two "
             "tensors of the same shape, a row an example, and no shift_labels"
+        )
+    if bool(((labels != IGNORE_INDEX) & (labels != ids)).any()):
+        raise WeightsNotAppliedError(
+            f"{made_by} makes labels that are not the ids of their tokens (shifted ones, say), so it cannot be told "
+            "what is prompt; use a collator whose labels are input_ids, or -100 where a token is masked"
         )
     found = {}
     for name in _COLUMNS:

@@ -126,8 +126,8 @@ def locate(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Each token's document and its position in the document. Runs on any device and does not synchronise.
 
     A document's first token has no role, because nothing predicts it. All other tokens of a document have a role, are
-    left out, or stand for pixels or sound. So documents can be told apart however a collator has arranged them: one a row, packed, padded on either
-    side.
+    left out, or stand for pixels or sound. So documents can be told apart however a collator has arranged them: one a
+    row, packed, padded on either side.
 
     Args:
         codes (`torch.Tensor`): int64 `[B, L]`.

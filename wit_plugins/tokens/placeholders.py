@@ -1,8 +1,9 @@
 """Placeholders: the tokens that stand for pixels or sound, which are neither prompt nor response.
 
-A model that also sees or hears reads a row of ids in which each picture is a run of the same id. The model puts what it
-has seen in the place of each of them. Nothing meaningful predicts such a token, so it weighs nothing and is not counted,
-however many of them a large picture has. The same holds for the *marks* around it, which a processor writes by itself.
+A model that also sees or hears reads a row of ids in which each picture is a run of the same id. The model puts what
+it has seen in the place of each of them. Nothing meaningful predicts such a token, so it weighs nothing and is not
+counted, however many of them a large picture has. The same holds for the *marks* around it, which a processor writes by
+itself.
 
 Which ids these are is written in the model's configuration, and in its processor. Nothing of this module is imported
 for a model that reads text alone.
@@ -115,7 +116,7 @@ def _unknown(model: Any, part: str, kinds: tuple[str, ...], processor: Any) -> s
     looked = f"{', '.join(names)} in {type(model.config).__name__}"
     looked += f", and {', '.join(f'{kind}_token' for kind in kinds)} in {type(processor).__name__}"
     return (
-        f"{type(model).__name__} has a {part}, and nothing says which tokens stand for what it sees or hears (looked for "
-        f"{looked}), so that these would be weighed as prompt; give the trainer the model's own processor as "
+        f"{type(model).__name__} has a {part}, and nothing says which tokens stand for what it sees or hears (looked "
+        f"for {looked}), so that these would be weighed as prompt; give the trainer the model's own processor as "
         "processing_class, or train the text model alone"
     )

@@ -82,8 +82,8 @@ def _check(trainer: Any, config: WITConfig, strategies: ActiveStrategies) -> Non
             f"verify = {config.verify}: {_WHY}, and what `wit verify` keeps of a step are its texts; set verify to 0"
         )
     refused = {
-        "reads scores from a folder, which are found again by a document's ids, and those do not say which image stands "
-        "beside them": needs.references if needs.reference is not None else (),
+        "reads scores from a folder, which are found by a document's ids, and ids do not say which image stands beside "
+        "them": needs.references if needs.reference is not None else (),
         "loads a second model, which is done for models that read text alone": (
             needs.anchors if needs.anchor_model is not None else ()
         ),
