@@ -16,6 +16,7 @@ from packaging.version import Version
 from PIL import Image
 from support import plain_copy, word_tokenizer
 from transformers import set_seed
+from transformers.utils import is_torchvision_available
 
 WORDS = [f"w{i:02d}" for i in range(40)]
 TEXT: dict[str, Any] = {
@@ -31,6 +32,7 @@ TEXT: dict[str, Any] = {
     "eos_token_id": 1,
 }
 SIGHT: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+_V5 = Version(transformers.__version__).major >= 5
 _TURNS = ["<u>", "<a>", "<end>"]
 
 
@@ -68,13 +70,16 @@ def _image_processor(name: str) -> Any:
     return getattr(transformers, f"{name}ImageProcessorPil", None) or getattr(transformers, f"{name}ImageProcessor")
 
 
-def _qwen(name: str) -> tuple[Any, Any, set[str]]:
+def _qwen(name: str, words: Any = None) -> tuple[Any, Any, set[str]]:
     special = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    words = tokenizer(special, "<|vision_start|><|image_pad|><|vision_end|>")
+    words = words or tokenizer(special, "<|vision_start|><|image_pad|><|vision_end|>")
     images = _image_processor("Qwen2VL")(patch_size=4, merge_size=2, min_pixels=64, max_pixels=512)
-    processor = _without_video(getattr(transformers, f"{name}Processor"))(
-        images, words, None, chat_template=words.chat_template
-    )
+    kind = getattr(transformers, f"{name}Processor")
+    if is_torchvision_available():
+        video = transformers.Qwen2VLVideoProcessor(patch_size=4, merge_size=2, min_pixels=64, max_pixels=512)
+        processor = kind(images, words, video, chat_template=words.chat_template)
+    else:
+        processor = _without_video(kind)(images, words, None, chat_template=words.chat_template)
     sight: dict[str, Any] = {
         "depth": 2,
         "hidden_size": 16,
@@ -98,10 +103,11 @@ def _qwen(name: str) -> tuple[Any, Any, set[str]]:
             "deepstack_visual_indexes": [0],
         },
     }[name]
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    rope = {"rope_parameters": rope} if _V5 else {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
     ids = {word: words.convert_tokens_to_ids(word) for word in special}
     config = getattr(transformers, f"{name}Config")(
-        text_config={**TEXT, "vocab_size": len(words), "rope_parameters": rope, "head_dim": 8},
+        text_config={**TEXT, "vocab_size": len(words), "head_dim": 8, **rope},
         vision_config={**sight, **own},
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -112,8 +118,8 @@ def _qwen(name: str) -> tuple[Any, Any, set[str]]:
     return getattr(transformers, f"{name}ForConditionalGeneration")(config), processor, set(special)
 
 
-def _llava(name: str) -> tuple[Any, Any, set[str]]:
-    words = tokenizer(["<image>"], "<image>")
+def _llava(name: str, words: Any = None) -> tuple[Any, Any, set[str]]:
+    words = words or tokenizer(["<image>"], "<image>")
     images = _image_processor("CLIP")(size={"height": 16, "width": 16}, crop_size={"height": 16, "width": 16})
     processor = transformers.LlavaProcessor(
         images,
@@ -132,9 +138,9 @@ def _llava(name: str) -> tuple[Any, Any, set[str]]:
     return transformers.LlavaForConditionalGeneration(config), processor, {"<image>"}
 
 
-def _gemma3(name: str) -> tuple[Any, Any, set[str]]:
+def _gemma3(name: str, words: Any = None) -> tuple[Any, Any, set[str]]:
     special = ["<start_of_image>", "<end_of_image>", "<image_soft_token>"]
-    words = tokenizer(special, "<start_of_image>")
+    words = words or tokenizer(special, "<start_of_image>")
     words.boi_token, words.eoi_token, words.image_token = special
     words.image_token_id, words.boi_token_id = (words.convert_tokens_to_ids(special[i]) for i in (2, 0))
     images = _image_processor("Gemma3")(size={"height": 16, "width": 16})
@@ -156,10 +162,10 @@ def _gemma3(name: str) -> tuple[Any, Any, set[str]]:
     return transformers.Gemma3ForConditionalGeneration(config), processor, set(special)
 
 
-def _idefics(name: str) -> tuple[Any, Any, set[str]]:
+def _idefics(name: str, words: Any = None) -> tuple[Any, Any, set[str]]:
     pieces = [f"<row_{row}_col_{col}>" for row in (1, 2) for col in (1, 2)]
     special = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *pieces]
-    words = tokenizer(special, "<image>")
+    words = words or tokenizer(special, "<image>")
     # SmolVLM's processor makes the same of images, and needs a package for words of numbers.
     images = _image_processor("Idefics3")(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
     processor = transformers.Idefics3Processor(images, words, image_seq_len=4, chat_template=words.chat_template)
@@ -174,9 +180,9 @@ def _idefics(name: str) -> tuple[Any, Any, set[str]]:
     return model, processor, set(special) - {"<end_of_utterance>"}
 
 
-def _internvl(name: str) -> tuple[Any, Any, set[str]]:
+def _internvl(name: str, words: Any = None) -> tuple[Any, Any, set[str]]:
     special = ["<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
-    words = tokenizer(special, "<IMG_CONTEXT>")
+    words = words or tokenizer(special, "<IMG_CONTEXT>")
     words.start_image_token, words.end_image_token, words.context_image_token, words.video_token = special
     words.start_image_token_id, words.end_image_token_id, words.context_image_token_id = words.convert_tokens_to_ids(
         special[:3]
@@ -210,10 +216,16 @@ _NEEDS_PIL = {"Idefics3", "SmolVLM"} if Version(transformers.__version__) < Vers
 SEEING = [name for name in _MAKERS if name not in _NEEDS_PIL]
 
 
-def seeing(name: str, seed: int = 1) -> tuple[Any, Any, set[int]]:
-    """A model with random weights, its processor, and the ids that are neither prompt nor response."""
+def seeing(name: str, seed: int = 1, words: Any = None) -> tuple[Any, Any, set[int]]:
+    """A model with random weights, its processor, and the ids that are neither prompt nor response.
+
+    Args:
+        name (`str`): one of `SEEING`.
+        seed (`int`): of the weights.
+        words (`PreTrainedTokenizerFast`, *optional*): has the architecture's special tokens; by default one of words.
+    """
     set_seed(seed)
-    model, processor, special = _MAKERS[name](name)
+    model, processor, special = _MAKERS[name](name, words)
     assert processor.tokenizer.pad_token_id == 0
     return model, processor, set(processor.tokenizer.convert_tokens_to_ids(sorted(special)))
 
@@ -285,11 +297,11 @@ def sound(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=8000).astype(np.float32)
 
 
-def hearing(seed: int = 1) -> tuple[Any, Any, set[int]]:
+def hearing(seed: int = 1, words: Any = None) -> tuple[Any, Any, set[int]]:
     """Qwen2-Audio with random weights, its processor, and the ids that are neither prompt nor response."""
     set_seed(seed)
     special = ["<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"]
-    made = tokenizer(special, special[1])
+    made = words or tokenizer(special, special[1])
     features = transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1, n_fft=400)
     processor = transformers.Qwen2AudioProcessor(features, made, chat_template=made.chat_template)
     config = transformers.Qwen2AudioConfig(

@@ -52,7 +52,7 @@ def test_the_script(workplace):
 def test_the_command(workplace):
     Path("data").mkdir()
     data([1, 2, 1]).to_parquet("data/train.parquet")
-    (shown,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    shown, *_ = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     config = {**ARGS, **yaml.safe_load(shown)}
     assert config["max_length"] is None
     Path("sft.yaml").write_text(yaml.safe_dump({**config, "model_name_or_path": "model"}))

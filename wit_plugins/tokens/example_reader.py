@@ -209,12 +209,12 @@ class ExampleReader:
         )
 
 
-def placeholders_of(model: Any, processor: Any) -> Placeholders | None:
+def placeholders_of(model: Any, processor: Callable[[], Any]) -> Placeholders | None:
     """Which ids stand for pixels or sound, for a model that has more than a text model in it; for others `None`.
 
     Args:
         model (`nn.Module`): the unwrapped model.
-        processor: the trainer's `processing_class`.
+        processor (`Callable`): gives the model's processor, or at least its tokenizer.
 
     Raises:
         WITConfigError: if it cannot be found out.
@@ -224,7 +224,7 @@ def placeholders_of(model: Any, processor: Any) -> Placeholders | None:
         return None
     from wit_plugins.tokens.placeholders import find_placeholders
 
-    return find_placeholders(model, processor)
+    return find_placeholders(model, processor())
 
 
 def _leading(flags: np.ndarray) -> int:

@@ -204,7 +204,7 @@ def example_reader(trainer: Trainer, adapter: TrainerAdapter) -> ExampleReader:
         columns=_kept_columns(trainer),
         own_view=adapter.read_example,
         tokenizer=getattr(processor, "tokenizer", processor),
-        placeholders=placeholders_of(model, processor),
+        placeholders=placeholders_of(model, functools.partial(adapter.processor, trainer)),
     )
 
 

@@ -72,7 +72,7 @@ class WeightedLoop:
             head_size=getattr(base.get_output_embeddings(), "out_features", None),
             pad_token_id=getattr(tokenizer, "pad_token_id", None),
             tokenizer=tokenizer,
-            placeholders=placeholders_of(base, tokenizer),
+            placeholders=placeholders_of(base, lambda: tokenizer),
         )
         if self._reader.placeholders is not None:
             self.head.remove()

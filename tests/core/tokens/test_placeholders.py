@@ -77,7 +77,7 @@ def example(*images, text="w01 w02"):
 
 
 def collator(model, processor, strategies=None):
-    reader = ExampleReader(placeholders=placeholders_of(model, processor))
+    reader = ExampleReader(placeholders=find_placeholders(model, processor))
     return BatchCollator(Collate(processor), ActiveStrategies(strategies or WIT), reader, processor.tokenizer)
 
 
@@ -148,8 +148,8 @@ def test_ids_beyond_the_vocabulary_stand_for_something():
 
 def test_text_models_have_none():
     model = llama()
-    assert placeholders_of(model, None) is None
-    assert placeholders_of(seeing("Gemma3")[0].model.language_model, None) is None
+    assert placeholders_of(model, lambda: None) is None
+    assert placeholders_of(seeing("Gemma3")[0].model.language_model, lambda: None) is None
 
 
 def test_a_model_of_which_nobody_knows():
@@ -161,7 +161,7 @@ def test_a_model_of_which_nobody_knows():
         "video_token_id, video_token_index in LlavaConfig.*in NoneType.*processing_class, or train the text model"
     )
     with pytest.raises(WITConfigError, match=message):
-        placeholders_of(model, None)
+        placeholders_of(model, lambda: None)
     assert find_placeholders(model, processor).kinds == {3: "image"}  # the processor says it, too
 
 
@@ -169,7 +169,7 @@ def test_a_model_that_sees_and_hears_needs_both():
     model, processor, _ = seeing("Llava")
     model.config.audio_config = transformers.WhisperConfig()
     with pytest.raises(WITConfigError, match="has a audio_config.*looked for audio_token_id"):
-        placeholders_of(model, processor)
+        placeholders_of(model, lambda: processor)
 
 
 def test_labels_that_are_not_those_of_the_tokens():
