@@ -6,7 +6,7 @@ by row, and each row is read as an example is otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -84,22 +84,32 @@ def rows_of(batch: Mapping[str, Any], made_by: str) -> list[dict[str, np.ndarray
     return [{name: values[index] for name, values in found.items()} for index in range(len(found["labels"]))]
 
 
-class CollatedExamples:
-    """A dataset whose examples are tokenised by a collator, seen as a dataset of tokenised ones.
+class CollatedStream:
+    """Examples that are tokenised by a collator, seen as tokenised ones, one by one.
 
     Args:
-        dataset: with a length and an order.
+        dataset: the framework's examples.
         collator (`Callable`): the framework's own.
     """
 
     def __init__(self, dataset: Any, collator: Callable[..., Any]) -> None:
         self.dataset, self.collator = dataset, collator
 
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self._tokenised(example) for example in self.dataset)
+
+    def _tokenised(self, example: Mapping[str, Any]) -> dict[str, Any]:
+        batch = self.collator([dict(example)])  # a collator may change the example that it is given
+        if batch.get("labels") is None:
+            return {"input_ids": batch.get("input_ids")}
+        return dict(rows_of(batch, type(self.collator).__name__)[0])
+
+
+class CollatedExamples(CollatedStream):
+    """The same for a dataset with a length and an order."""
+
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        batch = self.collator([dict(self.dataset[index])])  # a collator may change the example that it is given
-        if batch.get("labels") is None:
-            return {"input_ids": batch.get("input_ids")}
-        return dict(rows_of(batch, type(self.collator).__name__)[0])
+        return self._tokenised(self.dataset[index])
