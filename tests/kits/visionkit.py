@@ -141,8 +141,9 @@ def _llava(name: str, words: Any = None) -> tuple[Any, Any, set[str]]:
 def _gemma3(name: str, words: Any = None) -> tuple[Any, Any, set[str]]:
     special = ["<start_of_image>", "<end_of_image>", "<image_soft_token>"]
     words = words or tokenizer(special, "<start_of_image>")
-    words.boi_token, words.eoi_token, words.image_token = special
-    words.image_token_id, words.boi_token_id = (words.convert_tokens_to_ids(special[i]) for i in (2, 0))
+    if not hasattr(words, "boi_token"):
+        words.boi_token, words.eoi_token, words.image_token = special
+        words.image_token_id, words.boi_token_id = (words.convert_tokens_to_ids(special[i]) for i in (2, 0))
     images = _image_processor("Gemma3")(size={"height": 16, "width": 16})
     processor = transformers.Gemma3Processor(images, words, image_seq_length=4, chat_template=words.chat_template)
     config = transformers.Gemma3Config(

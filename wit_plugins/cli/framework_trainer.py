@@ -94,9 +94,14 @@ def reads_raw_rows(trainer: Any) -> bool:
     return isinstance(first, Mapping) and "input_ids" not in first
 
 
+def tokenises_late(collator: WeightedCollator) -> bool:
+    """Whether the collator below is what tokenises."""
+    return type(collator) is not WeightedCollator
+
+
 def tokenised(rows: Any, collator: WeightedCollator) -> Any:
     """Rows as `wit` shows them: of a dataset that is tokenised in the collator, what comes out of it."""
-    if type(collator) is WeightedCollator:
+    if not tokenises_late(collator):
         return rows
     from wit_plugins.tokens.batch_collator import CollatedExamples, CollatedStream
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from wit_plugins.config import WITConfig
 from wit_plugins.contract.active import ActiveStrategies
+from wit_plugins.data_weights.reader import DataWeights
 from wit_plugins.errors import WITConfigError
 from wit_plugins.tokens.batch_collator import BatchCollator, CollatedExamples
 from wit_plugins.tokens.collator import WeightedCollator
@@ -45,11 +46,40 @@ def prepare(
     if not _tokenises_late(trainer, adapter):
         return WeightedCollator, reader, dataset
     _check_late(strategies)
+    for name in ("train_dataset", "eval_dataset"):
+        _check_no_weights(config, name, getattr(trainer, name, None))
     # A row of a batch is as the collator made it: no columns to leave out, and nothing for the framework to view.
     reader = replace(reader, columns=None, own_view=None, cuts_documents=False, needs_prepared=False)
     if dataset is None or not can_be_read_again(dataset):
         return BatchCollator, reader, dataset
     return BatchCollator, reader, CollatedExamples(dataset, trainer.data_collator)
+
+
+def _check_no_weights(config: WITConfig, name: str, dataset: Any) -> None:
+    """Refuse weights that stand in the data, which nobody reads where the framework tokenises in its collator."""
+    if isinstance(dataset, Mapping):
+        for each, own in dataset.items():
+            _check_no_weights(config, f"{name} {each}", own)
+        return
+    data, features = DataWeights(config, None), getattr(dataset, "features", None)
+    if not data.active or not features:
+        return
+    found, unclear = data.weighted_columns(features, list(features))
+    if data.sample_key in features:
+        found.append(f"column {data.sample_key}")
+    if not found and unclear and can_be_read_again(dataset):
+        for row in dataset.select_columns(unclear):
+            columns = [value for value in row.values() if isinstance(value, list)]
+            messages = [each for column in columns for each in column if isinstance(each, Mapping)]
+            if data.says_something(row, messages):
+                found = unclear
+                break
+    if found:
+        raise WITConfigError(
+            f"weights stand in {name} ({', '.join(found)}), which is tokenised in the collator, where weights "
+            "of messages, parts and samples are not read; leave them out: message_weight_keys: [], sample_weight_key: "
+            "null; the strategy spans weighs parts of the text"
+        )
 
 
 def _tokenises_late(trainer: Any, adapter: TrainerAdapter) -> bool:
