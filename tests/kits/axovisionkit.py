@@ -36,7 +36,7 @@ def tokenizer() -> Any:
 
 
 class Batches(BasePlugin):
-    """A plugin of Axolotl's that keeps the trainer, the model as it was, and what its own collator makes of the data."""
+    """A plugin that keeps the trainer, the model as it was, and what Axolotl's own collator makes of the data."""
 
     last: Batches | None = None
 

@@ -2,13 +2,14 @@
 
 import pytest
 import wit_trl
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from peft import LoraConfig
 from trlvisionkit import data, vision_trainer
 from visionkit import rows, seeing
 from wit_trl import WITCallback
 
-from wit_plugins import WITConfigError, attached
+from wit_plugins import WITConfig, WITConfigError, attached
+from wit_plugins.training import multimodal
 
 
 @pytest.mark.parametrize("where", ["message", "sample"])
@@ -82,3 +83,28 @@ def test_attention_to_the_prompt(tmp_path):
     with pytest.raises(WITConfigError, match="sstoken looks at the attention of the last layer.*take it out"):
         WITCallback(trainer, prompt_weight=0.2, strategies={"sstoken": {"rho": 0.5}})
     assert attached(trainer) is None
+
+
+def test_weights_in_a_stream_with_images(tmp_path):
+    """No column says so before; the rows do, as they come by."""
+
+    def generate():
+        for row in rows([1, 1]):
+            row["completion"][0]["weight"] = 0.5
+            yield row
+
+    trainer, _ = vision_trainer(tmp_path, "Llava", IterableDataset.from_generator(generate), max_steps=1)
+    assert trainer.train_dataset.features is None
+    trainer.add_callback(WITCallback(trainer, prompt_weight=0.2))
+    with pytest.raises(WITConfigError, match="weights stand in an example of the data, which is tokenised in the coll"):
+        trainer.train()
+
+
+def test_weights_that_columns_name_in_any_trainer():
+    """The core's own look, for trainers that have no adapter."""
+    look = multimodal._NoWeights(WITConfig(prompt_weight=0.2))
+    look.check("train_dataset", {"one": data([1])})
+    turn = {"role": "user", "content": "w01", "weight": 0.5}
+    for row, found in (({"weight": 2.0}, "column weight"), ({"messages": [turn]}, "messages")):
+        with pytest.raises(WITConfigError, match=f"weights stand in eval_dataset one .*{found}.*tokenised in the coll"):
+            look.check("eval_dataset", {"one": Dataset.from_list([row])})

@@ -26,7 +26,15 @@ class BatchCollator(WeightedCollator):
 
     The batch keeps what the wrapped collator made of it, `labels` included, and gains `weighted_labels` and, if there
     are spans to log, `weighted_spans`: see [`WeightedCollator`].
+
+    Args:
+        collator, strategies, reader, tokenizer: those of [`WeightedCollator`].
+        look (`Callable`, *optional*): is given each example as it is, to refuse what nobody reads behind the collator.
     """
+
+    def __init__(self, *args: Any, look: Callable[[Mapping[str, Any]], None] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.look = look
 
     def __call__(self, features: list[Any], *args: Any, **kwargs: Any) -> Any:
         """Collate examples into a batch.
@@ -36,6 +44,8 @@ class BatchCollator(WeightedCollator):
                 a label is not its token's own id.
             BadExampleError: if a row cannot be trained on; it is named by its place in the batch.
         """
+        for example in features if self.look is not None else ():
+            self.look(example)  # type: ignore[misc]
         batch = self.collator(features, *args, **kwargs)
         if batch.get("labels") is None:
             return batch  # e.g. prediction; a training step without codes stops

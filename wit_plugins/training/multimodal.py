@@ -5,6 +5,7 @@ Nothing of this module is imported for a model that reads text alone.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ _WHY = "the model also sees or hears"
 
 def prepare(
     trainer: Trainer, adapter: TrainerAdapter, config: WITConfig, strategies: ActiveStrategies, reader: ExampleReader
-) -> tuple[type[WeightedCollator], ExampleReader, Any]:
+) -> tuple[Any, ExampleReader, Any]:
     """How the examples of such a model are read: with which collator and reader, and the training examples as read.
 
     Args:
@@ -46,39 +47,55 @@ def prepare(
     if not _tokenises_late(trainer, adapter):
         return WeightedCollator, reader, dataset
     _check_late(strategies)
+    look = _NoWeights(config)
     for name in ("train_dataset", "eval_dataset"):
-        _check_no_weights(config, name, getattr(trainer, name, None))
+        look.check(name, getattr(trainer, name, None))
     # A row of a batch is as the collator made it: no columns to leave out, and nothing for the framework to view.
     reader = replace(reader, columns=None, own_view=None, cuts_documents=False, needs_prepared=False)
+    make = functools.partial(BatchCollator, look=look)
     if dataset is None or not can_be_read_again(dataset):
-        return BatchCollator, reader, dataset
-    return BatchCollator, reader, CollatedExamples(dataset, trainer.data_collator)
+        return make, reader, dataset
+    return make, reader, CollatedExamples(dataset, trainer.data_collator)
 
 
-def _check_no_weights(config: WITConfig, name: str, dataset: Any) -> None:
-    """Refuse weights that stand in the data, which nobody reads where the framework tokenises in its collator."""
-    if isinstance(dataset, Mapping):
-        for each, own in dataset.items():
-            _check_no_weights(config, f"{name} {each}", own)
-        return
-    data, features = DataWeights(config, None), getattr(dataset, "features", None)
-    if not data.active or not features:
-        return
-    found, unclear = data.weighted_columns(features, list(features))
-    if data.sample_key in features:
-        found.append(f"column {data.sample_key}")
-    if not found and unclear and can_be_read_again(dataset):
-        for row in dataset.select_columns(unclear):
-            columns = [value for value in row.values() if isinstance(value, list)]
-            messages = [each for column in columns for each in column if isinstance(each, Mapping)]
-            if data.says_something(row, messages):
-                found = unclear
-                break
-    if found:
-        raise WITConfigError(
-            f"weights stand in {name} ({', '.join(found)}), which is tokenised in the collator, where weights "
-            "of messages, parts and samples are not read; leave them out: message_weight_keys: [], sample_weight_key: "
-            "null; the strategy spans weighs parts of the text"
+class _NoWeights:
+    """Refuses weights that stand in the data, which nobody reads where the framework tokenises in its collator.
+
+    A dataset's columns are looked at before training, and each row as it comes by. It pickles.
+
+    Args:
+        config ([`WITConfig`]): says which keys are read.
+    """
+
+    def __init__(self, config: WITConfig) -> None:
+        self.data = DataWeights(config, None)
+
+    def check(self, name: str, dataset: Any) -> None:
+        """Raise [`WITConfigError`] if the features of a dataset, or of several by name, name weights."""
+        if isinstance(dataset, Mapping):
+            for each, own in dataset.items():
+                self.check(f"{name} {each}", own)
+            return
+        features = getattr(dataset, "features", None)
+        if self.data.active and features:
+            found, _ = self.data.weighted_columns(features, list(features))
+            found += [f"column {self.data.sample_key}"] if self.data.sample_key in features else []
+            if found:
+                raise self._refusal(f"{name} ({', '.join(found)})")
+
+    def __call__(self, example: Mapping[str, Any]) -> None:
+        """Raise [`WITConfigError`] if an example says a weight."""
+        lists = [value for value in example.values() if isinstance(value, list)]
+        messages = [each for value in lists for each in value if isinstance(each, Mapping)]
+        if self.data.active and self.data.says_something(example, messages):
+            raise self._refusal("an example of the data")
+
+    @staticmethod
+    def _refusal(where: str) -> WITConfigError:
+        return WITConfigError(
+            f"weights stand in {where}, which is tokenised in the collator, where weights of messages, parts and "
+            "samples are not read; leave them out: message_weight_keys: [], sample_weight_key: null; the strategy "
+            "spans weighs parts of the text"
         )
 
 

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from datasets import Dataset
 from support import all_relative_error
 from transformers import Trainer, TrainingArguments
 from visionkit import picture, seeing, weighted_step, words
 
-from wit_plugins import WeightedLoop, WITConfig, WITConfigError, attach, attached, detach
+from wit_plugins import WeightedLoop, WITConfig, WITConfigError, attach, detach
 
 RATE = 0.05
 
@@ -59,7 +58,7 @@ def made(tmp_path, data=None, **args):
         remove_unused_columns=False,
         **args,
     )
-    dataset = Dataset.from_list(data or rows())
+    dataset = list(data or rows())
     trainer = Trainer(model, args, Collate(processor), dataset, processing_class=processor)
     return trainer, special
 
@@ -78,16 +77,21 @@ def test_one_step(tmp_path):
     assert isinstance(trainer.data_collator, Collate)
 
 
-def test_weights_in_the_data_are_refused(tmp_path):
-    turns = [{"role": "user", "content": "w01", "weight": 0.5}]
-    for data, found in ((rows(weight=2.0), "column weight"), (rows(messages=turns), "messages")):
-        trainer, _ = made(tmp_path, data)
-        with pytest.raises(
-            WITConfigError, match=f"weights stand in train_dataset .*{found}.*tokenised in the collator"
-        ):
-            attach(trainer, WITConfig(prompt_weight=0.2))
-        assert attached(trainer) is None
-        attach(trainer, WITConfig(prompt_weight=0.2, message_weight_keys=[], sample_weight_key=None))
+@pytest.mark.parametrize("where", ["sample", "message", "part"])
+def test_weights_in_the_data_are_refused(tmp_path, where):
+    """Where no columns can be looked at before, as the rows come by."""
+    weighing = {"weight": 0.5}
+    part = {"type": "text", "text": "w01", **(weighing if where == "part" else {})}
+    turn = {"role": "user", "content": [part], **(weighing if where == "message" else {})}
+    data = rows(messages=[turn], **(weighing if where == "sample" else {}))
+    trainer, _ = made(tmp_path, data)
+    attach(trainer, WITConfig(prompt_weight=0.2))
+    with pytest.raises(WITConfigError, match="weights stand in an example of the data, which is tokenised in the coll"):
+        trainer.train()
+    trainer, _ = made(tmp_path, data)
+    attach(trainer, WITConfig(prompt_weight=0.2, message_weight_keys=[], sample_weight_key=None))
+    trainer.train()
+    assert trainer.state.global_step == 1
 
 
 def test_groups_are_refused(tmp_path):
