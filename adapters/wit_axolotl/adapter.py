@@ -15,10 +15,18 @@ class AxolotlAdapter(TrainerAdapter):
     """
 
     context_parallel = False  # it has ways of its own
-    masking_hint = "leave train_on_inputs at false, and use a dataset type that has a prompt (chat_template, alpaca, …)"
+    masking_hint = (
+        "leave train_on_inputs at false, and use a dataset type that has a prompt (chat_template, alpaca, …); with "
+        "processor_type, name the roles' marks in role_boundaries, without which Axolotl masks images alone"
+    )
 
     def __init__(self) -> None:
         self.framework = f"Axolotl {check_version()}"
+
+    def processor(self, trainer: Any) -> Any:
+        """Its collator of conversations with images has the processor; its trainer has the tokenizer alone."""
+        strategy = getattr(trainer.data_collator, "processing_strategy", None)
+        return getattr(strategy, "processor", None) or super().processor(trainer)
 
     def aux_loss_sums(self, trainer: Any) -> AuxLossSums:
         """Averaged over the ranks: `average_tokens_across_devices` is on for the weights, Axolotl switches it off.

@@ -129,7 +129,6 @@ _REFUSALS: list[tuple[str, Callable[[Any], bool], str]] = [
     ),
     ("liger_use_token_scaling", _true, f"{_NO_LOSS}; take it out, and set wit: strategies: [dft], which does the same"),
     ("kd_trainer", _true, "knowledge distillation replaces the loss; take it or wit out"),
-    ("processor_type", _true, "vision and audio language models are not supported yet; train the text model alone"),
     ("context_parallel_size", _above_one, _CUTS_ROWS),
     ("sequence_parallel_degree", _above_one, _CUTS_ROWS),
     ("context_parallel", _cuts_rows, _CUTS_ROWS),

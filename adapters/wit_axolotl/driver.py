@@ -23,7 +23,7 @@ from wit_plugins import WITConfigError, attached
 from wit_plugins.booleans import is_boolean
 from wit_plugins.cli.configuration import dump
 from wit_plugins.cli.driver import FrameworkDriver, Job, Prepared, Split, run_file
-from wit_plugins.cli.framework_trainer import unattached_collator
+from wit_plugins.cli.framework_trainer import tokenised, tokenises_late, unattached_collator
 from wit_plugins.cli.meta_model import empty_model, resize_embeddings
 from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.foreign import exchanged
@@ -124,8 +124,11 @@ class AxolotlDriver(FrameworkDriver):
             sampler = trainer.get_train_dataloader().batch_sampler
             strategy = str(values.get("excess_length_strategy") or "drop").lower()
             # Nothing may point into the temporary folder when it is gone.
-            splits = _splits(trainer, captured, strategy, bool(trainer.axolotl_cfg.val_set_size))
-            limit = int(trainer.axolotl_cfg.sequence_len)
+            limit: int | None = int(trainer.axolotl_cfg.sequence_len)
+            if tokenises_late(collator):  # and cuts nothing
+                splits, limit = _splits_by_collator(trainer, collator), None
+            else:
+                splits = _splits(trainer, captured, strategy, bool(trainer.axolotl_cfg.val_set_size))
             return Prepared(
                 framework=f"Axolotl {self.version()}",
                 config=config,
@@ -216,7 +219,7 @@ def _build_trainer(path: Path) -> tuple[Any, list[str], list[Any], Any]:
     from axolotl import train
     from axolotl.cli.config import load_cfg
     from axolotl.common.datasets import load_datasets
-    from axolotl.loaders import load_tokenizer
+    from axolotl.loaders import load_processor, load_tokenizer
     from transformers import AutoConfig, Trainer
 
     trainers: list[Any] = []
@@ -226,13 +229,13 @@ def _build_trainer(path: Path) -> tuple[Any, list[str], list[Any], Any]:
         trainers.append(setup_trainer(*args, **kwargs))
         return trainers[-1]
 
-    def without_weights(cfg: Any) -> tuple[Any, Any, None, None]:
+    def without_weights(cfg: Any) -> tuple[Any, Any, None, Any]:
         remote = bool(cfg.trust_remote_code)
         config = AutoConfig.from_pretrained(cfg.base_model_config or cfg.base_model, trust_remote_code=remote)
         model, tokenizer = empty_model(config, trust_remote_code=remote), load_tokenizer(cfg)
         multiple = 32 if cfg.resize_token_embeddings_to_32x else 1
         resize_embeddings(model, len(tokenizer), multiple, bool(cfg.shrink_embeddings))
-        return model, tokenizer, None, None
+        return model, tokenizer, None, load_processor(cfg, tokenizer) if cfg.is_multimodal else None
 
     problems = []
     with (
@@ -301,6 +304,14 @@ def _beginning_as(part: Any, uncut: Any, limit: int) -> Any:
             wanted[key] -= 1
             chosen.append(index)
     return uncut.select(chosen)
+
+
+def _splits_by_collator(trainer: Any, collator: Any) -> dict[str, Split]:
+    """The datasets as they come out of a collator that tokenises."""
+    splits = {"train": Split(tokenised(trainer.train_dataset, collator))}
+    if trainer.eval_dataset is not None:
+        splits["eval"] = Split(tokenised(trainer.eval_dataset, collator))
+    return splits
 
 
 def _splits(trainer: Any, captured: list[Any], strategy: str, splits_off: bool) -> dict[str, Split]:

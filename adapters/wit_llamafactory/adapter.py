@@ -33,6 +33,10 @@ class LlamaFactoryAdapter(TrainerAdapter):
         """Refuse options that replace the loss."""
         check_arguments(vars(trainer.finetuning_args))
 
+    def processor(self, trainer: Any) -> Any:
+        """Its collator has the processor; its trainer has the tokenizer alone."""
+        return getattr(trainer.data_collator, "processor", None) or super().processor(trainer)
+
     def check_data(self, trainer: Any, config: WITConfig) -> None:
         """Say so where the data was tokenised before anybody could read the weights that may stand in it."""
         from wit_llamafactory.patch_data import was_read

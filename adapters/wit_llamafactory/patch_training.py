@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
-from wit_llamafactory.refusals import check_arguments, check_model, check_version
+from wit_llamafactory.refusals import check_arguments, check_version
 from wit_llamafactory.versions import FRAMEWORK, require
 from wit_plugins import WeightsNotAppliedError, WITConfig, WITConfigError
 from wit_plugins.foreign import exchanged
@@ -57,7 +57,6 @@ def install() -> None:
     """
     version = Version(check_version())
     try:
-        from llamafactory.model.loader import load_config
         from llamafactory.train import tuner
         from llamafactory.train.sft import workflow
 
@@ -84,7 +83,6 @@ def install() -> None:
             original(*arguments, callbacks)
             return
         check_arguments({key: value for part in arguments for key, value in vars(part).items()})
-        check_model(model_args.model_name_or_path, load_config(model_args))
         with patch_data.reading_weights(weights.config), _weighted_trainer(workflow, weights):
             original(*arguments, callbacks)
         if weights.trainer is None:

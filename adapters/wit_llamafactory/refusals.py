@@ -65,21 +65,3 @@ def check_arguments(values: Mapping[str, Any]) -> None:
             f"ignore_pad_token_for_loss = {values['ignore_pad_token_for_loss']!r}: padding would be trained on as if "
             "it were response; set it to true"
         )
-
-
-def check_model(name: str | None, config: Any) -> None:
-    """Refuse models that read images, video or sound, before one is loaded.
-
-    Args:
-        name (`str`): `model_name_or_path`.
-        config (`transformers.PreTrainedConfig`): its configuration.
-
-    Raises:
-        WITConfigError: if the model is multimodal.
-    """
-    for part in ("vision_config", "audio_config", "thinker_config"):
-        if getattr(config, part, None) is not None:
-            raise WITConfigError(
-                f"model_name_or_path = {name!r}: its configuration has a {part}; multimodal models are not supported "
-                "yet; train a text model, or take the wit block out"
-            )

@@ -82,10 +82,6 @@ class TRLAdapter(TrainerAdapter):
                 "loss_type = 'dft': it would replace the weighted loss; leave loss_type out and give the weights the "
                 "strategy instead: strategies={'dft': {}}"
             )
-        if trainer._is_vlm:
-            raise WITConfigError(
-                "vision-language models are not supported yet; pass the tokenizer alone as processing_class"
-            )
 
     def check_data(self, trainer: Any, config: WITConfig) -> None:
         """Refuse datasets whose weights TRL has not written into the labels, since nobody asked it to."""
@@ -100,6 +96,10 @@ class TRLAdapter(TrainerAdapter):
         model: Any = causal_lm(trainer)
         if hasattr(model, "router_aux_loss_coef") and (self.fused_head or self.loss_type == "chunked_nll"):
             changes.set(model, "router_aux_loss_coef", model.config.get_text_config().router_aux_loss_coef)
+
+    def tokenises_in_collator(self, trainer: Any) -> bool | None:
+        """TRL tokenises data with images in its collator, and all other data before, whatever the model is."""
+        return True if trainer._is_vision_dataset else None
 
     def read_example(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
         """With its labels opened, and its `attention_mask` cut as TRL cut the ids, which does not look at it."""

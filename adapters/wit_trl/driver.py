@@ -23,6 +23,8 @@ from wit_plugins.cli.framework_trainer import (
     for_looking,
     parser_errors,
     stopping,
+    tokenised,
+    tokenizer_of,
     weighted_collator,
 )
 from wit_plugins.cli.meta_model import empty_model
@@ -96,9 +98,9 @@ class TRLDriver(FrameworkDriver):
         return Prepared(
             framework=f"TRL {self.version()}",
             config=config,
-            tokenizer=trainer.processing_class,
+            tokenizer=tokenizer_of(trainer),
             collator=collator,
-            splits=_splits(trainer, uncut),
+            splits=_splits(trainer, uncut, collator),
             max_length=args.max_length,
             truncation="split"
             if splits_docs
@@ -238,14 +240,15 @@ def _empty_model(model_id: str, **kwargs: Any) -> Any:
     return empty_model(config, kwargs.get("attn_implementation"), bool(kwargs.get("trust_remote_code")))
 
 
-def _splits(trainer: Any, uncut: dict[str, Any]) -> dict[str, Split]:
+def _splits(trainer: Any, uncut: dict[str, Any], collator: Any) -> dict[str, Split]:
     """The datasets as the data loaders hand them to the collator: with the columns that the trainer keeps."""
-    splits = {"train": Split(trainer.get_train_dataloader().dataset, uncut.get("train"))}
+    splits = {"train": Split(tokenised(trainer.get_train_dataloader().dataset, collator), uncut.get("train"))}
     evaluation = trainer.eval_dataset
     if isinstance(evaluation, dict):
         for name in evaluation:
             split = evaluation_split(name)
-            splits[split] = Split(trainer.get_eval_dataloader(name).dataset, uncut.get(split))
+            rows = tokenised(trainer.get_eval_dataloader(name).dataset, collator)
+            splits[split] = Split(rows, uncut.get(split))
     elif evaluation is not None:
-        splits["eval"] = Split(trainer.get_eval_dataloader().dataset, uncut.get("eval"))
+        splits["eval"] = Split(tokenised(trainer.get_eval_dataloader().dataset, collator), uncut.get("eval"))
     return splits

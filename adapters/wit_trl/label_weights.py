@@ -23,7 +23,7 @@ import trl
 from accelerate import PartialState
 from datasets import Dataset, Value
 from packaging.version import Version
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, ProcessorMixin
 
 from wit_plugins import WITConfig, WITConfigError, attached
 from wit_plugins.data_weights.reader import DataWeights
@@ -39,7 +39,7 @@ _RELIED_ON = ('is_processed = "input_ids" in column_names', 'if "labels" not in 
 
 def prepare_dataset(
     dataset: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     args: Any,
     *,
     formatting_func: Callable[..., Any] | None = None,
@@ -70,6 +70,11 @@ def prepare_dataset(
         train_dataset = prepare_dataset(train_dataset, tokenizer, args)
     """
     config = WITConfig.parse({"prompt_weight": 1.0, **settings}, "prepare_dataset")
+    if isinstance(tokenizer, ProcessorMixin):
+        raise WITConfigError(
+            f"prepare_dataset was given a {type(tokenizer).__name__}: weights that stand in data with images are not "
+            "read, since TRL tokenises it in its collator; for text alone give it the processor's tokenizer"
+        )
     check_trl()
     by_name = dict(dataset) if isinstance(dataset, Mapping) else {"train": dataset}
     if not by_name:

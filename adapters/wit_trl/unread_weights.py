@@ -64,6 +64,9 @@ def check(trainer: Any, config: WITConfig) -> None:
     data = DataWeights(config, trainer.processing_class)
     if not data.active:
         return
+    if trainer._is_vision_dataset:
+        _check_no_weights(trainer, data)
+        return
     noted = vars(trainer).get(NOTES)
     for name, dataset in _as_they_are(trainer) if noted is None else noted:
         if isinstance(dataset, Look):
@@ -100,6 +103,22 @@ def _as_they_are(trainer: Any) -> list[tuple[str, Any]]:
                 "dropped the examples of which no response is left; import wit_trl first"
             )
     return [(name, each) for name, each in named if each.column_names is not None]
+
+
+def _check_no_weights(trainer: Any, data: DataWeights) -> None:
+    """Refuse weights in data with images, which TRL tokenises in its collator, where nobody reads them.
+
+    Raises:
+        WITConfigError: naming the dataset and where the weights stand.
+    """
+    for name, dataset in _as_they_are(trainer):
+        if found := found_weights(dataset, data):
+            raise WITConfigError(
+                f"weights stand in the {name} dataset ({', '.join(found)}), which has images: TRL tokenises it in its "
+                "collator, where weights of messages, parts and samples are not read; leave them out: "
+                "message_weight_keys=[], sample_weight_key=None, and no strategy that reads rows; the strategy spans "
+                "weighs parts of the text"
+            )
 
 
 def _check(dataset: Any, data: DataWeights, name: str) -> None:

@@ -30,7 +30,6 @@ PLUGINS = ["axokit.Recorder", "wit_axolotl.WITPlugin"]
         ({"chunked_cross_entropy": True}, "chunked_cross_entropy = True.*take the option out"),
         ({"liger_use_token_scaling": True}, r"liger_use_token_scaling = True.*strategies: \[dft\]"),
         ({"kd_trainer": True}, "kd_trainer = True"),
-        ({"processor_type": "AutoProcessor"}, "processor_type = 'AutoProcessor': vision"),
         ({"context_parallel_size": 2}, "context_parallel_size = 2.*set it to 1"),
         ({"context_parallel": {"size": 2}}, r"context_parallel = \{'size': 2\}.*cuts the labels of a row.*set it to 1"),
         ({"use_dft": True}, r"use_dft = True: it would replace the weighted loss.*strategies: \[dft\]"),

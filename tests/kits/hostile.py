@@ -153,7 +153,6 @@ _AXOLOTL = [
             "chunked_cross_entropy": True,
             "liger_use_token_scaling": True,
             "kd_trainer": True,
-            "processor_type": "AutoProcessor",
             "context_parallel_size": 2,
             "sequence_parallel_degree": 2,
             "tensor_parallel_size": 2,

@@ -151,7 +151,7 @@ def test_the_module_for_other_launchers(tmp_path):
 
 
 def test_the_guide_names_everything_that_is_refused():
-    for key in [*_REFUSED, "ignore_pad_token_for_loss", "USE_V1", "vision_config"]:
+    for key in [*_REFUSED, "ignore_pad_token_for_loss", "USE_V1"]:
         assert key in GUIDE
     assert str(FRAMEWORK.oldest) in GUIDE
 

@@ -8,7 +8,7 @@ import re
 import pytest
 from lfkit import LLAMAFACTORY, Version, WITCallback, place, run, run_command, start_command
 from llamafactory.train.tuner import run_exp
-from transformers import Qwen2VLConfig, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from wit_llamafactory import patch_training
 from wit_llamafactory.refusals import check_arguments
 
@@ -193,13 +193,6 @@ class TestTheCallbackAlone:
         with pytest.raises(WeightsNotAppliedError, match="its weights are not attached"):
             run_exp(workplace.config(output_dir=str(tmp_path)), callbacks=[TakeOff(), weights])
         assert attached(weights.trainer) is None
-
-
-def test_a_multimodal_model_is_refused_by_its_configuration(workplace, tmp_path):
-    """Its weights are not even there."""
-    Qwen2VLConfig().save_pretrained(tmp_path / "vision")
-    with pytest.raises(WITConfigError, match=r"model_name_or_path = '.*vision'.*vision_config.*not supported"):
-        run(workplace.config(model_name_or_path=str(tmp_path / "vision")), (0.4, 0.6))
 
 
 def test_a_cache_without_masking(workplace, tmp_path):

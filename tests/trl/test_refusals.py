@@ -134,13 +134,6 @@ def test_a_custom_loss_function(tmp_path):
         WITCallback(trainer, prompt_weight=0.2)
 
 
-def test_a_vision_language_model(tmp_path):
-    trainer = sft_trainer(tmp_path)
-    trainer._is_vlm = True  # what TRL sets for a processor
-    with pytest.raises(WITConfigError, match="vision-language models are not supported yet.*tokenizer"):
-        WITCallback(trainer, prompt_weight=0.2)
-
-
 def test_another_trainer_of_trl(tmp_path):
     from datasets import Dataset
     from support import llama

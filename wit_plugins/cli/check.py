@@ -41,6 +41,7 @@ def check(driver: FrameworkDriver, job: Job, strict: bool, limit: int | None = N
 
     problems = driver.problems(job)
     found: list[str] = []
+    seen: list[str] = []
     prepared = None
     with quiet(verbose) as screen:
         try:
@@ -60,11 +61,16 @@ def check(driver: FrameworkDriver, job: Job, strict: bool, limit: int | None = N
                 problems.append(str(error))
                 continue
             found += [f"dataset {name}: {text}" for text in warnings(summary, prepared.config, prepared)]
+            if summary.placeholders:
+                listed = ", ".join(f"{kind} {count:,}" for kind, count in summary.placeholders.items())
+                seen.append(f"dataset {name}: tokens that stand for pixels or sound, and weigh nothing: {listed}")
     found = list(dict.fromkeys(found))
     out = console()
     _print(out, "warning", found)
     if problems or prepared is None:
         return refuse(job.name, problems)
+    for line in seen:
+        out.print(Text(line), soft_wrap=True)
     out.print(Text(f"{job.name}: fine for {prepared.framework}, {prepared.config.summary()}"), soft_wrap=True)
     return 1 if strict and found else 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from wit_plugins.config import WITConfig
@@ -74,7 +75,37 @@ def unattached_collator(trainer: Any, collator: Any, strategies: ActiveStrategie
         reader = example_reader(trainer, TrainerAdapter())
     except (AttributeError, NotImplementedError):  # a model that says nothing about its vocabulary
         reader = None
-    return WeightedCollator(collator, strategies, reader, trainer.processing_class)
+    if reader is not None and reader.placeholders is not None and reads_raw_rows(trainer):
+        from wit_plugins.tokens.batch_collator import BatchCollator
+
+        return BatchCollator(collator, strategies, replace(reader, columns=None, own_view=None), reader.tokenizer)
+    return WeightedCollator(collator, strategies, reader, tokenizer_of(trainer))
+
+
+def tokenizer_of(trainer: Any) -> Any:
+    """The trainer's tokenizer; of a processor for more than text, the one in it."""
+    processor = trainer.processing_class
+    return getattr(processor, "tokenizer", processor)
+
+
+def reads_raw_rows(trainer: Any) -> bool:
+    """Whether the rows of a trainer become tokens in its collator."""
+    first = next(iter(trainer.train_dataset), None)
+    return isinstance(first, Mapping) and "input_ids" not in first
+
+
+def tokenises_late(collator: WeightedCollator) -> bool:
+    """Whether the collator below is what tokenises."""
+    return type(collator) is not WeightedCollator
+
+
+def tokenised(rows: Any, collator: WeightedCollator) -> Any:
+    """Rows as `wit` shows them: of a dataset that is tokenised in the collator, what comes out of it."""
+    if not tokenises_late(collator):
+        return rows
+    from wit_plugins.tokens.batch_collator import CollatedExamples, CollatedStream
+
+    return (CollatedExamples if hasattr(rows, "__len__") else CollatedStream)(rows, collator.collator)
 
 
 @contextlib.contextmanager

@@ -57,6 +57,11 @@ def score(
         prepared = prepare(driver, job, screen)
         for problem in prepared.problems:
             raise WITConfigError(f"{job.name}: training would refuse to start: {problem}")
+        if prepared.collator.reader.placeholders is not None:
+            raise WITConfigError(
+                f"{job.name}: the model also sees or hears; scores are found again by a document's ids, and those do "
+                "not say which image stands beside them, so there are none for such models"
+            )
         todo = _fingerprints(prepared, screen)
         about["dataset"] = hashlib.blake2b(b"".join(sorted(todo)), digest_size=16).hexdigest()
         try:

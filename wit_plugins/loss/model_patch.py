@@ -201,7 +201,7 @@ class WeightedHead:
         if call.training and not self._is_own_loss:
             # Attention over ranks takes the batch's number of rows, and lengths such as the batch's.
             shape = (len(codes), min(SHAPE[1], codes.shape[1])) if call.shifted else SHAPE
-            check_own_loss(self.model, self._original_of(model), codes, labels.device, shape)
+            check_own_loss(self.model, self._original_of(model), codes, labels.device, shape, kwargs)
             self._is_own_loss = True
         make = functools.partial(
             self._micro_batch, batch, self._reference_nll(batch), self._snapshot_nll(batch), self._anchor(batch)
@@ -451,10 +451,6 @@ def _check_model(model: Any) -> None:
         raise WITConfigError(f"{name} is not a transformers model; weights need a causal language model")
     if getattr(config, "is_encoder_decoder", False) or model.get_output_embeddings() is None:
         raise WITConfigError(f"{name} is not a causal language model; weights need one (AutoModelForCausalLM)")
-    if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
-        raise WITConfigError(
-            f"{name} is a vision or audio language model, which is not supported yet; train its text model alone"
-        )
     vocab_size = config.get_text_config().vocab_size
     if vocab_size > MAX_VOCAB_SIZE:
         raise WITConfigError(f"{name} has a vocabulary of {vocab_size}, more than the {MAX_VOCAB_SIZE} ids supported")

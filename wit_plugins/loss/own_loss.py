@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from wit_plugins.tokens.codes import decode, encode
 from wit_plugins.tokens.roles import NEITHER, PROMPT, RESPONSE
 
 SHAPE = (2, 24)  # rows and tokens that the model is called with
+_TEXT_IS_0 = ("token_type_ids", "mm_token_type_ids")  # Gemma 3 does not train without the first
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # what architectures call the auxiliary loss's weight
 
 
@@ -59,6 +60,7 @@ def check_own_loss(
     codes: torch.Tensor,
     device: torch.device,
     shape: tuple[int, int] = SHAPE,
+    given: Collection[str] = (),
 ) -> None:
     """Make sure that the weighted loss at (0, 1) is the model's own loss.
 
@@ -70,6 +72,8 @@ def check_own_loss(
         codes (`torch.Tensor`): int64 `[B, L]`: a batch, whose first tokens are used.
         device (`torch.device`): the device of the model's inputs.
         shape (`tuple[int, int]`): rows and tokens to call the model with, where its attention does not allow any.
+        given (`Collection[str]`): the arguments that it is called with in this batch: a model that also sees may need
+            to be told which tokens are text.
 
     Raises:
         WeightsNotAppliedError: if the two losses differ, or the model fails when it is given labels.
@@ -78,7 +82,8 @@ def check_own_loss(
     if "labels" not in parameters and all(each.kind is not each.VAR_KEYWORD for each in parameters.values()):
         return
     input_ids, labels, asked = (tensor.to(device) for tensor in _few_tokens(codes, *shape))
-    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
+    inputs |= {name: torch.zeros_like(input_ids) for name in _TEXT_IS_0 if name in given}
     # Liger's forward has a fused loss that needs a GPU, and this switch to its plain one.
     plainly = {"skip_logits": False} if "skip_logits" in parameters else {}
     with torch.no_grad(), warnings.catch_warnings():

@@ -10,12 +10,13 @@ after every cast that could have rounded a float:
 
 A token with a weight below 0 has the negative of the code that it would have with the absolute weight. A code has 53
 bits, because one framework's collator converts labels to float64 and back. -100 stays -100, so a collator's own padding
-cannot be mistaken for prompt. No token can have the weight infinity, so infinity marks two kinds of tokens that are
+cannot be mistaken for prompt. No token can have the weight infinity, so infinity marks three kinds of tokens that are
 neither prompt nor response:
 
     -100                        padding, or a document's first token without a label
     infinity, role bit 1        a document's first token with a label, which is kept as the target; nothing predicts it
-    infinity, role bit 0        a token inside a document that weighs 0 in the data
+    infinity, role bit 0        a token inside a document that weighs 0 in the data, target 0; or one that stands for
+                                pixels or sound, see `wit_plugins.tokens.placeholders`, whose target is its kind
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ def encode(
     weights: np.ndarray,
     labelled: np.ndarray | None = None,
     left_out: np.ndarray | None = None,
+    placeholders: np.ndarray | None = None,
 ) -> np.ndarray:
     """Write targets, roles and weights into codes.
 
@@ -49,6 +51,8 @@ def encode(
         weights (`np.ndarray`): float32 `[T]`, finite.
         labelled (`np.ndarray`, *optional*): bool `[T]`: which tokens have a label. By default those with a role.
         left_out (`np.ndarray`, *optional*): bool `[T]`: tokens inside a document that have neither role nor label.
+        placeholders (`np.ndarray`, *optional*): uint8 `[T]`: of such tokens, the kind of those that stand for pixels or
+            sound, else 0.
 
     Returns:
         int64 `[T]`: codes in `(-2^53, 2^53)`, -100 where the role is `NEITHER` and there is no label to keep.
@@ -71,6 +75,8 @@ def encode(
     is_response = (roles == RESPONSE) | label_only
     codes = is_response.astype(np.int64) << _ROLE_SHIFT | bits << TARGET_BITS | (targets & _TARGET_MASK)
     codes = np.where(real, np.where(weights < 0, -codes, codes), IGNORE_INDEX)
+    if placeholders is not None:
+        codes = np.where(placeholders != 0, _LABEL_ONLY << TARGET_BITS | placeholders.astype(np.int64), codes)
     return codes if left_out is None else np.where(left_out, _LABEL_ONLY << TARGET_BITS, codes)
 
 
@@ -111,12 +117,17 @@ def is_left_out(codes: torch.Tensor) -> torch.Tensor:
     return codes == _LABEL_ONLY << TARGET_BITS
 
 
+def placeholder_kinds(codes: torch.Tensor) -> torch.Tensor:
+    """What tokens stand for: int64, shaped like the codes: 0 for text, else a place in `placeholders.KINDS`, from 1."""
+    return torch.where(codes >> TARGET_BITS == _LABEL_ONLY, codes & _TARGET_MASK, 0)
+
+
 def locate(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Each token's document and its position in the document. Runs on any device and does not synchronise.
 
-    A document's first token has no role, because nothing predicts it. All other tokens of a document have a role or are
-    left out. So documents can be told apart however a collator has arranged them: one a row, packed, padded on either
-    side.
+    A document's first token has no role, because nothing predicts it. All other tokens of a document have a role, are
+    left out, or stand for pixels or sound. So documents can be told apart however a collator has arranged them: one a
+    row, packed, padded on either side.
 
     Args:
         codes (`torch.Tensor`): int64 `[B, L]`.
@@ -125,8 +136,7 @@ def locate(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         `documents` and `positions`, int64 `[B, L]`. Documents are numbered from 0 in the order of the batch. The first
         token of a document has position 0. Values of tokens without a role have no meaning.
     """
-    left_out = is_left_out(codes)
-    real = (decode(codes)[1] != NEITHER) | left_out
+    real = (decode(codes)[1] != NEITHER) | (codes >> TARGET_BITS == _LABEL_ONLY)
     first = real.clone()  # the first token with a role is the second token of its document
     first[:, 1:] &= ~real[:, :-1]
     documents = first.flatten().cumsum(0).reshape(codes.shape) - 1

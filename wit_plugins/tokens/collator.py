@@ -204,12 +204,13 @@ class WeightedCollator(Delegate):
             if logged:
                 bits[piece] = to_bits(self.strategies.find_spans(**document), logged, len(read.roles[piece]))
             if self._locating:
-                self._check_whole(read.roles[piece])
+                own = read.roles if read.placeholders is None else np.maximum(read.roles, read.placeholders)
+                self._check_whole(own[piece])
         if logged:
             bits |= to_bits(self._groups(read), logged, len(bits))
         labelled = read.labels != IGNORE_INDEX
         if read.data_weights is None:
-            return encode(read.targets, read.roles, weights, labelled), bits
+            return encode(read.targets, read.roles, weights, labelled, None, read.placeholders), bits
         if (read.data_weights < 0).any() and not self.strategies.needs.replaces_nll:
             raise BadExampleError(
                 "weights in the data are below 0, which only the strategy unlikelihood reads; name it, or tokenise the "
@@ -219,7 +220,7 @@ class WeightedCollator(Delegate):
         left_out = (read.data_weights == 0) & (read.roles != NEITHER)
         roles = np.where(left_out, NEITHER, read.roles).astype(np.uint8)
         weights = multiplied(weights, read.data_weights, "those that stand in the data")
-        return encode(read.targets, roles, weights, labelled & ~left_out, left_out), bits
+        return encode(read.targets, roles, weights, labelled & ~left_out, left_out, read.placeholders), bits
 
     def explain(self, example: Mapping[str, Any]) -> Explained:
         """Where the weights of one example come from, for the preview."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,10 @@ from wit_plugins.tokens.codes import MAX_VOCAB_SIZE
 from wit_plugins.tokens.roles import IGNORE_INDEX, NEITHER, example_roles, token_array
 from wit_plugins.tokens.weighted_labels import read_prepared
 
+if TYPE_CHECKING:
+    from wit_plugins.tokens.placeholders import Placeholders
+
+_SEEING_OR_HEARING = ("vision_config", "audio_config", "vq_config")  # parts of a model's configuration
 _SHOWN_TOKENS = 16  # of a refused example, in the message
 _PADDING_RUN = 2  # one masked pad id may be an end of text; two in a row are padding
 
@@ -29,6 +33,8 @@ class ReadExample(NamedTuple):
         data_weights (`np.ndarray | None`): float32 `[T]`, the weights in the data; `None` if there are none.
         input_ids (`np.ndarray`): int64 `[T]`, what the model reads.
         groups (`np.ndarray | None`): uint8 `[T]`, the number of each token's group; `None` if there are no groups.
+        placeholders (`np.ndarray | None`): uint8 `[T]`, what tokens without role and label stand for, see
+            `wit_plugins.tokens.placeholders`; `None` in a model that reads text alone.
     """
 
     targets: np.ndarray
@@ -38,6 +44,7 @@ class ReadExample(NamedTuple):
     data_weights: np.ndarray | None
     input_ids: np.ndarray
     groups: np.ndarray | None = None
+    placeholders: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,8 @@ class ExampleReader:
         needs_groups (`bool`): whether each token must carry its document's group.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): decodes the beginning of a refused example for the message.
             A user can find the example by it, even where a framework has shuffled the rows.
+        placeholders ([`Placeholders`], *optional*): which ids stand for pixels or sound; `None` for a model that reads
+            text alone.
     """
 
     vocab_size: int = MAX_VOCAB_SIZE
@@ -74,6 +83,7 @@ class ExampleReader:
     needs_prepared: bool = False
     needs_groups: bool = False
     tokenizer: Any = field(default=None, compare=False, repr=False)
+    placeholders: Placeholders | None = None
 
     def view(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
         """An example as it reaches training: only the columns that the trainer keeps, as the framework reads them."""
@@ -111,7 +121,8 @@ class ExampleReader:
             labels = prepared.labels
         self._check_fingerprints(() if prepared is None else prepared.fingerprints.tolist())
         targets, roles, starts = example_roles({**example, "input_ids": input_ids, "labels": labels})
-        self._check_ids("input_ids", input_ids)
+        kinds = None if self.placeholders is None else self._placeholders(example, input_ids, labels, roles)
+        self._check_ids("input_ids", input_ids if kinds is None else np.where(kinds == 0, input_ids, 0))
         self._check_ids("labels", labels)
         self._check_predicted(targets, roles)
         if self.pad_token_id is not None and example.get("attention_mask") is None:
@@ -122,7 +133,23 @@ class ExampleReader:
                 "a strategy asks for the group of each sample, but this data was tokenised without groups; have it "
                 "tokenised with the same settings (docs/data-weights.md)"
             )
-        return ReadExample(targets, roles, starts, labels, weights, input_ids, groups if self.needs_groups else None)
+        groups_or_none = groups if self.needs_groups else None
+        return ReadExample(targets, roles, starts, labels, weights, input_ids, groups_or_none, kinds)
+
+    def _placeholders(
+        self, example: Mapping[str, Any], input_ids: np.ndarray, labels: np.ndarray, roles: np.ndarray
+    ) -> np.ndarray:
+        """What masked tokens stand for, uint8 `[T]`. Those that stand for something lose their role.
+
+        A placeholder that the framework gives a label is trained on, as the framework would.
+        """
+        types = example.get("mm_token_type_ids")
+        assert self.placeholders is not None
+        kinds = self.placeholders(input_ids, None if types is None else token_array(types))
+        kinds[labels != IGNORE_INDEX] = 0
+        kinds[roles == NEITHER] = 0  # padding, and the first token of a document
+        roles[kinds != 0] = NEITHER
+        return kinds
 
     def _check_fingerprints(self, fingerprints: Sequence[int]) -> None:
         if any(fingerprint != self.fingerprint for fingerprint in fingerprints):
@@ -180,6 +207,24 @@ class ExampleReader:
             "tells them from prompt, so that they would be trained on; take the padding off (the trainer pads by "
             "itself), or give unpacked examples an attention_mask"
         )
+
+
+def placeholders_of(model: Any, processor: Callable[[], Any]) -> Placeholders | None:
+    """Which ids stand for pixels or sound, for a model that has more than a text model in it; for others `None`.
+
+    Args:
+        model (`nn.Module`): the unwrapped model.
+        processor (`Callable`): gives the model's processor, or at least its tokenizer.
+
+    Raises:
+        WITConfigError: if it cannot be found out.
+    """
+    config = model.config
+    if config.get_text_config() is config and not any(getattr(config, part, None) for part in _SEEING_OR_HEARING):
+        return None
+    from wit_plugins.tokens.placeholders import find_placeholders
+
+    return find_placeholders(model, processor())
 
 
 def _leading(flags: np.ndarray) -> int:

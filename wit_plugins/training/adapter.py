@@ -65,6 +65,14 @@ class TrainerAdapter:
     def prepare(self, trainer: Trainer, changes: Changes) -> None:
         """Change what must change on the trainer, through `changes`, so that `detach` can undo it."""
 
+    def processor(self, trainer: Trainer) -> Any:
+        """The processor of a model that also sees or hears, which names the tokens for pixels and sound."""
+        return getattr(trainer, "processing_class", None)
+
+    def tokenises_in_collator(self, trainer: Trainer) -> bool | None:
+        """Whether its collator makes the ids, for a model that also sees or hears; `None` to look at an example."""
+        return None
+
     def read_example(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
         """An example as this trainer trains on it, for its roles; runs in data-loader workers.
 

@@ -18,7 +18,7 @@ from wit_plugins.foreign import Changes
 from wit_plugins.loss.model_patch import WeightedHead
 from wit_plugins.tokens.codes import MAX_VOCAB_SIZE
 from wit_plugins.tokens.collator import WeightedCollator
-from wit_plugins.tokens.example_reader import ExampleReader
+from wit_plugins.tokens.example_reader import ExampleReader, placeholders_of
 from wit_plugins.training.adapter import TrainerAdapter, signature_columns
 from wit_plugins.training.attachment import ATTRIBUTE, Attachment, claim, new_run, unwrapped
 from wit_plugins.training.dataset_check import (
@@ -101,10 +101,14 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
     changes = Changes()
     head = make_head(model)
     try:
-        reader, tokenizer = example_reader(trainer, adapter), getattr(trainer, "processing_class", None)
+        reader = example_reader(trainer, adapter)
         reader = with_data_weights(reader, config, strategies)
         reader = replace(reader, needs_prepared=reader.needs_prepared and not adapter.cuts_beginnings)
-        dataset = adapter.examples(getattr(trainer, "train_dataset", None))
+        make_collator, dataset = WeightedCollator, adapter.examples(getattr(trainer, "train_dataset", None))
+        if reader.placeholders is not None:
+            from wit_plugins.training.multimodal import prepare
+
+            make_collator, reader, dataset = prepare(trainer, adapter, config, strategies, reader)
         streams = dataset is not None and not can_be_read_again(dataset)
         run = new_run(config, strategies, adapter, streams)
         attachment = Attachment(config, adapter, head, make_head, reader, changes, aux_loss_sums, run, streams)
@@ -112,13 +116,13 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
             attachment.look = check_dataset(dataset, adapter.masking_hint, reader)
             for text in attachment.look.left_out(config.prompt_weight, config.response_weight):
                 warnings.warn(text, LeftOutWarning, stacklevel=2)
-            collator = WeightedCollator(trainer.data_collator, strategies, reader, tokenizer)
+            collator = make_collator(trainer.data_collator, strategies, reader, reader.tokenizer)
             check_weighs(dataset, collator)
             if trainer.is_world_process_zero():
                 warn_of_unmatched_spans(dataset, collator)
         for name in _COLLATORS:
             if getattr(trainer, name, None) is not None:
-                own = WeightedCollator(getattr(trainer, name), strategies, reader, tokenizer)
+                own = make_collator(getattr(trainer, name), strategies, reader, reader.tokenizer)
                 changes.set(trainer, name, own)
         if strategies.needs.reference is not None:
             check_scores(_datasets(trainer), trainer.data_collator)  # type: ignore[arg-type]
@@ -189,16 +193,18 @@ def _adapter(trainer: Trainer) -> TrainerAdapter:
 def example_reader(trainer: Trainer, adapter: TrainerAdapter) -> ExampleReader:
     """How a trainer's examples are read."""
     model: Any = causal_lm(trainer)
+    processor = getattr(trainer, "processing_class", None)  # for more than text, with a tokenizer in it
     embeddings = getattr(model.get_input_embeddings(), "num_embeddings", 0)
     vocab_size = max(model.config.get_text_config().vocab_size, embeddings)
     return ExampleReader(
         vocab_size=min(vocab_size, MAX_VOCAB_SIZE),
         head_size=getattr(model.get_output_embeddings(), "out_features", None),
-        pad_token_id=getattr(getattr(trainer, "processing_class", None), "pad_token_id", None),
+        pad_token_id=getattr(getattr(processor, "tokenizer", processor), "pad_token_id", None),
         cuts_documents=adapter.cuts_documents,
         columns=_kept_columns(trainer),
         own_view=adapter.read_example,
-        tokenizer=getattr(trainer, "processing_class", None),
+        tokenizer=getattr(processor, "tokenizer", processor),
+        placeholders=placeholders_of(model, functools.partial(adapter.processor, trainer)),
     )
 
 
@@ -221,15 +227,9 @@ def with_data_weights(reader: ExampleReader, config: WITConfig, strategies: Acti
 
 
 def _check_trainer(trainer: Trainer) -> None:
-    from transformers import ProcessorMixin
-
     args = trainer.args
     if not hasattr(trainer, "_get_num_items_in_batch"):
         raise WITConfigError("this version of transformers is too old to normalise over a whole step; use >= 4.57")
-    if isinstance(getattr(trainer, "processing_class", None), ProcessorMixin):
-        raise WITConfigError(
-            "vision and audio language models are not supported yet; pass the tokenizer alone as processing_class"
-        )
     if args.label_smoothing_factor:
         raise WITConfigError(
             f"label_smoothing_factor = {args.label_smoothing_factor}: label smoothing cannot be combined with "

@@ -20,7 +20,7 @@ from wit_plugins.loss.model_patch import WeightedHead
 from wit_plugins.loss.normalization import step_denominator
 from wit_plugins.tokens.codes import MAX_VOCAB_SIZE
 from wit_plugins.tokens.collator import CODES_KEY, WeightedCollator
-from wit_plugins.tokens.example_reader import ExampleReader
+from wit_plugins.tokens.example_reader import ExampleReader, placeholders_of
 from wit_plugins.training.adapter import TrainerAdapter
 from wit_plugins.training.metrics import RoleMetrics
 
@@ -72,7 +72,14 @@ class WeightedLoop:
             head_size=getattr(base.get_output_embeddings(), "out_features", None),
             pad_token_id=getattr(tokenizer, "pad_token_id", None),
             tokenizer=tokenizer,
+            placeholders=placeholders_of(base, lambda: tokenizer),
         )
+        if self._reader.placeholders is not None:
+            self.head.remove()
+            raise WITConfigError(
+                f"{type(base).__name__} also sees or hears, and a loop of your own with images, video or audio is not "
+                "shown to be exact; use attach with a trainer, or train the text model alone"
+            )
         self._metrics = RoleMetrics(list(self.strategies.logged_spans.values()))
 
     def collator(self, collator: Callable[..., Any]) -> WeightedCollator:

@@ -31,6 +31,8 @@ class Token:
         weight (`float`): its static weight.
         position (`int`): in its document, from 0.
         spans (`tuple[str, ...]`): those that it is in.
+        kind (`str`): what it stands for, `image` and the like; empty for text.
+        count (`int`): how many neighbouring tokens this box stands for, where they stand for pixels or sound.
     """
 
     token_id: int
@@ -40,6 +42,8 @@ class Token:
     weight: float
     position: int
     spans: tuple[str, ...] = ()
+    kind: str = ""
+    count: int = 1
 
 
 @dataclass
@@ -52,6 +56,8 @@ class Run:
     @property
     def label(self) -> tuple[str, str]:
         """Role and weight in words."""
+        if self.tokens[0].kind:
+            return self.tokens[0].kind, "–"
         if self.role == NEITHER:
             return ("first" if all(token.position == 0 for token in self.tokens) else LEFT_OUT), "–"
         weights = sorted({token.weight for token in self.tokens})
@@ -76,12 +82,17 @@ class Document:
 
     def runs(self) -> Iterator[Run]:
         """Its tokens in runs."""
-        by_weight = [(t.role, t.weight) for t in self.tokens]
+        by_weight = [(t.role, t.weight, t.kind) for t in self.tokens]
         many = sum(1 for _ in itertools.groupby(by_weight)) * _SCATTERED > len(self.tokens) + 10
         for (role, *_), group in itertools.groupby(
-            self.tokens, key=lambda t: (t.role,) if many else (t.role, t.weight)
+            self.tokens, key=lambda t: (t.role, t.kind) if many else (t.role, t.weight, t.kind)
         ):
             yield Run(role, list(group))
+
+    @property
+    def size(self) -> int:
+        """The number of its tokens."""
+        return sum(token.count for token in self.tokens)
 
     def share(self, role: int) -> float:
         """A role's part of the predicted tokens."""
@@ -142,8 +153,28 @@ def view(rows: list[Any], numbers: list[int], prepared: Prepared, text: TokenTex
                 )
             ]
             at_limit = prepared.max_length is not None and len(listed) == prepared.max_length
+            if tokens.kinds[inside].any():
+                listed = _boxes(listed, tokens.kinds[inside].tolist())
             documents.append(Document(index + 1, len(starts), listed, at_limit))
-        made.append(Row(number, documents, len(tokens) - sum(len(document.tokens) for document in documents)))
+        made.append(Row(number, documents, len(tokens) - sum(document.size for document in documents)))
+    return made
+
+
+def _boxes(tokens: list[Token], kinds: list[int]) -> list[Token]:
+    """The same tokens, each run of those that stand for pixels or sound as one: `image × 256`, marks included."""
+    from wit_plugins.tokens.placeholders import KINDS, MARK
+
+    made: list[Token] = []
+    for in_box, group in itertools.groupby(zip(tokens, kinds, strict=True), key=lambda each: each[1] != 0):
+        pairs = list(group)
+        if not in_box:
+            made += [token for token, _ in pairs]
+            continue
+        names = [KINDS[kind - 1] for _, kind in pairs]
+        shown = {name: names.count(name) for name in dict.fromkeys(names) if name != MARK} or {MARK: len(names)}
+        said = ", ".join(f"{name} × {count:,}" for name, count in shown.items())
+        first = pairs[0][0]
+        made.append(Token(first.token_id, said, True, NEITHER, 0.0, first.position, (), next(iter(shown)), len(pairs)))
     return made
 
 

@@ -132,7 +132,7 @@ def _row(row: Row, scale: Scale) -> dict[str, Any]:
         documents.append(
             {
                 "name": f"document {document.index} of {document.count}" if document.count > 1 else "",
-                "facts": f"{len(document.tokens):,} tokens, {prompt:,} prompt, {response:,} response; prompt is "
+                "facts": f"{document.size:,} tokens, {prompt:,} prompt, {response:,} response; prompt is "
                 f"{document.share(PROMPT):.0%} of them, {document.prompt_mass:.0%} of the loss"
                 + ("; as long as is allowed, so perhaps cut" if document.ends_at_limit else ""),
                 "tokens": [_token(token, scale) for token in document.tokens[:MAX_TOKENS]],
@@ -159,6 +159,8 @@ def _token(token: Token, scale: Scale) -> dict[str, Any]:
 
 
 def _name(token: Token) -> str:
+    if token.kind:
+        return f"{token.count:,} tokens that stand for {token.kind}, marks included: not predicted"
     return _NAMES.get(
         token.role, "left out: 0 in the data, or masked" if token.position else "first token, not predicted"
     )

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from wit_plugins.errors import WITConfigError
-from wit_plugins.tokens.codes import decode
+from wit_plugins.tokens.codes import decode, placeholder_kinds
 from wit_plugins.tokens.collator import WeightedCollator
 from wit_plugins.tokens.roles import IGNORE_INDEX, document_starts, token_array
 
@@ -36,6 +36,7 @@ class Tokens:
         document_starts (`np.ndarray`): int64, indices of each document's first token, ascending.
         row_starts (`np.ndarray`): int64, indices of each row's first token, ascending.
         padding (`np.ndarray`): bool `[N]`: padding that the framework put into the row itself.
+        kinds (`np.ndarray`): int64 `[N]`: what tokens stand for, see `wit_plugins.tokens.placeholders`; 0 for text.
         spans (`dict[str, np.ndarray]`): bool `[N]` by name: what strategies look for.
         sources (`dict[str, np.ndarray]`): float32 `[N]` by name: what each strategy multiplies the weights by. Empty if
             there is WIT alone.
@@ -47,6 +48,7 @@ class Tokens:
     document_starts: np.ndarray
     row_starts: np.ndarray
     padding: np.ndarray
+    kinds: np.ndarray
     spans: dict[str, np.ndarray] = field(default_factory=dict)
     sources: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -90,8 +92,9 @@ def read(
             position += len(own_ids)
     if not ids:
         empty = np.zeros(0, dtype=np.int64)
-        return Tokens(empty, empty.astype(np.uint8), empty.astype(np.float32), empty, empty, empty.astype(bool))
-    _, roles, weights = decode(torch.from_numpy(np.concatenate([own.codes for own in found])))
+        return Tokens(empty, empty.astype(np.uint8), empty.astype(np.float32), empty, empty, empty.astype(bool), empty)
+    codes = torch.from_numpy(np.concatenate([own.codes for own in found]))
+    _, roles, weights = decode(codes)
     return Tokens(
         np.concatenate(ids),
         roles.numpy(),
@@ -99,6 +102,7 @@ def read(
         np.concatenate(documents).astype(np.int64),
         np.array(row_starts, dtype=np.int64),
         np.concatenate(padding),
+        placeholder_kinds(codes).numpy(),
         _joined([(own.spans, len(own.codes)) for own in found], np.zeros(1, dtype=bool)),
         _joined([(own.sources, len(own.codes)) for own in found], np.ones(1, dtype=np.float32)),
     )

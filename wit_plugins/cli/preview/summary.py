@@ -33,6 +33,7 @@ class Summary:
         tokens (`int`): all tokens, first ones included, padding not.
         prompt, response, first (`int`): tokens by role; a first token is predicted by nothing, so it has none.
         left_out (`int`): tokens behind a first one without a role: they weigh 0 in the data, or are masked.
+        placeholders (`dict[str, int]`): tokens that stand for pixels or sound, by kind: `image`, …, and the `mark`s.
         prompt_mass, response_mass (`float`): Σ weights of each role, by which it enters the loss's numerator.
         weighted (`int`): tokens whose weight is not 0, which is what the loss is divided by.
         no_prompt, no_response (`int`): documents without a predicted token of that role.
@@ -65,6 +66,7 @@ class Summary:
     response: int = 0
     first: int = 0
     left_out: int = 0
+    placeholders: dict[str, int] = field(default_factory=dict)
     prompt_mass: float = 0.0
     response_mass: float = 0.0
     weighted: int = 0
@@ -126,7 +128,10 @@ class Summary:
         self.response += int(response.sum())
         first = int(np.count_nonzero(~tokens.padding[tokens.document_starts]))
         self.first += first
-        self.left_out += count - int(prompt.sum()) - int(response.sum()) - first
+        standing = int(np.count_nonzero(tokens.kinds))
+        self.left_out += count - int(prompt.sum()) - int(response.sum()) - first - standing
+        if standing:
+            self._add_placeholders(tokens.kinds)
         self.prompt_mass += float(weights[prompt].sum())
         self.response_mass += float(weights[response].sum())
         self.weighted += int(np.count_nonzero(weights))
@@ -146,6 +151,13 @@ class Summary:
         self.high_share += int((shares > HIGH_SHARE).sum())
         self.histogram += np.histogram(shares, bins=BINS, range=(0, 1))[0]
         self._add_ends(tokens, response, is_special, max_length)
+
+    def _add_placeholders(self, kinds: np.ndarray) -> None:
+        from wit_plugins.tokens.placeholders import KINDS
+
+        for number, kind in enumerate(KINDS, 1):
+            if count := int(np.count_nonzero(kinds == number)):
+                self.placeholders[kind] = self.placeholders.get(kind, 0) + count
 
     def _add_ends(self, tokens: Tokens, response: np.ndarray, is_special: np.ndarray, max_length: int | None) -> None:
         """How the responses end: with a trained special token, before an untrained one, or with none."""

@@ -67,7 +67,7 @@ def print_document(out: Console, document: Document, scale: Scale, max_tokens: i
     """One document: what it consists of, then its tokens."""
     prompt, response = document.counts
     name = f"document {document.index} of {document.count}: " if document.count > 1 else ""
-    facts = f"{name}{len(document.tokens):,} tokens, {prompt:,} prompt, {response:,} response"
+    facts = f"{name}{document.size:,} tokens, {prompt:,} prompt, {response:,} response"
     facts += f"; prompt is {document.share(PROMPT):.0%} of them, {document.prompt_mass:.0%} of the loss"
     if document.ends_at_limit:
         facts += "; as long as is allowed, so perhaps cut"
@@ -140,15 +140,16 @@ def _document_lines(out: Console, document: Document, scale: Scale, max_tokens: 
     shown, tail = len(document.tokens), 0
     if shown > max_tokens:
         shown, tail = (max_tokens + 1) // 2, max_tokens // 2
-    skipped = range(shown, len(document.tokens) - tail)
+    hidden = document.tokens[shown : len(document.tokens) - tail]
+    skipped = {token.position for token in hidden}
     for run in document.runs():
         role, weight = run.label
         lines = _Lines(f"{role:<9}{weight:>5}"[: _MARGIN - 1].ljust(_MARGIN), width - _MARGIN - len(_BAR))
         for token in run.tokens:
             if token.position not in skipped:
                 lines.add(token_text(token), token_style(out, token, scale))
-            elif token.position == skipped.start or token is run.tokens[0]:
-                count = sum(t.position in skipped for t in run.tokens)
+            elif token is hidden[0] or token is run.tokens[0]:
+                count = sum(t.count for t in run.tokens if t.position in skipped)
                 lines.add_note(f"… {count:,} tokens not shown …")
         lines.finish()
         yield from lines.lines
@@ -199,6 +200,8 @@ def print_summary(out: Console, name: str, summary: Summary, prepared: Prepared)
     table.add_row("first tokens", f"{summary.first:,}", "–", "–", "–")
     if summary.left_out:
         table.add_row("left out", f"{summary.left_out:,}", "–", "0", "–")
+    for kind, count in summary.placeholders.items():
+        table.add_row(kind, f"{count:,}", "–", "–", "–")
     out.print(table)
     _print_parts(out, summary)
     out.print()
