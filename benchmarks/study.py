@@ -23,6 +23,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -272,16 +273,16 @@ class Difference:
         return abs(self.mean) > self.half
 
 
-def read(folder: Path) -> dict[str, dict[float, dict[int, dict[str, float]]]]:
+def read(folder: Path) -> dict[str, dict[float, dict[int, dict[str, Any]]]]:
     """The numbers by base, ratio and seed."""
-    cells: dict[str, dict[float, dict[int, dict[str, float]]]] = defaultdict(lambda: defaultdict(dict))
+    cells: dict[str, dict[float, dict[int, dict[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
     for file in sorted(folder.glob("*-r*-s*.json")):
-        cell = json.loads(file.read_text(encoding="utf-8"))
+        cell: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         cells[cell["base"]][cell["ratio"]][cell["seed"]] = cell
     return cells
 
 
-def differences(cells: dict[float, dict[int, dict[str, float]]], metric: str) -> dict[float, Difference]:
+def differences(cells: dict[float, dict[int, dict[str, Any]]], metric: str) -> dict[float, Difference]:
     """By ratio, of the seeds that ratio 0 has too."""
     first = cells[0.0]
     return {
@@ -291,8 +292,8 @@ def differences(cells: dict[float, dict[int, dict[str, float]]], metric: str) ->
     }
 
 
-def report(folder: Path) -> None:
-    """Print tables and sentences, and draw `study.png`."""
+def report(folder: Path, bases: Sequence[str]) -> None:
+    """Print tables and sentences, write `study.json`, and draw `study.png` of these bases."""
     cells = read(folder)
     for base, of_ratio in cells.items():
         before = folder / f"{base}-before.json"
@@ -323,12 +324,17 @@ def report(folder: Path) -> None:
                 )
                 print(f"{base}, {name}, ratio {ratio:g}: {one.mean:+.4f} ± {one.half:.4f}, {verdict}{needed}")
     if cells:
-        draw(cells, folder / "study.png")
-        print(f"\n{folder / 'study.png'}")
+        every = [cell for of_ratio in cells.values() for own in of_ratio.values() for cell in own.values()]
+        untrained = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*-before.json")}
+        facts = {"settings": every[0]["settings"], "untrained": untrained}
+        facts["cells"] = [{key: value for key, value in cell.items() if key != "settings"} for cell in every]
+        (folder / "study.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        draw({base: own for base, own in cells.items() if base in bases}, folder / "study.png")
+        print(f"\n{folder / 'study.json'}, {folder / 'study.png'}")
 
 
-def draw(cells: dict[str, dict[float, dict[int, dict[str, float]]]], file: Path) -> None:
-    """The differences to ratio 0, with bands of 95 %: a row a base, a panel a metric."""
+def draw(cells: dict[str, dict[float, dict[int, dict[str, Any]]]], file: Path) -> None:
+    """The differences to ratio 0, with bars of 95 %: a row a base, a panel a metric."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -345,12 +351,17 @@ def draw(cells: dict[str, dict[float, dict[int, dict[str, float]]]], file: Path)
                 found = differences(of_ratio, key)
                 places = list(range(1 + len(found)))
                 means = [0.0, *(one.mean for one in found.values())]
-                halves = [0.0, *(one.half if one.seeds > 1 else 0.0 for one in found.values())]
                 label = {"response_loss_mean": "mean", "response_loss_worst": "worst"}.get(key)
-                axis.plot(places, means, marker="o", color=color, label=label)
-                low = [mean - half for mean, half in zip(means, halves, strict=True)]
-                high = [mean + half for mean, half in zip(means, halves, strict=True)]
-                axis.fill_between(places, low, high, color=color, alpha=0.2, linewidth=0)
+                axis.plot(places, means, color=color, label=label)
+                for place, one in enumerate(found.values(), 1):
+                    several = one.seeds > 1
+                    marker = {
+                        "fmt": "o",
+                        "color": color,
+                        "capsize": 4,
+                        "markerfacecolor": color if several else "white",
+                    }
+                    axis.errorbar(place, one.mean, yerr=one.half if several else None, **marker)
                 axis.set_xticks(places, ["0", *(f"{ratio:g}" for ratio in found)])
                 if label:
                     axis.legend(frameon=False)
@@ -359,6 +370,7 @@ def draw(cells: dict[str, dict[float, dict[int, dict[str, float]]]], file: Path)
             axis.set_xlabel("λp / λr")
             axis.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel("loss minus that at ratio 0\n(nats a token; below 0 is better)")
+    figure.supxlabel("bars: 95 % over the seeds (Student's t); hollow: one seed", fontsize=9, color="0.35")
     figure.savefig(file, dpi=130)
     plt.close(figure)
 
@@ -384,12 +396,12 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     options = parser.parse_args()
     if options.report is not None:
-        report(options.report)
+        report(options.report, options.base)
         return
     if options.data is None:
         parser.error("--data names no file of instruction data")
     run(options)
-    report(options.output)
+    report(options.output, options.base)
 
 
 if __name__ == "__main__":
