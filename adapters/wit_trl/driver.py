@@ -11,6 +11,7 @@ import copy
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,10 @@ class TRLDriver(FrameworkDriver):
             config=config,
             tokenizer=tokenizer_of(trainer),
             collator=collator,
-            splits=_splits(trainer, uncut, collator),
+            splits={
+                name: replace(split, rows=tokenised(split.rows, collator))
+                for name, split in _splits(trainer, uncut).items()
+            },
             max_length=args.max_length,
             truncation="split"
             if splits_docs
@@ -240,15 +244,14 @@ def _empty_model(model_id: str, **kwargs: Any) -> Any:
     return empty_model(config, kwargs.get("attn_implementation"), bool(kwargs.get("trust_remote_code")))
 
 
-def _splits(trainer: Any, uncut: dict[str, Any], collator: Any) -> dict[str, Split]:
+def _splits(trainer: Any, uncut: dict[str, Any]) -> dict[str, Split]:
     """The datasets as the data loaders hand them to the collator: with the columns that the trainer keeps."""
-    splits = {"train": Split(tokenised(trainer.get_train_dataloader().dataset, collator), uncut.get("train"))}
+    splits = {"train": Split(trainer.get_train_dataloader().dataset, uncut.get("train"))}
     evaluation = trainer.eval_dataset
     if isinstance(evaluation, dict):
         for name in evaluation:
             split = evaluation_split(name)
-            rows = tokenised(trainer.get_eval_dataloader(name).dataset, collator)
-            splits[split] = Split(rows, uncut.get(split))
+            splits[split] = Split(trainer.get_eval_dataloader(name).dataset, uncut.get(split))
     elif evaluation is not None:
-        splits["eval"] = Split(tokenised(trainer.get_eval_dataloader().dataset, collator), uncut.get("eval"))
+        splits["eval"] = Split(trainer.get_eval_dataloader().dataset, uncut.get("eval"))
     return splits
