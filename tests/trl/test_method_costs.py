@@ -1,4 +1,4 @@
-"""`benchmarks/methods.py`, which measures what each method costs: of all of them, and docs/dev/measurements.md has them."""
+"""`benchmarks/methods.py` measures what each method costs: all methods, and docs/dev/measurements.md lists the same."""
 
 import re
 from pathlib import Path
