@@ -236,7 +236,7 @@ def ratios(seen: dict[str, list[float]], memory: dict[str, int]) -> dict[str, tu
 
 
 def table(seen: dict[str, list[float]], memory: dict[str, int]) -> str:
-    """As docs/performance.md has it."""
+    """As docs/dev/measurements.md has it."""
     rows = [
         "| | CPU time of a step | of WIT's | fastest, of WIT's | peak memory, of WIT's |",
         "|---|---:|---:|---:|---:|",

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wit_plugins.data_weights.message_tokens import WeightedMessage
 from wit_plugins.data_weights.reader import DataWeights
 from wit_plugins.errors import BadExampleError
 from wit_plugins.foreign import Delegate
 from wit_plugins.tokens.roles import IGNORE_INDEX, token_array
 from wit_plugins.tokens.weighted_labels import read_prepared
+
+if TYPE_CHECKING:
+    from wit_plugins.data_weights.message_tokens import WeightedMessage
 
 MARK = "wit_prepared"  # a column of prepared datasets: the fingerprint of the settings
 RAW = "wit_raw"  # a column, while TRL tokenises: the row as it was, for strategies that read it

@@ -1,4 +1,4 @@
-"""`benchmarks/methods.py`, which measures what each method costs: of all of them, and docs/performance.md has them."""
+"""`benchmarks/methods.py` measures what each method costs: all methods, and docs/dev/measurements.md lists the same."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ def test_every_method_is_measured(tmp_path, monkeypatch):
 
     measured = {strategy for own in methods.METHODS.values() for strategy in own}
     assert measured == set(DEFAULT_STRATEGIES) - {"wit", "spans"}
-    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "dev" / "measurements.md").read_text(encoding="utf-8")
     page = page.partition("## The methods of the literature\n")[2].partition("\n## ")[0]
     assert re.findall(r"^\| ([^|]+) \|", page, re.MULTILINE) == list(methods.METHODS)
 

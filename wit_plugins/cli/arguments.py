@@ -5,17 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from wit_plugins.errors import WITConfigError
-
-if TYPE_CHECKING:
-    pass
-
-_EXIT_CODES = (
-    "exit codes: 0 all is well; 1 a problem was found, or a run failed; 2 the command line or the configuration cannot "
-    "be used; 130 interrupted"
-)
 
 
 def job_arguments(command: argparse.ArgumentParser, required: bool = True) -> None:
@@ -81,8 +73,8 @@ def assignment(text: str) -> tuple[str, Any]:
 
     from wit_plugins.cli.configuration import lenient_loader
 
-    key, found, value = text.partition("=")
-    if not found or not key:
+    key, separator, value = text.partition("=")
+    if not separator or not key:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
     try:
         parsed = yaml.load(value, Loader=lenient_loader())

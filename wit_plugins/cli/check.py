@@ -40,7 +40,7 @@ def check(driver: FrameworkDriver, job: Job, strict: bool, limit: int | None = N
     from wit_plugins.cli.silence import quiet
 
     problems = driver.problems(job)
-    found: list[str] = []
+    messages: list[str] = []
     seen: list[str] = []
     prepared = None
     with quiet(verbose) as screen:
@@ -50,7 +50,7 @@ def check(driver: FrameworkDriver, job: Job, strict: bool, limit: int | None = N
             problems.append(str(error))
         else:
             problems += prepared.problems
-            found += prepared.unmatched
+            messages += prepared.unmatched
         for name, split in prepared.splits.items() if prepared is not None else ():
             assert prepared is not None
             try:
@@ -60,19 +60,19 @@ def check(driver: FrameworkDriver, job: Job, strict: bool, limit: int | None = N
             except WITConfigError as error:
                 problems.append(str(error))
                 continue
-            found += [f"dataset {name}: {text}" for text in warnings(summary, prepared.config, prepared)]
+            messages += [f"dataset {name}: {text}" for text in warnings(summary, prepared.config, prepared)]
             if summary.placeholders:
                 listed = ", ".join(f"{kind} {count:,}" for kind, count in summary.placeholders.items())
                 seen.append(f"dataset {name}: tokens that stand for pixels or sound, and weigh nothing: {listed}")
-    found = list(dict.fromkeys(found))
+    messages = list(dict.fromkeys(messages))
     out = console()
-    _print(out, "warning", found)
+    _print(out, "warning", messages)
     if problems or prepared is None:
         return refuse(job.name, problems)
     for line in seen:
         out.print(Text(line), soft_wrap=True)
     out.print(Text(f"{job.name}: fine for {prepared.framework}, {prepared.config.summary()}"), soft_wrap=True)
-    return 1 if strict and found else 0
+    return 1 if strict and messages else 0
 
 
 def _print(out: Console, kind: str, messages: list[str]) -> None:

@@ -134,11 +134,11 @@ def unreadable(path: Path, error: Exception) -> WITConfigError:
 
 
 def check_weights(values: Mapping[str, Any], overrides: Mapping[str, Any], weights: Mapping[str, float]) -> None:
-    """The settings of the weights in a file as it is written: those mistakes that every framework would be told.
+    """Check the settings of the weights in a file before any framework reads it.
 
     Args:
         values (`Mapping`): the file's content.
-        overrides (`Mapping`): other values for its keys; `wit.` reaches into the block.
+        overrides (`Mapping`): other values for the file's keys; a key `wit.x` is the key `x` of the block.
         weights (`Mapping`): `prompt_weight` and `response_weight` of the command line.
 
     Raises:
@@ -148,7 +148,7 @@ def check_weights(values: Mapping[str, Any], overrides: Mapping[str, Any], weigh
     block = values.get(_BLOCK)
     if isinstance(block, Mapping):
         within = {key.partition(".")[2]: v for key, v in overrides.items() if key.startswith(f"{_BLOCK}.")}
-        if not any("." in key for key in within):  # deeper in the block, the framework's own way of merging counts
+        if not any("." in key for key in within):  # each framework merges deeper keys in its own way
             WITConfig.parse({**block, **within, **weights}, _BLOCK)
     elif block is None:
         for key, value in values.items():
@@ -158,10 +158,10 @@ def check_weights(values: Mapping[str, Any], overrides: Mapping[str, Any], weigh
 
 
 def _check_top_level(values: Mapping[str, Any]) -> None:
-    """The settings of the weights that stand beside all other keys, in a file that has no block for them.
+    """Check the settings of the weights at the top level of a file without a block.
 
-    What stands there as text is left to the framework, which has ways of its own to read it; text that is a number is
-    one.
+    Text that is a number counts as that number. Other text is not checked here, since each framework reads text in its
+    own way.
     """
     settings: dict[str, Any] = {}
     for key in WITConfig.model_fields.keys() & values.keys():
@@ -178,14 +178,14 @@ def _check_top_level(values: Mapping[str, Any]) -> None:
 
 
 def closest(name: Any, known: Any, cutoff: float = 0.75) -> str | None:
-    """The known name that is most like a name, if any is."""
-    found = difflib.get_close_matches(str(name), known, n=1, cutoff=cutoff)
-    return found[0] if found else None
+    """The known name that is most similar to a name, or `None` if none is similar."""
+    matches = difflib.get_close_matches(str(name), known, n=1, cutoff=cutoff)
+    return matches[0] if matches else None
 
 
 @functools.cache
 def lenient_loader() -> Any:
-    """PyYAML's, for which `1e-3` is a number as it is in YAML 1.2. (For `yaml.safe_load` it is text.)"""
+    """PyYAML's safe loader, but `1e-3` is a number, as in YAML 1.2. (`yaml.safe_load` makes it text.)"""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -197,22 +197,22 @@ def lenient_loader() -> Any:
 
 
 class _Inspection:
-    """The nodes of a YAML file, each looked at once: keys that stand twice, and what would take without end to read."""
+    """Visits each node of a YAML file once. Finds keys that stand twice, and aliases that expand without end."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.repeated: list[str] = []
-        self._sizes: dict[Any, int] = {}  # of each node, with all that its aliases stand for
+        self._sizes: dict[Any, int] = {}  # how many values each node stands for, its aliases expanded
         self._expanded = 0
 
     def size(self, node: Any, name: str = "", around: tuple[Any, ...] = ()) -> int:
-        """How many values a node stands for. `name` is its dotted name, `around` the nodes that it stands in."""
+        """How many values a node stands for. `name` is its dotted name; `around` are the nodes that contain it."""
         where = f"{self.path}: line {node.start_mark.line + 1}"
         if node in around:
             raise WITConfigError(f"{where}: an alias of this value stands inside what it names; write the value out")
         if len(around) > MAX_DEPTH:
             raise WITConfigError(f"{where} is nested more than {MAX_DEPTH} deep; no configuration is")
-        if node in self._sizes:  # by an alias, at least the second time
+        if node in self._sizes:  # an alias names this node again
             self._expanded += self._sizes[node]
             if self._expanded > MAX_VALUES:
                 raise WITConfigError(

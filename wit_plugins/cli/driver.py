@@ -77,7 +77,7 @@ class Split:
 
 
 def evaluation_split(name: str) -> str:
-    """What an evaluation set is called among a run's datasets: `eval_train`, where its own name is `train`."""
+    """The name of an evaluation set among a run's datasets: `eval_train` if the set itself is named `train`."""
     return f"eval_{name}" if name == "train" else name
 
 
@@ -164,7 +164,7 @@ class FrameworkDriver:
         return replace(job, values=values, overrides=overrides)
 
     def problems(self, job: Job) -> list[str]:
-        """What is wrong with a configuration that can be said without the framework, each with the way out."""
+        """The problems of a configuration that are found without the framework, each with the way out."""
         return list(job.repeated)
 
     def prepare(self, job: Job) -> Prepared:
@@ -176,7 +176,7 @@ class FrameworkDriver:
         raise NotImplementedError
 
     def sweep_problems(self, job: Job) -> list[str]:
-        """What is wrong with a configuration of which several runs are to be compared."""
+        """The problems of a configuration whose runs a sweep compares."""
         return []
 
     def run_values(self, job: Job, output: Path, resume: Path | None) -> Mapping[str, Any] | None:
@@ -190,10 +190,10 @@ class FrameworkDriver:
         return None
 
     def files(self, job: Job, output: Path, resume: Path | None) -> dict[Path, str]:
-        """The file of one run, which the command of [`command`] reads: written before the run is started.
+        """The file that the command line of [`command`] names. It is written before the run starts.
 
-        Everything that a run is told stands in that file. A command line would be read once more by the framework,
-        each by rules of its own: `runs #1` is `runs` to one that takes every value for YAML.
+        All settings of the run stand in that file, and not on the command line. Each framework reads a command line by
+        other rules: one of them takes each value for YAML, so that `runs #1` becomes `runs`.
         """
         values = self.run_values(job, output, resume)
         return {} if values is None else {run_file(output): configuration.dump(values)}
@@ -205,7 +205,7 @@ class FrameworkDriver:
             job ([`Job`]): with both weights.
             output (`Path`): where the run is to write its model and its checkpoints.
             resume (`Path | None`): the checkpoint to go on from.
-            port (`int | None`): a free port for the processes of this run to meet on, where runs go side by side.
+            port (`int | None`): a free port for the processes of this run, if several runs go on side by side.
         """
         raise NotImplementedError
 
@@ -239,12 +239,11 @@ def run_file(output: Path) -> Path:
 
 def drivers() -> list[FrameworkDriver]:
     """The drivers of all adapters, by name."""
-    from wit_plugins.contract.plugins import (
-        plugin_manager,  # loads the adapters, which a typing mistake need not wait for
-    )
+    # Imported here, since it loads the adapters, and a typing mistake is to be reported before.
+    from wit_plugins.contract.plugins import plugin_manager
 
-    found = plugin_manager().hook.framework_driver()
-    return sorted(found, key=lambda driver: driver.name)
+    registered = plugin_manager().hook.framework_driver()
+    return sorted(registered, key=lambda driver: driver.name)
 
 
 def choose_driver(job: Job, name: str | None) -> FrameworkDriver:
@@ -262,16 +261,16 @@ def choose_driver(job: Job, name: str | None) -> FrameworkDriver:
         if name not in by_name:
             raise WITConfigError(f"--framework = {name!r}: no adapter has that name{did_you_mean(name, by_name)}")
         return by_name[name]
-    found = [driver for driver in by_name.values() if driver.recognises(job.values)]
-    if len(found) == 1:
-        return found[0]
+    recognising = [driver for driver in by_name.values() if driver.recognises(job.values)]
+    if len(recognising) == 1:
+        return recognising[0]
     names = ", ".join(by_name)
-    if not found:
+    if not recognising:
         keys = ", ".join(sorted(map(str, job.values))[:8])
         raise WITConfigError(
             f"{job.name}: the framework cannot be told from its keys ({keys}, …); say --framework, one of: {names}"
         )
     raise WITConfigError(
-        f"{job.name}: could be a configuration of {' or of '.join(driver.title for driver in found)}; "
-        f"say --framework, one of: {', '.join(driver.name for driver in found)}"
+        f"{job.name}: could be a configuration of {' or of '.join(driver.title for driver in recognising)}; "
+        f"say --framework, one of: {', '.join(driver.name for driver in recognising)}"
     )

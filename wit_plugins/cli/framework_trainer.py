@@ -1,4 +1,4 @@
-"""For drivers: a framework's own code run up to the point where its trainer is complete, with something exchanged."""
+"""For drivers: run a framework's own code up to the point where its trainer is complete."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from wit_plugins.tokens.collator import WeightedCollator
 from wit_plugins.training.adapter import TrainerAdapter
 from wit_plugins.training.attach import attach, example_reader
 
-# What decides where and how transformers' trainer trains, and nothing about the data. A laptop must be able to show
-# the data of a configuration for eight GPUs.
+# Settings that decide where and how transformers' trainer trains, but nothing about the data. They are overridden, so
+# that a laptop can show the data of a configuration for eight GPUs.
 _NOT_HERE = {"use_cpu": True, "bf16": False, "fp16": False, "report_to": "none", "push_to_hub": False}
 _NOT_HERE |= {"disable_tqdm": True}
 _LEFT_OUT = {"deepspeed", "fsdp", "fsdp_config", "tf32", "resume_from_checkpoint"}
 
 
 def for_looking(values: Mapping[str, Any], output_dir: str, left_out: set[str], **not_here: Any) -> dict[str, Any]:
-    """The values of a configuration that speaks of `TrainingArguments`, with which its data can be built anywhere.
+    """The values of a configuration of `TrainingArguments`, changed so that any machine can build the data.
 
     Args:
         values (`Mapping[str, Any]`): the configuration.
         output_dir (`str`): where the framework may write.
-        left_out (`set[str]`): what else to leave out.
-        not_here (`Any`): what else to set.
+        left_out (`set[str]`): further keys to leave out.
+        not_here (`Any`): further keys to set.
     """
     kept = {key: value for key, value in values.items() if key not in _LEFT_OUT | left_out}
     return {**kept, **_NOT_HERE, **not_here, "output_dir": output_dir}
@@ -61,12 +61,12 @@ def weighted_collator(
     trainer: Any, config: WITConfig, strategies: ActiveStrategies
 ) -> tuple[WeightedCollator, list[str]]:
     """The collator with the weights attached, and why they cannot be attached for training, if so."""
-    own = trainer.data_collator
+    collator = trainer.data_collator
     try:
         attach(trainer, config)
         return trainer.data_collator, []
     except ValueError as error:  # WITConfigError is one; others are about an example, which reading all of them names
-        return unattached_collator(trainer, own, strategies), [str(error)]
+        return unattached_collator(trainer, collator, strategies), [str(error)]
 
 
 def unattached_collator(trainer: Any, collator: Any, strategies: ActiveStrategies) -> WeightedCollator:

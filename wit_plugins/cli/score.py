@@ -89,26 +89,26 @@ def _documents(prepared: Prepared) -> Iterator[tuple[int, list[ScoredDocument]]]
     for name, split in prepared.splits.items():
         number = 0
         for block in blocks(split.rows if split.examples is None else split.examples):
-            found: list[ScoredDocument] = []
+            scored: list[ScoredDocument] = []
             for example in (inner for row in block for inner in (row if isinstance(row, list) else [row])):
                 with row_errors(f"dataset {name}, row {number} (from 0)", example):
-                    found += scored_documents(prepared.collator.reader(example))
+                    scored += scored_documents(prepared.collator.reader(example))
                 number += 1
-            yield len(block), found
+            yield len(block), scored
 
 
 def _fingerprints(prepared: Prepared, screen: TextIO) -> set[bytes]:
     """Those of all documents."""
     every: list[Any] = [split.rows if split.examples is None else split.examples for split in prepared.splits.values()]
     total = sum(map(len, every)) if all(hasattr(rows, "__len__") for rows in every) else None
-    found: set[bytes] = set()
+    fingerprints: set[bytes] = set()
     with progress("Reading the data", total, screen) as advance:
         for size, documents in _documents(prepared):
-            found.update(document.fingerprint for document in documents)
+            fingerprints.update(document.fingerprint for document in documents)
             advance(size, sum(len(document.input_ids) for document in documents))
-    if not found:
+    if not fingerprints:
         raise WITConfigError("there is no document of two tokens or more to score; check the data with `wit check`")
-    return found
+    return fingerprints
 
 
 def _score(

@@ -53,12 +53,14 @@ def verify(run: Path, data: Path | None, dtype: str, base: str | None) -> int:
     print_messages(out, "warning", warnings)
     differing = len({line.step for line in verdict.lines if line.differs})
     if verdict.differs:
-        said = f"{differing} of {len(record.steps)} steps differ by more than rounding" if differing else "not in order"
+        conclusion = (
+            f"{differing} of {len(record.steps)} steps differ by more than rounding" if differing else "not in order"
+        )
     elif verdict.lines:
-        said = f"{len({line.step for line in verdict.lines})} steps are what the formula gives ({dtype})"
+        conclusion = f"{len({line.step for line in verdict.lines})} steps are what the formula gives ({dtype})"
     else:
-        said = "nothing was recomputed"
-    print_line(out, Text(f"{said}; keeping took {record.megabytes:,.1f} MB and {record.seconds:.1f} s"))
+        conclusion = "nothing was recomputed"
+    print_line(out, Text(f"{conclusion}; keeping took {record.megabytes:,.1f} MB and {record.seconds:.1f} s"))
     return int(verdict.differs)
 
 

@@ -11,24 +11,20 @@ import json
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from wit_plugins.config import WITConfig, checked_weight, multiplied
 from wit_plugins.contract.active import ActiveStrategies
 from wit_plugins.data_weights.columns import evenly, keys_by_features, messages_of
-from wit_plugins.data_weights.message_tokens import (
-    Render,
-    Surroundings,
-    WeightedMessage,
-    token_offsets,
-    weigh_tokens,
-)
 from wit_plugins.errors import BadExampleError
 from wit_plugins.tokens.roles import example_roles
-from wit_plugins.tokens.text import TokenText
 from wit_plugins.tokens.weighted_labels import FINGERPRINT_BITS, prepare
+
+if TYPE_CHECKING:  # a run whose data holds no weights loads neither
+    from wit_plugins.data_weights.message_tokens import Render, Surroundings, WeightedMessage
+    from wit_plugins.tokens.text import TokenText
 
 _CACHED = ("_token_text", "_surroundings")  # attributes that are made again in another process
 _VERSION = 2  # of what a value in the data means: what was prepared with another meaning is prepared again
@@ -89,10 +85,14 @@ class DataWeights:
 
     @functools.cached_property
     def _token_text(self) -> TokenText:
+        from wit_plugins.tokens.text import TokenText
+
         return TokenText(self.tokenizer)
 
     @functools.cached_property
     def _surroundings(self) -> Surroundings:
+        from wit_plugins.data_weights.message_tokens import Surroundings
+
         return Surroundings()
 
     def message_weight(self, message: Mapping[str, Any], where: str, is_answer: bool = True) -> float:
@@ -109,12 +109,12 @@ class DataWeights:
         Raises:
             BadExampleError: if what it says is no weight, or if two keys say something.
         """
-        said = {key: message[key] for key in self.message_keys if message.get(key) is not None}
-        if len(said) > 1:
-            both = " and ".join(f"{key} = {value!r}" for key, value in said.items())
+        values = {key: message[key] for key in self.message_keys if message.get(key) is not None}
+        if len(values) > 1:
+            both = " and ".join(f"{key} = {value!r}" for key, value in values.items())
             raise BadExampleError(f"{where} has two weights, {both}; keep one of them")
         self._find_unread_keys(message, where)
-        for key, value in said.items():
+        for key, value in values.items():
             if is_answer or not isinstance(value, (bool, np.bool_)):
                 return _weight(value, f"{where}.{key}", self.negative)
         return 1.0
@@ -131,14 +131,14 @@ class DataWeights:
         """Whether there is any weight in an example, its messages or their parts, or anything that reads it."""
         if self.reads_all or (self.sample_key and example.get(self.sample_key) is not None):
             return True
-        found = False
+        weighted = False
         for message in messages:
             content = message.get("content")
             for each in (message, *(content if isinstance(content, (list, tuple)) else ())):
                 if isinstance(each, Mapping):
                     self._find_unread_keys(each, "messages")
-                    found |= any(each.get(key) is not None for key in self.message_keys)
-        return found
+                    weighted |= any(each.get(key) is not None for key in self.message_keys)
+        return weighted
 
     def weighted_columns(self, features: Mapping[str, Any], names: Collection[str]) -> tuple[list[str], list[str]]:
         """Where weights stand in some columns of messages, in words, and which of the columns do not say so.
@@ -147,14 +147,16 @@ class DataWeights:
             features (`Mapping`): of a dataset, by the names of its columns.
             names (`Collection[str]`): the columns to look at.
         """
-        found, unclear = [], []
+        places_with_weights, unclear = [], []
         for name in names:
             keys = keys_by_features(features.get(name))
             unclear += [name] if keys.unclear else []
             places = [(f"{name}[]", keys.of_messages)]
             places += [(f"{name}[].{content}[]", of_parts) for content, of_parts in keys.of_parts.items()]
-            found += [f"{where}.{key}" for where, own in places for key in self.message_keys if key in own]
-        return found, unclear
+            places_with_weights += [
+                f"{where}.{key}" for where, own in places for key in self.message_keys if key in own
+            ]
+        return places_with_weights, unclear
 
     def warn_of_unread_keys(self, dataset: Any, names: Collection[str], contents: Sequence[str] = ("content",)) -> None:
         """Warn of keys of messages and their parts that look like weights and are not read, each with its first row.
@@ -201,7 +203,9 @@ class DataWeights:
         Raises:
             BadExampleError: naming the message, the key and the value.
         """
-        made = []
+        from wit_plugins.data_weights.message_tokens import WeightedMessage
+
+        weighted = []
         for index, message in enumerate(messages):
             at, is_answer = f"{where}[{index}]", are_answers is None or are_answers[index]
             weight, said = self.message_weight(message, at, is_answer), message.get(content)
@@ -222,8 +226,8 @@ class DataWeights:
                     text += words
             else:
                 text = said or ""
-            made.append(WeightedMessage(text, weight, tuple(pieces)))
-        return made
+            weighted.append(WeightedMessage(text, weight, tuple(pieces)))
+        return weighted
 
     def weigh_messages(
         self,
@@ -234,6 +238,8 @@ class DataWeights:
         ends: Collection[int] = (),
     ) -> np.ndarray:
         """The weights `[T]` of the tokens of rendered messages, float32; see [`weigh_tokens`]."""
+        from wit_plugins.data_weights.message_tokens import weigh_tokens
+
         return weigh_tokens(messages, render, input_ids, self._token_text, offsets, ends, self._surroundings)
 
     def offsets(self, text: str, input_ids: Sequence[int]) -> np.ndarray:
@@ -242,6 +248,8 @@ class DataWeights:
         Raises:
             BadExampleError: if the tokens are not those of the text.
         """
+        from wit_plugins.data_weights.message_tokens import token_offsets
+
         return token_offsets(text, input_ids, self._token_text)
 
     def labels(
@@ -303,10 +311,10 @@ class DataWeights:
 
         They stay as they are if everything weighs 1, no strategy reads the example and it has no group.
         """
-        own = np.asarray(labels, dtype=np.int64)
+        own_labels = np.asarray(labels, dtype=np.int64)
         if not self.reads_all and (weights == 1).all():
-            return own.tolist()
-        return prepare(own, np.asarray(weights, dtype=np.float32), self.fingerprint, group).tolist()
+            return own_labels.tolist()
+        return prepare(own_labels, np.asarray(weights, dtype=np.float32), self.fingerprint, group).tolist()
 
     def _is_unread(self, key: Any) -> bool:
         """Whether a key looks like a weight and is none that is read."""

@@ -28,13 +28,14 @@ class WeightedLoss:
         loss (`torch.Tensor`): Σ w·nll / denominator, a differentiable scalar, float32 (float64 for a float64 model).
         denominator (`torch.Tensor`): the step's denominator if it is known, else this batch's; at least 1 or > 0.
         role_sums (`torch.Tensor`): `[B, 4 + 4·S]` detached, float64 (float32 on MPS), for each row of the batch: Σ nll
-            of the prompt, its number of tokens, Σ nll of the response, its number of tokens; and the same four for each
-            of the S logged spans. Unweighted; only tokens that were computed.
+            of the prompt, its number of tokens, Σ nll of the response, its number of tokens; then the same four numbers
+            for each of the S logged spans. The sums are unweighted and cover the computed tokens only.
         labels_count (`torch.Tensor`): number of predicted response tokens, i.e. of labels other than -100; a scalar.
         weighted_sums (`torch.Tensor | None`): in evaluation `[B, 2]` detached, of the type of `role_sums`: for each row
             Σ w·nll, and what its tokens add to the denominator.
-        correct (`torch.Tensor | None`): how many of them are the model's first choice; a scalar.
-        entropy (`torch.Tensor | None`): Σ over them of the entropy of the model's distribution, in nats; a scalar.
+        correct (`torch.Tensor | None`): how many response tokens are the model's first choice; a scalar.
+        entropy (`torch.Tensor | None`): the sum over the response tokens of the entropy of the model's distribution, in
+            nats; a scalar.
     """
 
     loss: torch.Tensor
@@ -55,19 +56,20 @@ class MicroBatch:
     Args:
         codes (`torch.Tensor`): int64 `[B, L]`, see `wit_plugins.tokens.codes`, on the device that computes. Token t
             of a row is predicted at position t - 1; the first one of a row by nothing.
-        shifted (`bool`): the codes and spans stand where their tokens are predicted already: t at position t.
+        shifted (`bool`): whether the codes and spans are shifted: token t is then predicted at position t.
         strategies ([`ActiveStrategies`]): for the dynamic weights, and how many spans are logged.
-        spans (`torch.Tensor`, *optional*): int64 `[B, L]`, see `wit_plugins.tokens.span_bits`; needed if any are.
+        spans (`torch.Tensor`, *optional*): int64 `[B, L]`, see `wit_plugins.tokens.span_bits`; needed if spans are
+            logged.
         normalization (`str`): `nonzero_tokens` or `weight_sum`; used if `num_items` is `None`.
         num_items (`torch.Tensor`, *optional*): the whole step's denominator, a scalar.
         grad_scale (`float`): see [`LossCall`].
-        every_role (`bool`): compute tokens of weight 0 as well (evaluation), for the roles' own sums.
+        every_role (`bool`): compute tokens of weight 0 too (evaluation), for the sums of both roles.
         response_metrics (`bool`): sum token accuracy and entropy over all response tokens, whatever their weights.
         drawing (`tuple[int, int]`, *optional*): the step's number and the run's seed, if targets may be drawn.
         group_factors (`torch.Tensor`, *optional*): `[G]`, what the tokens of each group are multiplied by.
         reference_nll (`torch.Tensor`, *optional*): `[N]`, the same tokens' nll by a reference, for the strategies.
         snapshot_nll (`torch.Tensor`, *optional*): the same by the model as it was some steps ago.
-        anchor ([`Anchor`], *optional*): a reference's distributions, the KL from which is added to the loss.
+        anchor ([`Anchor`], *optional*): a reference's distributions. The KL divergence from them is added to the loss.
         scores (`torch.Tensor`, *optional*): int64 `[B, L]`, the bits of each token's log-probability in float32 by a
             reference in a folder, for the strategies.
         attention ([`PromptAttention`], *optional*): how much tokens attend to the prompt, for the strategies.
@@ -132,7 +134,7 @@ class MicroBatch:
             self._located["reference_log_probs"] = scores[self.row, column + first].to(torch.int32).view(torch.float32)
         if attention is not None:
             self._located["prompt_attention"] = attention.of(self.row, column + first).to(self.weights.device)
-        self.nll = self.weights.new_zeros(0)  # [N], once the loss was asked for
+        self.nll = self.weights.new_zeros(0)  # [N] after the loss is computed
         self.column, self._chance = column + first, None
         if drawing is not None and strategies.needs.draws_targets:
             from wit_plugins.tokens.token_random import Chance
@@ -174,7 +176,7 @@ class MicroBatch:
         return self.strategies.on_device.draw_targets(probabilities, self.targets[tokens], self.roles[tokens], random)
 
     def _replace(self, log_probs: torch.Tensor, tokens: slice) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What takes the place of the nll of the tokens of a slice, and its slopes, `[n]` each."""
+        """The losses that replace the nll of the tokens of a slice, and their slopes, `[n]` each."""
         return self.strategies.on_device.replace_nll(log_probs, self.roles[tokens], self._signed[tokens])
 
     def _tokens(self) -> Tokens:
@@ -194,7 +196,7 @@ class MicroBatch:
         )
 
     def _weights_in_groups(self) -> torch.Tensor:
-        """The static weights `[N]`, times what a token's group multiplies them by."""
+        """The static weights `[N]`, times the factor of each token's group."""
         weights = self.weights
         if self._group_factors is not None:
             assert self.spans is not None
@@ -233,11 +235,11 @@ class MicroBatch:
         dtype = torch.float32 if nll.device.type == "mps" else torch.float64
         parts = []
         for role in (PROMPT, RESPONSE):
-            mine = self.roles == role
+            of_role = self.roles == role
             if not self.every_role:
-                mine &= self.weights != 0
+                of_role &= self.weights != 0
             # Not a product: the nll of another role's token may be infinite.
-            parts += [torch.where(mine, nll, 0).to(dtype), mine.to(dtype)]
+            parts += [torch.where(of_role, nll, 0).to(dtype), of_role.to(dtype)]
         of_tokens = torch.stack(parts, dim=1)  # [N, 4]
         spans = self.spans
         logged = 0 if spans is None else len(self.strategies.logged_spans)

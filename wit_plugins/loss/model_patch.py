@@ -36,7 +36,7 @@ from wit_plugins.tokens.span_bits import SPANS_KEY
 
 logger = logging.getLogger(__name__)
 
-_ATTRIBUTE = "_wit_head"  # of the model; with a number behind it, since one patch may stay under another
+_ATTRIBUTE = "_wit_head"  # of the model; a number follows, since an older patch may stay below a new one
 
 
 MakeMicroBatch = Callable[[int, torch.device], MicroBatch]  # for a number of positions L, on a device
@@ -106,14 +106,14 @@ class WeightedHead:
             from wit_plugins.loss.snapshot import Snapshot
 
             self.snapshot = Snapshot(strategies.needs.snapshot_every)
-        self._second: Any = None  # a reference beside the model, once it was needed
+        self._second: Any = None  # the second model of a strategy, loaded when it is first needed
         self._aligned = False
-        self._is_own_loss = False  # whether the model was asked for its own loss, and computes this one at (0, 1)
+        self._is_own_loss = False  # whether the model's own loss was found to be the weighted loss at (0, 1)
         self.loss_impl = loss_impl
         self.fused = None if loss_impl == "logits" else FusedHead(model)
         if loss_impl == "fused" and self.fused is not None and self.fused.obstacle is not None:
             self._give_up_fused()
-        self._own_forward = model.__dict__.get("forward")  # an instance's own, where another patch came before
+        self._own_forward = model.__dict__.get("forward")  # set if another patch was there before
         self._original: Callable[..., Any] = model.forward
         self.enabled = True
         self._attribute = f"{_ATTRIBUTE}{sum(name.startswith(_ATTRIBUTE) for name in model.__dict__)}"
@@ -122,7 +122,7 @@ class WeightedHead:
 
     @property
     def chosen(self) -> str:
-        """How the loss is computed by now: `fused` once a batch has shown that it can be, else `logits`."""
+        """How the loss is computed: `fused` once a batch has passed the check, else `logits`."""
         return "fused" if self.fused is not None and self.fused.checked else "logits"
 
     def begin(self, call: LossCall) -> None:
@@ -130,12 +130,12 @@ class WeightedHead:
         self.call, self.outcome = call, None
 
     def end(self) -> LossOutcome | None:
-        """What came out of it; `None` if the model was not asked for the weighted loss."""
+        """The outcome of the forward since `begin`; `None` if no weighted forward was called."""
         outcome, self.call, self.outcome = self.outcome, None, None
         return outcome
 
     def remove(self) -> None:
-        """Take the patch off. If something was wrapped around it meanwhile (autocast), it lets every call through."""
+        """Take the patch off. If something else (autocast) wraps it by now, it stays and passes every call on."""
         self.enabled = False
         if self.model.__dict__.get("forward") is not self._patch:
             return
@@ -155,7 +155,7 @@ class WeightedHead:
         spans: Any,
         num_items: Any,
     ) -> Any:
-        """What the patched model's forward does.
+        """The forward of the patched model.
 
         Args:
             model (`nn.Module`): the model that was called. Regional compilation makes another one that shares all
@@ -164,11 +164,11 @@ class WeightedHead:
             labels (`torch.Tensor | None`): int64 `[B, L]`.
             codes (`torch.Tensor | None`): `weighted_labels`, int64 `[B, L]`.
             spans (`torch.Tensor | None`): `weighted_spans`, int64 `[B, L]`, if any are logged.
-            num_items (`torch.Tensor | None`): `num_items_in_batch`, which a weighted call gets by `call` instead.
+            num_items (`torch.Tensor | None`): `num_items_in_batch`. A weighted call uses `self.call.num_items` instead.
 
         Raises:
-            WeightsNotAppliedError: if the weights do not belong to the labels, spans that are logged are missing, or
-                it is no call of `compute_loss`.
+            WeightsNotAppliedError: if the weights do not belong to the labels, logged spans are missing, or the call
+                does not come from `compute_loss`.
         """
         scores = kwargs.pop(SCORES_KEY, None)
         if codes is None or labels is None or not self.enabled:
@@ -199,7 +199,7 @@ class WeightedHead:
         forward = functools.partial(self._original_of(model), *args, **kwargs)
         batch = _Batch(model, forward, labels, codes, spans, scores, call)
         if call.training and not self._is_own_loss:
-            # Attention over ranks takes the batch's number of rows, and lengths such as the batch's.
+            # Attention over ranks needs the batch's number of rows, and a length that can be cut as the batch's.
             shape = (len(codes), min(SHAPE[1], codes.shape[1])) if call.shifted else SHAPE
             check_own_loss(self.model, self._original_of(model), codes, labels.device, shape, kwargs)
             self._is_own_loss = True
@@ -265,12 +265,12 @@ class WeightedHead:
         return anchor(self._second, forward, needs.anchor_weight, needs.anchors)
 
     def _nll_within(self, context: AbstractContextManager[None], batch: _Batch) -> torch.Tensor:
-        """The nll `[N]` of the batch's tokens by what a context makes of the model, without gradients."""
-        made: list[MicroBatch] = []
+        """The nll `[N]` of the batch's tokens, without gradients, by the model as it is inside of `context`."""
+        micro_batches: list[MicroBatch] = []
 
         def make(num_logits: int, device: torch.device) -> MicroBatch:
-            made.append(self._plain_micro_batch(batch, num_logits, device))
-            return made[-1]
+            micro_batches.append(self._plain_micro_batch(batch, num_logits, device))
+            return micro_batches[-1]
 
         # With adapters off, the model may call another head than the trained copy. The fused loss is used only if that
         # head was checked.
@@ -283,10 +283,10 @@ class WeightedHead:
             else:
                 logits = batch.forward().logits
                 make(logits.shape[1], logits.device).from_logits(logits)
-        return made[-1].nll
+        return micro_batches[-1].nll
 
     def _changed_inputs(self, input_ids: torch.Tensor | None, codes: torch.Tensor, call: LossCall) -> torch.Tensor:
-        """What strategies have the model read instead of `input_ids` `[B, L]`.
+        """The ids `[B, L]` that the strategies put in the place of `input_ids`.
 
         Raises:
             WeightsNotAppliedError: if the model is not given ids, or not those of the batch.
@@ -305,7 +305,7 @@ class WeightedHead:
         return self.strategies.on_device.change_inputs(input_ids, decode(codes)[1], random, progress, vocab_size)
 
     def _original_of(self, model: Any) -> Callable[..., Any]:
-        """The original forward, on the model that was called."""
+        """The original forward, bound to the model that was called."""
         if model is self.model or getattr(self._original, "__self__", None) is not self.model:
             return self._original
         return types.MethodType(self._original.__func__, model)  # type: ignore[attr-defined]
@@ -332,7 +332,7 @@ class WeightedHead:
         return output, head.result
 
     def _give_up_fused(self) -> tuple[None, None]:
-        """From now on the model's logits are used: there is no fused output, and no fused loss.
+        """Use the model's logits from now on. Returns no output and no loss, as [`_run_fused`] does.
 
         Raises:
             WITConfigError: if the fused head was asked for by name.
@@ -405,13 +405,13 @@ class WeightedHead:
         if labels.shape[1] > codes.shape[1] and not shifted:
             virtual = labels.shape[1] - codes.shape[1]
             codes = torch.nn.functional.pad(codes, (virtual, 0), value=IGNORE_INDEX)
-        # Comparing values makes the device wait, so once is enough: the first batch of a run.
+        # Comparing values makes the device wait, so only the first batch of a run is compared.
         same = codes.shape == labels.shape and num_logits == labels.shape[1]
         if same and not self._aligned:
             expected, seen = framework_labels(codes), labels.clone()
             seen[codes == IGNORE_INDEX] = IGNORE_INDEX
             same = bool(torch.equal(expected, seen))
-            self._aligned = bool((codes != IGNORE_INDEX).any())  # a batch without a token says nothing
+            self._aligned = bool((codes != IGNORE_INDEX).any())  # a batch without tokens proves nothing
         if not same:
             raise WeightsNotAppliedError(
                 f"weights of shape {tuple(codes.shape)} cannot be aligned with labels of shape {tuple(labels.shape)} "
@@ -422,7 +422,7 @@ class WeightedHead:
 
 
 def _forward_like(original: Callable[..., Any], attribute: str) -> Callable[..., Any]:
-    """A forward for a model, to be bound to it. It holds no model, so that a copy's is the copy's own."""
+    """A forward, to be bound to a model. It holds no model, so a copy of the model gets a forward of its own."""
 
     def forward(
         self: Any,
@@ -436,10 +436,10 @@ def _forward_like(original: Callable[..., Any], attribute: str) -> Callable[...,
         head: WeightedHead = self.__dict__[attribute]
         return head.forward(self, args, rest, labels, weighted_labels, weighted_spans, num_items_in_batch)
 
-    # Trainers read off the signature which columns a model takes.
+    # Trainers read in the signature which columns a model takes.
     signature = inspect.signature(original)
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    forward.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore[attr-defined]
+    self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = signature.replace(parameters=[self_parameter, *signature.parameters.values()])  # type: ignore[attr-defined]
     forward.__doc__ = original.__doc__
     return forward
 

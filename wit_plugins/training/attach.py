@@ -90,7 +90,7 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
         from wit_plugins.loss.snapshot import check_snapshot
 
         check_snapshot(model, trainer.accelerator, whole)
-    aux_loss_sums = adapter.aux_loss_sums(trainer)  # before it is changed
+    aux_loss_sums = adapter.aux_loss_sums(trainer)  # read it before the trainer is changed
     make_head = functools.partial(
         WeightedHead,
         strategies=strategies,
@@ -122,14 +122,14 @@ def attach(trainer: Trainer, config: WITConfig) -> None:
                 warn_of_unmatched_spans(dataset, collator)
         for name in _COLLATORS:
             if getattr(trainer, name, None) is not None:
-                own = make_collator(getattr(trainer, name), strategies, reader, reader.tokenizer)
-                changes.set(trainer, name, own)
+                wrapped = make_collator(getattr(trainer, name), strategies, reader, reader.tokenizer)
+                changes.set(trainer, name, wrapped)
         if strategies.needs.reference is not None:
             check_scores(_datasets(trainer), trainer.data_collator)  # type: ignore[arg-type]
         # Otherwise the trainer would not count the step's denominator, but average its micro-batches one by one.
         changes.set(trainer, "model_accepts_loss_kwargs", True)
         if strategies.groups is not None and strategies.groups.reads_losses:
-            changes.set(trainer.args, "eval_on_start", True)  # there are losses to read from the first step on
+            changes.set(trainer.args, "eval_on_start", True)  # so that the first step has losses to read
         if trainer.args.use_liger_kernel:
             # Liger's layers stay; its head would replace the model's forward when training starts.
             options = {**(trainer.args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
@@ -171,17 +171,17 @@ def causal_lm(trainer: Trainer) -> nn.Module:
 
 def _datasets(trainer: Trainer) -> dict[str, Any]:
     """The datasets whose examples the collator will be given, by name."""
-    found = {"training": getattr(trainer, "train_dataset", None)}
+    datasets = {"training": getattr(trainer, "train_dataset", None)}
     evaluation = getattr(trainer, "eval_dataset", None)
     if not getattr(trainer.args, "predict_with_generate", False):
         by_name = evaluation if isinstance(evaluation, dict) else {"evaluation": evaluation}
         for name, dataset in by_name.items():
-            found[f"evaluation {name}" if name in found else str(name)] = dataset
-    return {name: dataset for name, dataset in found.items() if dataset is not None}
+            datasets[f"evaluation {name}" if name in datasets else str(name)] = dataset
+    return {name: dataset for name, dataset in datasets.items() if dataset is not None}
 
 
 def _adapter(trainer: Trainer) -> TrainerAdapter:
-    """What the trainer's framework says of it; nothing, for a plain one."""
+    """The adapter of the trainer's framework. A plain `transformers.Trainer` gets an adapter that changes nothing."""
     adapter = plugin_manager().hook.adapt_trainer(trainer=trainer)
     if adapter is None:
         return TrainerAdapter()

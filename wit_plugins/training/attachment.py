@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from wit_plugins.training.not_finite import SkippedSteps
 
 ATTRIBUTE = "_wit"  # of a trainer that weights are attached to
-# Whose trainer's weights are on a model. Copies of a model are not in it.
+# The trainer whose weights are attached to a model. Copies of a model are not in it.
 _TRAINERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
 
@@ -44,7 +44,7 @@ class RunState:
         begun (`bool`): whether a micro-batch was trained on; the same on all ranks.
         verified (`bool`): whether a micro-batch that had a loss has shown that the trainer uses the model's loss.
         cut_to (`int | None`): while rows are cut over ranks, the length of this rank's share, of shifted codes.
-        prediction_loss_only (`bool`): whether nobody asks for the logits of this evaluation.
+        prediction_loss_only (`bool`): whether this evaluation needs no logits.
         reads_log (`bool`): whether the training loop, on all ranks, is about to log.
         skipped_steps ([`SkippedSteps`] | None): in float16, how many optimizer steps in a row were skipped.
     """
@@ -95,13 +95,13 @@ def new_run(config: WITConfig, strategies: ActiveStrategies, adapter: TrainerAda
 
 
 def claim(model: nn.Module, trainer: Trainer) -> None:
-    """Remember whose weights are on a model.
+    """Remember which trainer's weights are attached to a model.
 
     Raises:
-        WITConfigError: if those of another trainer are, which would take this one's calls for its own.
+        WITConfigError: if another trainer's weights are attached to it. They would answer this trainer's calls.
     """
     if _weighted_by_another(model, trainer):
-        gc.collect()  # a trainer that nobody holds any more, as when a cell of a notebook is run again
+        gc.collect()  # the other trainer may be garbage, for example if a notebook's cell is run again
     if _weighted_by_another(model, trainer):
         raise WITConfigError(
             f"the weights of another trainer are attached to this {type(model).__name__}, and only one trainer at a "

@@ -27,28 +27,28 @@ _SECONDS = 10.0  # how long spans are looked for
 
 
 class UnmatchedSpanWarning(UserWarning):
-    """Something that a strategy is to weight is nowhere in the training data."""
+    """A part of the text that a strategy weights is nowhere in the training data."""
 
 
 def can_be_read_again(dataset: Any) -> bool:
-    """Whether looking at a dataset's examples takes none of them away: whether it has a length and an order."""
+    """Whether a dataset's examples can be read more than once: whether it has a length and an order."""
     return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
 
 
 class LeftOutWarning(UserWarning):
-    """The data takes all prompts out of the training, or all answers."""
+    """The weights in the data are 0 on all prompts, or on all answers."""
 
 
 @dataclass
 class DatasetLook:
-    """What was seen of a dataset before training.
+    """What was read of a dataset before training.
 
     Attributes:
         size (`int`): its rows.
-        rows (`int`): those that were looked at.
-        documents, weighted (`int`): the documents in them, and those of them in whose data weights stand.
-        prompt, response (`int`): their tokens by role.
-        left_out_prompt, left_out_response (`int`): of these, the ones to which the data gives the weight 0.
+        rows (`int`): the number of rows that were read.
+        documents, weighted (`int`): the documents in the read rows, and how many of them have weights in the data.
+        prompt, response (`int`): the read tokens by role.
+        left_out_prompt, left_out_response (`int`): the read tokens of each role to which the data gives the weight 0.
     """
 
     size: int
@@ -61,7 +61,7 @@ class DatasetLook:
     left_out_response: int = 0
 
     def add(self, read: ReadExample) -> None:
-        """Count a row in."""
+        """Count a row."""
         prompt, response = read.roles == PROMPT, read.roles == RESPONSE
         self.rows += 1
         self.prompt += int(np.count_nonzero(prompt))
@@ -76,15 +76,15 @@ class DatasetLook:
             self.left_out_response += int(np.count_nonzero(response & (weights == 0)))
 
     def lines(self) -> list[str]:
-        """What is said of it when training starts."""
+        """The lines about the dataset that are printed when training starts."""
         where = f" (in {self.rows:,} of {self.size:,} rows, at even distances)" if self.rows < self.size else ""
-        made = [f"{self.prompt / (self.prompt + self.response):.0%} of the tokens are prompt{where}"]
+        sentences = [f"{self.prompt / (self.prompt + self.response):.0%} of the tokens are prompt{where}"]
         if self.weighted:
-            made.append(f"weights stand in the data of {self.weighted:,} of {self.documents:,} examples{where}")
-        return made
+            sentences.append(f"weights stand in the data of {self.weighted:,} of {self.documents:,} examples{where}")
+        return sentences
 
     def left_out(self, prompt_weight: float, response_weight: float) -> list[str]:
-        """Roles of which the data takes everything out that the roles' weights would train, in words."""
+        """A sentence for each role whose weight is above 0, but whose tokens all weigh 0 in the data."""
         where = f"the {self.rows:,} rows that were looked at" if self.rows < self.size else "the training dataset"
         roles = (
             ("prompts", "prompt_weight", prompt_weight, self.prompt, self.left_out_prompt),
@@ -122,7 +122,7 @@ def check_dataset(dataset: Any, masking_hint: str, reader: ExampleReader) -> Dat
     look = DatasetLook(len(dataset))
     first = evenly(look.size, _LOOKED_AT)
     rest = np.setdiff1d(np.arange(look.size), first)
-    # Silent for the usual dataset, which these settle; a bar for one that has to be read through.
+    # The first rows are enough for most datasets. A progress bar appears if all rows have to be read.
     for index in tqdm([*first, *rest.tolist()], desc="Looking for prompt and response tokens", delay=5):
         if look.rows >= len(first) and look.prompt and look.response:
             break
@@ -147,13 +147,13 @@ def check_weighs(dataset: Any, collator: WeightedCollator) -> None:
         WITConfigError: if none has, naming what made the weights 0.
     """
     counts = {PROMPT: 0, RESPONSE: 0}
-    makers: dict[int, dict[str, int]] = {PROMPT: {}, RESPONSE: {}}  # of each role: how many tokens each has made 0
+    makers: dict[int, dict[str, int]] = {PROMPT: {}, RESPONSE: {}}  # by role: how many tokens each source makes 0
     for index in tqdm(range(len(dataset)), desc="Looking for a token that weighs something", delay=5):
         example = dataset[index]
         try:
             if _weighs(torch.from_numpy(collator.codes(example))):
                 return
-            if index < _LOOKED_AT:  # to name what made them 0, a few examples are enough
+            if index < _LOOKED_AT:  # a few examples are enough for the error message
                 roles, sources = collator.reader(example).roles, collator.explain(example).sources
                 for role, by_source in makers.items():
                     counts[role] += int(np.count_nonzero(roles == role))
@@ -189,7 +189,7 @@ def _nothing_weighs(where: str, why: str) -> WITConfigError:
 
 
 class StreamCheck:
-    """The same look at a stream: at its first 100 examples as they come by in training, since none may be lost.
+    """The same check for a stream. It reads the first 100 examples while they are trained on, so that none is lost.
 
     Args:
         masking_hint (`str`): how a user masks the prompt, for the message.
@@ -205,7 +205,7 @@ class StreamCheck:
     def settled(self) -> bool:
         """Whether there is nothing more to look for."""
         prompt, response, left_out, weighing, _ = self.counts
-        # What weighs 0 in the data has no role any more, and may have been of the role that was not seen.
+        # A token that weighs 0 in the data has lost its role, so it may have had the missing one.
         return bool(weighing and (left_out or (prompt and response)))
 
     def add(self, codes: torch.Tensor) -> None:
@@ -215,13 +215,13 @@ class StreamCheck:
             WITConfigError: if a role is missing in 100 rows, or nothing in them weighs anything.
         """
         _, roles, weights = decode(codes)
-        own = [roles == PROMPT, roles == RESPONSE, is_left_out(codes), weights != 0]
-        self.counts = [a + b for a, b in zip(self.counts, [*(int(o.sum()) for o in own), len(roles)], strict=True)]
+        masks = [roles == PROMPT, roles == RESPONSE, is_left_out(codes), weights != 0]
+        self.counts = [a + b for a, b in zip(self.counts, [*(int(o.sum()) for o in masks), len(roles)], strict=True)]
         if self.counts[-1] >= _LOOKED_AT:
             self.finish([self.counts])
 
     def finish(self, counts: list[list[int]]) -> None:
-        """There are no more: judge what was counted, by this process or by several.
+        """Judge the counts of all processes, when no more examples are needed or left.
 
         Raises:
             WITConfigError: if a role is missing, or nothing weighs anything.
@@ -248,7 +248,7 @@ def locate_bad_example(dataset: Any, reader: ExampleReader, name: str) -> BadExa
 
     Args:
         dataset: is read until the example is found, if it can be read again.
-        reader ([`ExampleReader`]): what refused it.
+        reader ([`ExampleReader`]): the reader that refused the example.
         name (`str`): the dataset's, for the message.
     """
     if not can_be_read_again(dataset):
@@ -297,11 +297,11 @@ def warn_of_unmatched_spans(dataset: Any, collator: WeightedCollator) -> None:
             break
         read += 1
         try:
-            found = collator.find_spans(dataset[index])
+            masks = collator.find_spans(dataset[index])
         except BadExampleError as error:
             raise BadExampleError(f"example {index} of the training dataset: {error}") from None
-        seen |= found.keys()
-        matched |= {name for name, mask in found.items() if mask.any()}
+        seen |= masks.keys()
+        matched |= {name for name, mask in masks.items() if mask.any()}
         if seen and seen == matched:
             return
     where = f"any of the {size:,} training examples"

@@ -59,17 +59,17 @@ class WeightedTrainerMixin(_Base):
         return model
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own training loop, with a state of its own, as the trainer's sums are its own."""
+        """The trainer's own training loop, with a new `RunState`."""
         self._wit.start_run()
         groups = self._wit.head.strategies.groups
         resumed = kwargs.get("resume_from_checkpoint")
         if groups is None or not groups.reads_losses or not resumed:
             return super()._inner_training_loop(*args, **kwargs)
-        with exchanged(self.args, "eval_on_start", False):  # the checkpoint's log has it
+        with exchanged(self.args, "eval_on_start", False):  # the checkpoint's log holds these losses
             return super()._inner_training_loop(*args, **kwargs)
 
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own; where DeepSpeed is to cut its rows, with codes that are shifted before."""
+        """The trainer's own. If DeepSpeed cuts the rows, the collator shifts the codes first."""
         parts = sp_size(self.accelerator)
         if parts == 1:
             return super().get_train_dataloader(*args, **kwargs)
@@ -91,14 +91,14 @@ class WeightedTrainerMixin(_Base):
 
     @contextmanager
     def _bad_examples_of(self, dataset: Any, name: str) -> Iterator[None]:
-        """Say where in its dataset an example is that a collator refused, which knows its place in the batch alone."""
+        """Name the position in the dataset of an example that the collator refuses. The collator does not know it."""
         try:
             yield
         except BadExampleError as error:
-            found = locate_bad_example(dataset, self._wit.reader, name)
-            if found is None:
+            located = locate_bad_example(dataset, self._wit.reader, name)
+            if located is None:
                 raise
-            raise found from error
+            raise located from error
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | int | None:
         """The whole step's denominator: all micro-batches, all ranks."""
@@ -113,26 +113,26 @@ class WeightedTrainerMixin(_Base):
         return total
 
     def _ranks_of_a_batch(self) -> int:
-        """How many ranks are given the same batch, and count the same tokens."""
+        """The number of ranks that get the same batch and so count the same tokens."""
         return self.get_tp_size() * cp_size(self.accelerator)
 
     def _weigh_groups(self, batch_samples: list[Any]) -> None:
-        """Each group's denominator over the whole step. Evaluation, whose batches are counted too, has none."""
+        """Compute each group's denominator over the whole step. Batches of an evaluation have none."""
         wit, device = self._wit, self.args.device
         groups = weighed_groups(wit.head.strategies.groups)
         if groups is None or not batch_samples or not all(CODES_KEY in batch for batch in batch_samples):
-            return  # without codes there is no step
+            return  # `compute_loss` refuses batches without codes
         strategies = wit.head.strategies
-        own = group_denominators(
+        denominators = group_denominators(
             batch_samples, wit.config.normalization, strategies.group_bits, device, strategies.needs.share_of_responses
         )
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            own = self.accelerator.gather(own[None]).sum(dim=0) / self._ranks_of_a_batch()
+            denominators = self.accelerator.gather(denominators[None]).sum(dim=0) / self._ranks_of_a_batch()
         if wit.run.group_weights is None:
             from wit_plugins.training.group_losses import group_weights
 
             wit.run.group_weights = group_weights(groups, self.state.log_history, device)
-        wit.run.group_factors = group_factors(wit.run.group_weights, own)
+        wit.run.group_factors = group_factors(wit.run.group_weights, denominators)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
@@ -196,10 +196,10 @@ class WeightedTrainerMixin(_Base):
             from wit_plugins.training.ulysses import share_of_loss, uses_losses
 
             seen, *rest = loss if isinstance(loss, tuple) else (loss,)
-            labels, own = inputs["shift_labels"], outputs[-1]["loss"]
+            labels, rank_loss = inputs["shift_labels"], outputs[-1]["loss"]
             if not wit.run.verified:
-                wit.run.verified = uses_losses(own, seen, labels, self.accelerator, parts)
-            seen = share_of_loss(own, model, self.accelerator, parts)
+                wit.run.verified = uses_losses(rank_loss, seen, labels, self.accelerator, parts)
+            seen = share_of_loss(rank_loss, model, self.accelerator, parts)
             loss = (seen, *rest) if rest else seen
         elif training and not wit.run.verified:
             wit.run.verified = self._verify(loss[0] if isinstance(loss, tuple) else loss, call, outcome)
@@ -214,7 +214,7 @@ class WeightedTrainerMixin(_Base):
         return loss
 
     def _prepare_context_parallel_inputs(self, model: Any, inputs: Any) -> Any:
-        """The trainer's own: what is cut over ranks, and the context in which it is; the codes are cut with it."""
+        """The trainer's own: the inputs, and the context that cuts them over ranks. It cuts the codes too."""
         parts = cp_size(self.accelerator)
         if parts == 1 or CODES_KEY not in inputs:
             return super()._prepare_context_parallel_inputs(model, inputs)
@@ -222,7 +222,7 @@ class WeightedTrainerMixin(_Base):
 
         if not self._wit.run.begun:
             check_same_batch(inputs[CODES_KEY], self.accelerator, parts)
-        # torch gives each rank two pieces, so that all have as much to attend to.
+        # torch gives each rank two pieces of a row, so that attention costs every rank the same.
         cut_to = lengthen_and_shift(inputs, 2 * parts, "cp_size") // parts
         context, inputs = super()._prepare_context_parallel_inputs(model, inputs)
         context = cut_too(context, inputs, self.accelerator)
@@ -236,7 +236,7 @@ class WeightedTrainerMixin(_Base):
         return self.accelerator.num_processes // self.get_tp_size()
 
     def _aux_loss_scale(self, training: bool) -> float:
-        """What the trainer without weights has an auxiliary loss multiplied by; micro-batches are those of training."""
+        """The factor by which this trainer, without weights, multiplies a model's auxiliary loss."""
         sums = self._wit.aux_loss_sums
         ranks = self.accelerator.num_processes // self.get_tp_size() if sums.ranks else 1
         return ranks / (self.current_gradient_accumulation_steps if training and not sums.micro_batches else 1)
@@ -244,7 +244,7 @@ class WeightedTrainerMixin(_Base):
     def _verify(self, loss: torch.Tensor, call: LossCall, outcome: LossOutcome) -> bool:
         """Compare the trainer's loss of the first micro-batches with the head's, so that no trainer ignores it.
 
-        Returns whether they had a loss: whatever a trainer makes of no token at all says nothing.
+        Returns whether the loss was not 0: a micro-batch without any weighted token proves nothing.
         """
         expected = outcome.result.loss.detach().float().to(loss.device)
         if call.num_items is not None:
@@ -262,7 +262,7 @@ class WeightedTrainerMixin(_Base):
         return bool(outcome.result.loss != 0)
 
     def _verify_same_settings(self) -> None:
-        """Make sure that all ranks weigh alike: nodes can be started with different configurations."""
+        """Check that all ranks have the same settings, since nodes can be started with different configurations."""
         settings = gather_object([self._wit.config.summary()])
         if len(set(settings)) > 1:
             raise WITConfigError(
@@ -271,7 +271,7 @@ class WeightedTrainerMixin(_Base):
             )
 
     def _verify_synchronised(self, model: Any) -> None:
-        """Make sure that plain data parallelism averages the gradients, without which no step is the whole batch's."""
+        """Check that plain data parallelism wraps the model in DDP. Without it no gradients are averaged."""
         plain = self.accelerator.distributed_type.name.startswith("MULTI_") and self.get_tp_size() == 1
         model = getattr(model, "_orig_mod", model)  # torch.compile
         if plain and self.accelerator.num_processes > 1 and not isinstance(model, DistributedDataParallel):
@@ -287,42 +287,42 @@ class WeightedTrainerMixin(_Base):
         return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own; where it generates, without the weights."""
+        """The trainer's own. If it generates text, its collator is the one without weights."""
         with self._collator_of(generation=self.compute_metrics is not None):
             return super().get_eval_dataloader(*args, **kwargs)
 
     def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own; where it generates, without the weights."""
+        """The trainer's own. If it generates text, its collator is the one without weights."""
         with self._collator_of(generation=True):
             return super().get_test_dataloader(*args, **kwargs)
 
     @contextmanager
     def _collator_of(self, generation: bool) -> Iterator[None]:
-        """Generated text is compared with labels that are no mask: they have a length of their own."""
+        """Use the framework's own collator for generation. Labels are then reference texts, and no mask of the ids."""
         if not (generation and getattr(self.args, "predict_with_generate", False)):
-            yield  # and nothing is set back: Axolotl exchanges the collator itself
+            yield  # do not restore anything afterwards: Axolotl exchanges the collator by itself
             return
-        own: Any = self.data_collator
-        with exchanged(self, "data_collator", own.collator):
+        collator: Any = self.data_collator
+        with exchanged(self, "data_collator", collator.collator):
             yield
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own loop; its metrics gain the roles' losses under its prefix."""
         dataloader = args[0] if args else kwargs["dataloader"]
         self._wit.run.evaluation.reset(dataloader)
-        self._wit.run.group_weights = None  # which may depend on what comes out
+        self._wit.run.group_weights = None  # they may depend on the new losses
         with self._bad_examples_of(getattr(dataloader, "dataset", None), "evaluation"):
             output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         self._wit.run.evaluation.gather(self.accelerator)
         self._wit.run.evaluation.warn_if_repeated(dataloader, self.accelerator)
-        own = self._wit.run.evaluation.read(self.accelerator.device)
+        role_losses = self._wit.run.evaluation.read(self.accelerator.device)
         assert output.metrics is not None
-        output.metrics.update({f"{prefix}_{name}": value for name, value in own.items()})
+        output.metrics.update({f"{prefix}_{name}": value for name, value in role_losses.items()})
         return output
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """The training loop's own logging, which every rank comes to, unlike calls of `log` by a callback."""
+        """The training loop's own logging. Every rank calls it; callbacks may call `log` on one rank alone."""
         if self.accelerator.scaler is not None:
             from wit_plugins.training.not_finite import SkippedSteps
 
@@ -339,7 +339,7 @@ class WeightedTrainerMixin(_Base):
         """The trainer's own logging; a log of the training loop gains the roles' losses since the last one."""
         if "loss" in logs and self._wit.run.reads_log:
             self._wit.run.reads_log = False
-            # Updated in place, as the caller may go on using its dictionary.
+            # Update the dictionary in place, since the caller may use it afterwards.
             logs.update(self._wit.run.training.read_reduced(self.accelerator, self.get_tp_size()))
         super().log(logs, *args, **kwargs)
 
@@ -370,7 +370,7 @@ class WeightedTrainerMixin(_Base):
         return output
 
     def _record_run(self) -> None:
-        """Tell the sweep that started this run how far it is, and what it logs."""
+        """Add the callback that tells a sweep the run's progress and logs."""
         from wit_plugins.training.recorder import RunRecorder, recorder
 
         callback = recorder()
@@ -414,7 +414,8 @@ def _ends(history: Sequence[Mapping[str, Any]], key: str, tokens: str | None, ki
     Args:
         history (`Sequence[Mapping]`): what was logged.
         key (`str`): the loss, a mean over tokens.
-        tokens (`str`, *optional*): over how many. Without it single entries are compared: each is of all the data.
+        tokens (`str`, *optional*): the key of the number of tokens. Without it the first and the last entry are
+            compared, since each covers all the data.
         kind (`str`): what to call an entry.
     """
     losses = [(entry[key], entry[tokens] if tokens else 1.0) for entry in history if key in entry]

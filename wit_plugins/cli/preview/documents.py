@@ -25,12 +25,12 @@ class Token:
 
     Attributes:
         token_id (`int`): its id.
-        text (`str`): what it says, raw.
+        text (`str`): its raw text.
         special (`bool`): whether it is a special token, and not text that looks like one.
         role (`int`): `PROMPT`, `RESPONSE` or `NEITHER`.
         weight (`float`): its static weight.
-        position (`int`): in its document, from 0.
-        spans (`tuple[str, ...]`): those that it is in.
+        position (`int`): its position in its document, from 0.
+        spans (`tuple[str, ...]`): the names of the spans that it is in.
         kind (`str`): what it stands for, `image` and the like; empty for text.
         count (`int`): how many neighbouring tokens this box stands for, where they stand for pixels or sound.
     """
@@ -141,14 +141,14 @@ def view(rows: list[Any], numbers: list[int], prepared: Prepared, text: TokenTex
             listed = [
                 Token(
                     token_id,
-                    said,
+                    shown,
                     token_id in text.special,
                     int(role),
                     float(weight),
                     position,
                     tuple(name for name, mask in within.items() if mask[position]),
                 )
-                for position, (token_id, said, role, weight) in enumerate(
+                for position, (token_id, shown, role, weight) in enumerate(
                     zip(ids, text.spell(ids), tokens.roles[inside], tokens.weights[inside], strict=True)
                 )
             ]

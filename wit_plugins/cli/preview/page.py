@@ -114,14 +114,14 @@ def write_page(
         ],
     )
     path = path.resolve()  # what a link names is replaced, and not the link
-    made = path.with_name(f".{path.name}.{os.getpid()}") if path.is_file() or not path.exists() else path
+    temporary = path.with_name(f".{path.name}.{os.getpid()}") if path.is_file() or not path.exists() else path
     try:
-        made.write_text(page, encoding="utf-8")
-        if made != path:
-            made.replace(path)
+        temporary.write_text(page, encoding="utf-8")
+        if temporary != path:
+            temporary.replace(path)
     except OSError as error:
-        if made != path:
-            made.unlink(missing_ok=True)
+        if temporary != path:
+            temporary.unlink(missing_ok=True)
         raise _unwritable(path, error) from None
 
 

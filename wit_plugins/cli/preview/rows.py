@@ -20,7 +20,7 @@ from wit_plugins.tokens.collator import WeightedCollator
 from wit_plugins.tokens.roles import IGNORE_INDEX, document_starts, token_array
 
 BLOCK = 512
-_BEGIN = 8  # ids by which a row is found again
+_BEGIN = 8  # how many ids a message quotes, so that the row can be found
 # Columns that only this package reads; they are handed over as arrays, which spares millions of Python integers.
 _ARRAY_COLUMNS = {"input_ids", "labels", "attention_mask", "position_ids", "seq_lengths"}
 
@@ -69,31 +69,31 @@ def read(
         rows (`list`): examples, or lists of examples that are packed into one row.
         collator ([`WeightedCollator`]): gives roles and weights.
         pad_id (`int | None`): the padding token's id.
-        dataset (`str`): where the rows come from, for messages.
-        first (`int`): the number of the first of them there.
+        dataset (`str`): the name of the rows' dataset, for messages.
+        first (`int`): the number of the first row in that dataset.
 
     Raises:
         WITConfigError: if a row cannot be trained on: its number, the value and the way out.
     """
-    ids, found, documents, row_starts, padding = [], [], [], [], []
+    ids, explained, documents, row_starts, padding = [], [], [], [], []
     position = 0
     for number, row in enumerate(rows, first):
         row_starts.append(position)
         for index, example in enumerate(row if isinstance(row, list) else [row]):
             within = f", example {index} of those packed into it" if isinstance(row, list) and len(row) > 1 else ""
             with row_errors(f"dataset {dataset}, row {number} (from 0){within}", example):
-                own_ids, own = token_array(example["input_ids"]), collator.explain(example)
+                own_ids, explanation = token_array(example["input_ids"]), collator.explain(example)
                 starts = document_starts(example, len(own_ids)) if len(own_ids) else np.zeros(0, dtype=np.int64)
-            pad = _trailing_padding(own_ids, own.codes, pad_id)
+            pad = _trailing_padding(own_ids, explanation.codes, pad_id)
             ids.append(own_ids)
-            found.append(own)
+            explained.append(explanation)
             documents.append(position + starts[starts < len(own_ids) - pad])
             padding.append(np.arange(len(own_ids)) >= len(own_ids) - pad)
             position += len(own_ids)
     if not ids:
         empty = np.zeros(0, dtype=np.int64)
         return Tokens(empty, empty.astype(np.uint8), empty.astype(np.float32), empty, empty, empty.astype(bool), empty)
-    codes = torch.from_numpy(np.concatenate([own.codes for own in found]))
+    codes = torch.from_numpy(np.concatenate([explanation.codes for explanation in explained]))
     _, roles, weights = decode(codes)
     return Tokens(
         np.concatenate(ids),
@@ -103,16 +103,19 @@ def read(
         np.array(row_starts, dtype=np.int64),
         np.concatenate(padding),
         placeholder_kinds(codes).numpy(),
-        _joined([(own.spans, len(own.codes)) for own in found], np.zeros(1, dtype=bool)),
-        _joined([(own.sources, len(own.codes)) for own in found], np.ones(1, dtype=np.float32)),
+        _joined([(explanation.spans, len(explanation.codes)) for explanation in explained], np.zeros(1, dtype=bool)),
+        _joined(
+            [(explanation.sources, len(explanation.codes)) for explanation in explained], np.ones(1, dtype=np.float32)
+        ),
     )
 
 
 def _joined(parts: list[tuple[dict[str, np.ndarray], int]], without: np.ndarray) -> dict[str, np.ndarray]:
     """Concatenate each named array over the examples. Tokens of an example without that name get `without`."""
-    names = dict.fromkeys(name for own, _ in parts for name in own)
+    names = dict.fromkeys(name for explanation, _ in parts for name in explanation)
     return {
-        name: np.concatenate([own.get(name, np.broadcast_to(without, size)) for own, size in parts]) for name in names
+        name: np.concatenate([explanation.get(name, np.broadcast_to(without, size)) for explanation, size in parts])
+        for name in names
     }
 
 
@@ -130,10 +133,10 @@ def row_errors(where: str, example: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OverflowError, KeyError) as error:
-        said = f"there is no column {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        reason = f"there is no column {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         begin = ", ".join(str(token) for token in list(example.get("input_ids", ()))[:_BEGIN])
         raise WITConfigError(
-            f"{where}: {said}; mend it, or take it out of the data (its input_ids begin {begin})"
+            f"{where}: {reason}; mend it, or take it out of the data (its input_ids begin {begin})"
         ) from None
 
 
@@ -181,9 +184,9 @@ def _column(name: str, column: Any) -> list[Any]:
 
 
 def first_rows(rows: Any, wanted: list[int]) -> dict[int, Any]:
-    """The rows with these numbers, counted from 0, by number; those beyond the end are left out."""
+    """The rows with these numbers, counted from 0, by number. Numbers beyond the end are left out."""
     if hasattr(rows, "__getitem__") and hasattr(rows, "__len__"):
         return {index: rows[index] for index in wanted if index < len(rows)}
     last = max(wanted, default=-1)
-    found = {index: row for index, row in enumerate(itertools.islice(rows, last + 1)) if index in set(wanted)}
-    return {index: found[index] for index in wanted if index in found}
+    by_number = {index: row for index, row in enumerate(itertools.islice(rows, last + 1)) if index in set(wanted)}
+    return {index: by_number[index] for index in wanted if index in by_number}

@@ -39,11 +39,11 @@ class Scale:
     @classmethod
     def of(cls, weights: Iterable[float]) -> Scale:
         """One on which these weights can be told apart: a few outliers do not make all others look alike."""
-        found = np.array([weight for weight in weights if weight > 0], dtype=np.float64)
-        if not len(found):
+        positive = np.array([weight for weight in weights if weight > 0], dtype=np.float64)
+        if not len(positive):
             return cls(1.0, 0.0)
-        heaviest = float(found.max())
-        usual = heaviest if heaviest <= _USUAL else max(_USUAL, float(np.quantile(found, 1 - _RARE)))
+        heaviest = float(positive.max())
+        usual = heaviest if heaviest <= _USUAL else max(_USUAL, float(np.quantile(positive, 1 - _RARE)))
         return cls(_round(usual), heaviest)
 
     @property

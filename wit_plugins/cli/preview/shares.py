@@ -32,7 +32,7 @@ class Part:
 
     @property
     def mean_weight(self) -> float:
-        """Of its tokens."""
+        """The mean weight of the part's tokens."""
         return self.mass / max(1, self.tokens)
 
 
@@ -41,9 +41,9 @@ class Parts:
     """The parts of a dataset.
 
     Attributes:
-        spans (`dict[str, Part]`): by name: the predicted tokens in it.
-        sources (`dict[str, Part]`): by name: a role's tokens for its weight, for a strategy those whose weight it
-            changes.
+        spans (`dict[str, Part]`): the predicted tokens in each span, by its name.
+        sources (`dict[str, Part]`): the tokens of each source of weights, by its name. A role's weight has all
+            tokens of the role. The tokens of a strategy are those whose weight it changes.
     """
 
     spans: dict[str, Part] = field(default_factory=dict)
@@ -61,13 +61,13 @@ class Parts:
         spans: Mapping[str, np.ndarray],
         sources: Mapping[str, np.ndarray],
     ) -> None:
-        """Count some tokens in.
+        """Count some tokens.
 
         Args:
             roles (`np.ndarray`): uint8 `[N]`.
             weights (`np.ndarray`): float64 `[N]`.
             spans (`Mapping[str, np.ndarray]`): bool `[N]` each.
-            sources (`Mapping[str, np.ndarray]`): what each strategy multiplies the weights by, `[N]` each.
+            sources (`Mapping[str, np.ndarray]`): the factors of each strategy, `[N]` each.
         """
         predicted = roles != NEITHER
         for name, mask in spans.items():
@@ -75,17 +75,17 @@ class Parts:
             part.tokens += int((mask & predicted).sum())
             part.mass += float(weights[mask].sum())
         of_roles = {"prompt_weight": roles == PROMPT, "response_weight": roles == RESPONSE}
-        factors: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # the tokens that a source is about, and its factors
-        for name, own in sources.items():
+        factors: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # a source's tokens, and its factors
+        for name, factor in sources.items():
             if name == "wit":
-                factors |= {role: (mine, np.where(mine, own, 1)) for role, mine in of_roles.items()}
+                factors |= {role: (mask, np.where(mask, factor, 1)) for role, mask in of_roles.items()}
             else:
-                factors[name] = (predicted & (own != 1), own)
+                factors[name] = (predicted & (factor != 1), factor)
         for name, (about, _) in factors.items():
             without = predicted.astype(np.float64)
-            for other, (_, own) in factors.items():
+            for other, (_, factor) in factors.items():
                 if other != name:
-                    without *= own
+                    without *= factor
             part = self.sources.setdefault(name, Part())
             part.tokens += int(about.sum())
             part.mass += float(weights[about].sum())

@@ -101,7 +101,7 @@ class _Lines:
                 self._end_word()
 
     def add_note(self, text: str) -> None:
-        """Add a line of its own that is no text of the document."""
+        """Add a line that is no text of the document."""
         self.finish()
         self._line.append(Segment(text, Style(dim=True)))
         self._end_line()
@@ -228,16 +228,16 @@ def _print_parts(out: Console, summary: Summary) -> None:
             table.add_row(Text(name), *cells)
         out.print(table)
     if summary.parts.several:
-        said = (
-            "weights from: a role's weight has the role's tokens, a strategy those whose weight it changes; a share of "
-            "the loss is one of the sum of the weights, as if every token were equally hard; spans may overlap"
+        explanation = (
+            "weights from: a role's weight counts the role's tokens, a strategy the tokens whose weight it changes; a "
+            "share of the loss is one of the sum of the weights, as if every token were equally hard; spans may overlap"
         )
-        for line in fold(said, out.width):
+        for line in fold(explanation, out.width):
             print_line(out, Text(line, style="dim"))
 
 
 def summary_facts(summary: Summary, prepared: Prepared) -> list[tuple[str, str]]:
-    """What else there is to say, label and value."""
+    """The facts below the table: a label and a value each."""
     documents = max(1, summary.documents)
 
     def part(count: int) -> str:

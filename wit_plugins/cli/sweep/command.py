@@ -19,7 +19,7 @@ from wit_plugins.cli.safe_text import visible
 from wit_plugins.cli.silence import quiet
 from wit_plugins.cli.sweep.folders import MODEL_FOLDER, last_checkpoint
 from wit_plugins.cli.sweep.grid import Cell, Grid, one_per_ratio, ratio_note
-from wit_plugins.cli.sweep.metrics import MAIN_METRIC, asked_for
+from wit_plugins.cli.sweep.metrics import MAIN_METRIC, Metric, asked_for
 from wit_plugins.cli.sweep.processes import exit_text, terminable
 from wit_plugins.cli.sweep.report import NO_PICTURE, can_draw, report
 from wit_plugins.cli.sweep.runner import Runner
@@ -65,14 +65,18 @@ def sweep(driver: FrameworkDriver, job: Job, plan: Grid | Space, options: SweepO
     driver.check_installed()
     if not can_draw():
         out.print(Text(NO_PICTURE))
-    record = {"framework": driver.name, "settings": _settings(job), "config": job.name, **plan.record()}
+    values = {**job.values, **job.overrides}
+    common = {name: value for name, value in values.items() if name not in ("prompt_weight", "response_weight")}
+    record = {"framework": driver.name, "settings": common, "config": job.name, **plan.record()}
     record |= {"metric": metric.name, "direction": metric.direction, "block": driver.block, "train": driver.train}
+    record = json.loads(json.dumps(record, default=str))  # as the storage gives it back
     with _file_errors(options.output):
         if not options.dry_run:
             options.output.mkdir(parents=True, exist_ok=True)
         known = _known(options, record)
         if options.dry_run:
-            return _dry_run(out, driver, job, plan, known, options)
+            _dry_run(out, driver, job, plan, known, options, metric)
+            return 0
         with terminable():
             queued = {str(notes["key"]) for _, notes in first[: options.trials]}
             left = queued - {key for key, notes in known.items() if notes.get("result", {}).get("status") in TRAINED}
@@ -99,7 +103,7 @@ def _known(options: SweepOptions, record: dict[str, Any]) -> dict[str, Mapping[s
     before = read_study(options.output, options.storage)
     if before is None:
         return {}
-    check_same(options.output, before[0], json.loads(json.dumps(record, default=str)))
+    check_same(options.output, before[0], record)
     return {key: trial.user_attrs for key, trial in latest(before[1]).items()}
 
 
@@ -151,14 +155,6 @@ def _file_errors(output: Path) -> Iterator[None]:
         raise WITConfigError(f"--output = {output}: {error.strerror or error}{where}; {way_out}") from None
 
 
-def _settings(job: Job) -> dict[str, Any]:
-    """What all cells have in common, as JSON can hold it."""
-    values = {**job.values, **job.overrides}
-    common = {name: value for name, value in values.items() if name not in ("prompt_weight", "response_weight")}
-    settings: dict[str, Any] = json.loads(json.dumps(common, default=str))
-    return settings
-
-
 def _dry_run(
     out: Console,
     driver: FrameworkDriver,
@@ -166,7 +162,8 @@ def _dry_run(
     plan: Grid | Space,
     known: Mapping[str, Mapping[str, Any]],
     options: SweepOptions,
-) -> int:
+    metric: Metric,
+) -> None:
     """Print the command of each cell whose weights are known, the first one's file, and what would follow."""
     from rich.text import Text
 
@@ -194,10 +191,9 @@ def _dry_run(
     if isinstance(plan, Grid):
         side_by_side = f", {options.jobs} side by side" if options.jobs > 1 else ""
         out.print(Text(f"# {left} of {len(given)} cells would be run{side_by_side}"))
-        return 0
+        return
     ratios = ", ".join(notes["key"].removeprefix("ratio-") for notes in first if "weights" not in notes)
     more = None if options.trials is None else options.trials - len(given)
-    metric = asked_for(options.metrics[0] if options.metrics else MAIN_METRIC)
     count = "as many as there is time for" if more is None else f"{more} more"
     if ratios:
         out.print(Text(f"# and {count}, the ratios {ratios} first"))
@@ -206,4 +202,3 @@ def _dry_run(
     out.print(Text(f"# by {metric.name} ({metric.better})"))
     if options.seeds > 1:
         out.print(Text(f"# then the references and the best {REPEATED} again, with {options.seeds - 1} other seeds"))
-    return 0

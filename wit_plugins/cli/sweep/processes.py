@@ -34,7 +34,7 @@ def stop_group(group: int, grace: float) -> None:
 def stop_leftovers(folder: Path) -> None:
     """Stop the processes that a killed sweep left in this cell, since two runs must not write to one folder.
 
-    A sweep writes the folder into the environment of its runs, so no other process is touched.
+    The processes are found by the folder in their environment, where a sweep writes it. No other process is touched.
     """
     mark = f"{RUN_FOLDER}={folder.resolve()}".encode()
     left = []

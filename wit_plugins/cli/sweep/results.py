@@ -167,12 +167,6 @@ def candidates(outcomes: Sequence[Outcome], metric: Metric) -> list[Candidate]:
     return sorted(by_name.values(), key=lambda c: (-len(c.values), metric.sign * c.mean, c.outcome.cell))
 
 
-def best(outcomes: Sequence[Outcome], metric: Metric) -> Outcome | None:
-    """The best cell by a metric; `None` if no finished cell has it."""
-    ranked = candidates(outcomes, metric)
-    return ranked[0].outcome if ranked else None
-
-
 def spread(ranked: Sequence[Candidate]) -> float | None:
     """The seeds' standard deviation over all repeated cells together; `None` if no cell was repeated."""
     repeated = [c for c in ranked if c.deviation is not None]
@@ -258,8 +252,9 @@ def write_tables(
     write_text(output / "results.csv", table.getvalue())
     winners = {}
     for metric in metrics:
-        if winner := best(outcomes, metric):
-            weights = dict(zip(_WEIGHTS, winner.cell.weights, strict=True))
-            winners[metric.name] = {"direction": metric.direction, **weights, "value": winner.metrics[metric.name]}
+        for candidate in candidates(outcomes, metric)[:1]:
+            weights = dict(zip(_WEIGHTS, candidate.outcome.cell.weights, strict=True))
+            value = candidate.outcome.metrics[metric.name]
+            winners[metric.name] = {"direction": metric.direction, **weights, "value": value}
     write_json(output / "results.json", {"best": winners, **more, "cells": cells})
     return [output / "results.csv", output / "results.json"]

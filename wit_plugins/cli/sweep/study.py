@@ -8,7 +8,6 @@ new trial with the same *key*, and so the same folder. Of the trials with one ke
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,7 +147,7 @@ class SharedStudy:
             load_if_exists=True,
             sampler=optuna.samplers.TPESampler(n_startup_trials=len(first)),
         )
-        own_record = json.loads(json.dumps({k: v for k, v in record.items() if k != _CONFIG}, default=str))
+        own_record = {name: value for name, value in record.items() if name != _CONFIG}
         if _RECORD not in self.study.user_attrs:
             self.study.set_user_attr(_RECORD, own_record)
             self.study.set_user_attr(_CONFIG, record.get(_CONFIG, ""))
@@ -257,8 +256,13 @@ class SharedStudy:
             return self.workers.stood_still(f"trial {trial.number}", 0.0)
         return self.database is None and self.workers.is_dead(str(worker))
 
-    def release(self, trial: Trial, seconds: float | None = None) -> None:
-        """Give a trial up, so that another worker, or this command started again, goes on with it."""
+    def release(self, trial: Trial, seconds: float | None) -> None:
+        """Give a trial up, so that another worker, or this command started again, goes on with it.
+
+        Args:
+            trial (`Trial`): the one to give up.
+            seconds (`float | None`): for how long its cell has been trained; `None` if it was already evaluated.
+        """
         with contextlib.suppress(ValueError, self.taken_over):
             if seconds is not None:
                 trial.set_user_attr("seconds", seconds)
