@@ -19,6 +19,7 @@ from context_cases import EVALUATED, LEARNING_RATE, LORA, documents_of, model_of
 from datasets import Dataset
 from peft import LoraConfig
 from rankskit import full_parameters, zero
+from support import PLAIN_SGD
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from words import tokenizer
@@ -44,15 +45,8 @@ def trainer_of(case: dict[str, Any]) -> Any:
         "per_device_eval_batch_size": 3,
         "max_steps": 1,
         "learning_rate": LEARNING_RATE,
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "weight_decay": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
+        **PLAIN_SGD,
         "use_cpu": DEVICE == "cpu",
-        "disable_tqdm": True,
         "dataloader_pin_memory": False,
         **({"deepspeed": zero(STAGE)} if WAY == "sp_size" else {}),
         **given,

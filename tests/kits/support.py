@@ -20,6 +20,17 @@ from wit_plugins.loss.reference import reference_loss
 VOCAB_SIZE = 61
 GRID = [round(0.2 * i, 1) for i in range(6)]
 CELLS = [cell for cell in itertools.product(GRID, GRID) if cell != (0.0, 0.0)]
+# Training arguments with which a step is the learning rate times the gradient, and nothing is saved or reported.
+PLAIN_SGD: dict[str, Any] = {
+    "optim": "sgd",
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "weight_decay": 0.0,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+}
 
 
 @dataclass

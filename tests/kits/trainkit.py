@@ -1,6 +1,7 @@
 """A plain `transformers.Trainer` at a tiny size, for the tests of the training stage."""
 
 from support import (
+    PLAIN_SGD,
     documents,
     llama,
     word_tokenizer,
@@ -31,15 +32,9 @@ def make_trainer(tmp_path, model=None, examples=EXAMPLES, collator=None, cls=Tra
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 5,
         "learning_rate": 0.05,
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
+        **PLAIN_SGD,
         "num_train_epochs": 1,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
         "use_cpu": True,
-        "disable_tqdm": True,
         **args,
     }
     return cls(

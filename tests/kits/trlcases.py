@@ -1,5 +1,6 @@
 """Datasets for TRL's shapes."""
 
+import trainkit
 import trl
 from datasets import Dataset
 from packaging.version import Version
@@ -15,10 +16,4 @@ def in_one_batch(trainer):
 
 def padded(docs, length, left=False, mask=True):
     """The same documents with padding that is in the dataset already."""
-    rows = []
-    for doc in docs:
-        hole = length - len(doc.input_ids)
-        columns = [("input_ids", doc.input_ids, 0), ("labels", doc.labels, -100)]
-        columns += [("attention_mask", [1] * len(doc.input_ids), 0)] if mask else []
-        rows.append({k: [fill] * hole + v if left else v + [fill] * hole for k, v, fill in columns})
-    return Dataset.from_list(rows)
+    return Dataset.from_list(trainkit.padded(docs, length, left, mask))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from support import all_relative_error, documents, from_dataset, llama, reference_step
+from support import PLAIN_SGD, all_relative_error, documents, from_dataset, llama, reference_step
 from trl import SFTConfig, SFTTrainer
 from wit_trl import WITCallback
 from words import text, tokenizer
@@ -44,17 +44,10 @@ def sft_trainer(
         "per_device_train_batch_size": 8,
         "num_train_epochs": 1,
         "learning_rate": LEARNING_RATE,
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "weight_decay": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
+        **PLAIN_SGD,
         "use_cpu": True,
         "bf16": False,
         "gradient_checkpointing": False,
-        "disable_tqdm": True,
         "max_length": 64,
         "dataloader_pin_memory": False,
         **args,
