@@ -264,7 +264,7 @@ class Difference:
         deviation = statistics.stdev(values)
         half = STUDENT[min(count - 1, len(STUDENT)) - 1] * deviation / math.sqrt(count)
         # 1.96 + 0.84: normal quantiles of 97.5 % and 80 %; two more for the t distribution's wider tails.
-        needed = math.ceil((2.8 * deviation / mean) ** 2) + 2 if mean else None
+        needed = math.ceil((2.8 * deviation / mean) ** 2) + 2 if abs(mean) > deviation / 50 else None
         return cls(mean, half, count, needed)
 
     @property
