@@ -167,6 +167,7 @@ def test_what_strategies_need_is_found_out_once(registered):
         changed_inputs=("changes",),
         text={"text": ("asks",)},
         spans=False,
+        by_role_alone=False,
     )
     with pytest.raises(dataclasses.FrozenInstanceError):
         active.needs.per_token = True
