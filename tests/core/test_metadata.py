@@ -66,6 +66,13 @@ def test_everything_declared_is_imported(extra):
     assert declared(extra) <= {name for path in FILES for name in imported(path)}
 
 
+def test_every_package_is_installed():
+    """A folder that pyproject.toml does not list is in the checkout, and missing wherever the package is installed."""
+    installed = {path.parent for path in importlib.metadata.files("wit-plugins") if path.name == "__init__.py"}
+    here = {path.parent.relative_to("adapters") if path.parts[0] == "adapters" else path.parent for path in FILES}
+    assert {str(path) for path in here} == {str(path) for path in installed}
+
+
 def test_the_readme_names_what_is_installed():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (line,) = re.findall(r"pip install \. +# brings ([^;]+); no framework", readme)
