@@ -1,6 +1,7 @@
 """Numbers that are not finite any more: said with step and row; steps that cannot succeed end the run."""
 
 import itertools
+import logging
 import math
 
 import pytest
@@ -14,6 +15,12 @@ from wit_plugins.training.not_finite import SKIPPED_AT_MOST, NoStepSucceedsError
 
 CONFIG = WITConfig(prompt_weight=0.2, response_weight=0.8)
 POISON = 1  # an id that no document has
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_logged(caplog):
+    """The command `wit`, which another test of this process may have run, silences the root logger."""
+    caplog.set_level(logging.WARNING, logger="wit_plugins")
 
 
 def with_poison(row):
