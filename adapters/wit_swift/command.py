@@ -87,8 +87,9 @@ def weighted_arguments(argv: Sequence[str], folder: Path) -> tuple[list[str], di
         at += 1
     if not settings:
         return list(argv), None
-    if kept[0].replace("_", "-") not in TRAINS:
-        raise WITConfigError(f"{kept[0]}: weights are for {' and '.join(TRAINS)}; take them out of its configuration")
+    command = kept[0].replace("_", "-") if kept else "no sub-command"
+    if command not in TRAINS:
+        raise WITConfigError(f"{command}: weights are for {' and '.join(TRAINS)}; take them out of its configuration")
     WITConfig.parse(settings, "wit")  # a mistake is said before ms-swift and a model are loaded
     spec = importlib.util.find_spec("wit_swift")
     assert spec is not None

@@ -97,3 +97,6 @@ def test_there_are_no_scores(path, capsys, tmp_path, monkeypatch):
     assert code == 2
     assert "the model also sees or hears; scores are found again by a document's ids" in out + err
     assert not (tmp_path / "scores").exists()
+    code, out, err = wit("robustness", path, "--split", "train", capsys=capsys)
+    assert code == 2
+    assert "the model also sees or hears, and what is reworded is ids alone" in out + err

@@ -96,6 +96,7 @@ def test_settings_are_taken_out(tmp_path):
     ("argv", "said"),
     [
         (["rlhf", "--wit_prompt_weight", "0.2"], "weights are for sft and pt"),
+        (["--wit_prompt_weight", "0.2"], "no sub-command: weights are for sft and pt"),
         (["sft", "--wit_prompt_weight"], "--wit_prompt_weight: has no value"),
         (["sft", "--wit_prompt_wieght", "0.2"], "prompt_weight"),
         (["sft", "--wit_prompt_weight", "much"], "much"),

@@ -209,6 +209,11 @@ def robustness(driver: FrameworkDriver, job: Job, options: Options) -> int:
         prepared = prepare(driver, job, screen)
         for problem in prepared.problems:
             raise WITConfigError(f"{job.name}: training would refuse to start: {problem}")
+        if prepared.collator.reader.placeholders is not None:
+            raise WITConfigError(
+                f"{job.name}: the model also sees or hears, and what is reworded is ids alone, without the images that "
+                "belong to them; robustness is measured for models that read text alone"
+            )
         documents = held_out(prepared, options.split)[: options.limit]
         reference.check_tokenizer(prepared.tokenizer)
         scorer = DocumentScorer(reference.load())
